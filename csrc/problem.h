@@ -1,0 +1,44 @@
+// The problem every backend solves, as plain data: no torch, no Python.
+//
+// G independent recurrences over one packed, time-major batch. A *row* is the G * D contiguous values of one
+// (time, batch) pair; row(t, b) = (offsets ? offsets[t] : t * batch) + b.
+//
+// Both sweeps are one loop, "elementwise, then state times matrix plus skip times state":
+//
+//     forward   (t ascending)    x = act(in_t + c)                 out_t = x    c = x U^T + skip * x
+//     backward  (t descending)   x = (in_t + c) * act'(saved_t)    out_t = x    c = x U   + skip * x
+//
+// where forward starts from c = h0 U^T + skip * h0 and leaves h_n = x in state_out, and backward starts from
+// c = state_in (the gradient of h_n) and leaves the last c (the gradient of h0) in state_out.
+// For the last `num_reversed` recurrences, "ascending" and "descending" change places.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_rin {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum class Activation : int { kNone = 0, kReLU = 1, kTanh = 2 };
+
+struct Problem {
+  int64_t steps;         // T
+  int64_t batch;         // B
+  int64_t groups;        // G: heads x directions
+  int64_t hidden;        // D
+  int64_t num_reversed;  // recurrences g >= G - num_reversed run from the last step to the first
+  DType dtype;           // of every tensor below; 16-bit types accumulate and carry the state in float32
+  Activation activation;
+  bool backward;
+  double skip;             // s; 0 means that the state is not added at all (0 * inf must not make a NaN)
+  const int64_t* lengths;  // [B], steps of each row, or null: all have T. Past its length a row keeps its state
+  const int64_t* offsets;  // [T], first row of each step (packed sequences), or null: t * B
+  const uint8_t* resets;   // [rows], nonzero: an episode starts here, no state crosses into this row; or null
+  const void* weight;      // [G, D, D] U, contiguous, U[i][j] is what h_j gives to a_i, in both sweeps
+  const void* in;          // [rows, G, D] pre | gradient of out (null: zero)
+  const void* saved;       // unused      | out
+  const void* state_in;    // [B, G, D] h0 | gradient of h_n (null: zero)
+  void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero
+  void* state_out;         // [B, G, D] h_n | gradient of h0
+};
+
+}  // namespace fused_rin
