@@ -1,0 +1,104 @@
+"""From tensors to one or a few launches of the sweep."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from .plan import Device, Plan, plan
+from .sweep import sweep
+
+INTERPRETED = triton.knobs.runtime.interpret
+_ARRIVED_STRIDE = 16  # int64 counters, one per 128-byte line
+
+
+@functools.lru_cache(maxsize=None)
+def device_record(index: int | None) -> Device:
+    """What torch knows of a GPU; None is the interpreter, which runs the programs of a grid one after the other."""
+    if index is None:
+        return Device("Triton's interpreter", (9, 0), 1, 1 << 20)
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", None) or p.shared_memory_per_block
+    vendor = "nvidia" if torch.version.hip is None else "amd"
+    return Device(p.name, (p.major, p.minor), p.multi_processor_count, shared, vendor)
+
+
+def fp32_precision() -> str:
+    """ "tf32" where torch lets its own float32 matrix products use it, else "tf32x3"; FUSED_RIN_TRITON_FP32 decides
+    over both ("ieee" for products without tensor cores)."""
+    asked = os.environ.get("FUSED_RIN_TRITON_FP32")
+    if asked:
+        return asked
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where reading allow_tf32 may raise
+        chosen = matmul.fp32_precision
+        return "tf32" if chosen == "tf32" else "tf32x3"
+    return "tf32" if matmul.allow_tf32 else "tf32x3"
+
+
+def run(
+    stream_in: Tensor | None,
+    saved: Tensor | None,
+    state_in: Tensor | None,
+    weight: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    *,
+    skip: float,
+    activation: str,
+    num_reversed: int,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One sweep: forward when `saved` is None, else backward. Returns (out, h_n) or (grad_pre, grad_h0)."""
+    like = stream_in if saved is None else saved
+    assert like is not None
+    groups, hidden = weight.shape[0], weight.shape[1]
+    steps = like.shape[0] if offsets is None else offsets.numel()
+    batch = like.shape[1] if offsets is None else lengths.numel()  # type: ignore[union-attr]
+    out = torch.empty_like(like)
+    state_out = like.new_empty(batch, groups, hidden)
+    if steps == 0 or state_out.numel() == 0:
+        return out, state_out.zero_() if state_in is None else state_out.copy_(state_in)
+
+    index = like.device.index if like.is_cuda else None
+    if chosen is None:
+        chosen = plan(hidden, like.dtype, groups, batch, device_record(index), fp32_precision())
+    tiles = -(-batch // chosen.tile_b) * groups
+    wave = min(tiles, chosen.wave or tiles)
+    exchange = arrived = None
+    if chosen.kind == "sliced":
+        exchange = like.new_empty(2, batch, groups, hidden)
+    options = {"num_warps": chosen.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if like.is_cuda and torch.version.hip is None:
+        # Without a bound ptxas spills a few registers at times to fit more blocks on an SM than ever come.
+        options["maxnreg"] = min(255, 65536 // (32 * chosen.warps))
+    if chosen.kind == "sliced" and not INTERPRETED:
+        options["launch_cooperative_grid"] = True
+
+    with torch.cuda.device(index if index is not None else -1):
+        for first_tile in range(0, tiles, wave):
+            count = min(wave, tiles - first_tile)
+            if exchange is not None:
+                arrived = torch.zeros(count, _ARRIVED_STRIDE, dtype=torch.int64, device=like.device)
+            sweep[(count, chosen.slices)](
+                _aligned(stream_in), _aligned(saved), _aligned(state_in), _aligned(weight), out, state_out,
+                lengths, offsets, None if resets is None else resets.view(torch.uint8), exchange, arrived,
+                steps, batch, groups, num_reversed, first_tile, hidden, float(skip),
+                TILE_N=chosen.tile_n, TILE_B=chosen.tile_b, SPLIT_K=chosen.split_k, TILE_K=chosen.tile_k,
+                SLICED=chosen.kind == "sliced", MATRIX=chosen.matrix,
+                BACKWARD=saved is not None, ACTIVATION=activation, HAS_SKIP=skip != 0, PRECISION=chosen.precision,
+                **options,
+            )  # fmt: skip
+    return out, state_out
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Triton compiles once more for a pointer that is not a multiple of 16; a copy, rarely needed, is cheaper."""
+    if tensor is not None and tensor.data_ptr() % 16:
+        return tensor.clone()
+    return tensor
