@@ -4,11 +4,11 @@
 autograd. Importing this package imports neither Triton nor the kernels: that happens in the first call.
 
 Why the kernels stand behind the package's own operators (`fused_rin::sweep_forward` and `sweep_backward`) and
-not behind `torch.library.triton_op`: `triton_op` lets torch.compile trace into the Python launcher and build the kernel
-into its graph. Here that would cost more than it gives. There is nothing to fuse into a kernel that runs for the whole
-sequence. One schema serves all backends, so a compiled graph does not depend on which one runs. The traced launcher would
-have to express a loop over waves, a cooperative launch (`launch_cooperative_grid`) and cleared barrier counters
-for symbolic sizes. And an operator that is opaque compiles once under torch.compile, however Triton changes.
+not behind `torch.library.triton_op`: that one lets torch.compile trace into the Python launcher and build the kernel
+into its graph. Here it would cost more than it gives. There is nothing to fuse into a kernel that runs for the whole
+sequence. One schema serves all backends, so a compiled graph does not depend on which one runs. The traced launcher
+would have to express a loop over waves, a cooperative launch (`launch_cooperative_grid`) and cleared barrier counters
+for symbolic sizes. In eager mode the operators are passed by altogether, since the dispatcher costs more than the call.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
         return "Triton is not installed (pip install triton)"
     version = _triton_version()
     if version < OLDEST:
-        return f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} (pip install -U triton)"
+        return (
+            f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} (pip install -U triton)"
+        )
     if device is None or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":

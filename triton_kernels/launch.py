@@ -16,7 +16,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 _ARRIVED_STRIDE = 16  # int64 counters, one per 128-byte line
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_record(index: int | None) -> Device:
     """What torch knows of a GPU; None is the interpreter, which runs the programs of a grid one after the other."""
     if index is None:
@@ -38,6 +38,17 @@ def fp32_precision() -> str:
         chosen = matmul.fp32_precision
         return "tf32" if chosen == "tf32" else "tf32x3"
     return "tf32" if matmul.allow_tf32 else "tf32x3"
+
+
+def compile_options(chosen: Plan, vendor: str) -> dict[str, object]:
+    """Triton's options for a plan; num_stages=1 because the loop does its own prefetch."""
+    options: dict[str, object] = {"num_warps": chosen.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if vendor == "nvidia":
+        # Left alone, ptxas spills a few registers at times to fit more blocks on an SM than ever come.
+        options["maxnreg"] = min(255, 65536 // (32 * chosen.warps))
+    if chosen.kind == "sliced":
+        options["launch_cooperative_grid"] = True
+    return options
 
 
 def run(
@@ -73,12 +84,7 @@ def run(
     exchange = arrived = None
     if chosen.kind == "sliced":
         exchange = like.new_empty(2, batch, groups, hidden)
-    options = {"num_warps": chosen.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if like.is_cuda and torch.version.hip is None:
-        # Without a bound ptxas spills a few registers at times to fit more blocks on an SM than ever come.
-        options["maxnreg"] = min(255, 65536 // (32 * chosen.warps))
-    if chosen.kind == "sliced" and not INTERPRETED:
-        options["launch_cooperative_grid"] = True
+    options = {} if INTERPRETED else compile_options(chosen, device_record(index).vendor)
 
     with torch.cuda.device(index if index is not None else -1):
         for first_tile in range(0, tiles, wave):
@@ -91,7 +97,7 @@ def run(
                 steps, batch, groups, num_reversed, first_tile, hidden, float(skip),
                 TILE_N=chosen.tile_n, TILE_B=chosen.tile_b, SPLIT_K=chosen.split_k, TILE_K=chosen.tile_k,
                 SLICED=chosen.kind == "sliced", MATRIX=chosen.matrix,
-                BACKWARD=saved is not None, ACTIVATION=activation, HAS_SKIP=skip != 0, PRECISION=chosen.precision,
+                BACKWARD=saved is not None, ACTIVATION=activation, HAS_SKIP=skip != 0, PRECISION=chosen.input_precision,
                 **options,
             )  # fmt: skip
     return out, state_out

@@ -36,7 +36,7 @@ class Plan:
     tile_n, tile_b: rows of U and sequences per program. A multiple of 16 and of 8.
     split_k, tile_k: in "sliced", warps share the sum over the hidden size: `split_k` parts of `tile_k`.
     matrix: where U is during the loop: "registers", "shared" (shared memory) or "streamed" (from L2 in each step).
-    precision: Triton's `input_precision`; for 16-bit dtypes it has no effect.
+    precision: of the products, "half" for 16-bit dtypes or Triton's `input_precision` for float32.
     wave: batch tiles in one launch. Programs that wait for each other must all be resident, so "sliced" launches
         no more than one program per SM at a time. 0: no limit.
     """
@@ -53,16 +53,22 @@ class Plan:
     shared_memory: int  # bytes, an upper bound
     wave: int = 0
 
+    @property
+    def input_precision(self) -> str:
+        """What `tl.dot` is told. It looks at it for float32 alone."""
+        return "ieee" if self.precision == "half" else self.precision
+
     def describe(self) -> str:
+        products = f", {self.precision} products"
         where = {"registers": "registers", "shared": "shared memory", "streamed": "L2, streamed in every step"}
         if self.kind == "block":
             return (
                 f"triton block plan: one program per {self.tile_b} sequences, {self.warps} warps, "
-                f"U padded to {self.tile_n} x {self.tile_n} in {where[self.matrix]}, {self.precision} products"
+                f"U padded to {self.tile_n} x {self.tile_n} in {where[self.matrix]}{products}"
             )
         return (
             f"triton sliced plan: {self.slices} programs of {self.tile_n} rows of U per {self.tile_b} sequences, "
-            f"{self.warps} warps, U in {where[self.matrix]}, {self.precision} products, a grid barrier per step, "
+            f"{self.warps} warps, U in {where[self.matrix]}{products}, a grid barrier per step, "
             f"{self.wave} batch tiles at a time"
         )
 
@@ -108,10 +114,10 @@ _SLICED_TILE_B = 16
 _SLICED_RESIDENT_BYTES = 64 * KILOBYTE
 # precision -> slice height -> columns of U per warp and chunk, when U is streamed.
 _STREAMED = {
-    "half": {32: 64, 64: 16, 128: 16},
+    "half": {32: 64, 64: 16},
     "tf32": {16: 32, 32: 16},
     "tf32x3": {16: 32, 32: 16},
-    "ieee": {16: 16},
+    "ieee": {16: 16, 32: 16},
 }
 
 
@@ -140,25 +146,27 @@ def plan(
     if precision not in (None, "tf32x3", "tf32", "ieee"):
         raise NoPlan(f'precision must be "tf32x3", "tf32" or "ieee", got {precision!r}')
     if name != "float32":
-        kind, precision, unit = "half", "ieee", 2
-    else:
-        precision = (precision or "tf32x3") if nvidia else "ieee"
-        kind, unit = precision, 8 if precision == "tf32x3" else 4  # tf32x3 keeps two halves of each operand
+        precision = "half"
+    elif not nvidia:
+        precision = "ieee"
+    precision = precision or "tf32x3"
+    unit = {"half": 2, "tf32": 4, "tf32x3": 8, "ieee": 4}[precision]  # bytes; tf32x3 keeps two halves of each number
     padded = max(16, 1 << (hidden_size - 1).bit_length())
 
-    table = _BLOCK[kind]
+    table = _BLOCK[precision]
     if nvidia and capability[0] == 10:
-        table = table | _BLOCK_SM100[kind]
+        table = table | _BLOCK_SM100[precision]
     if padded in table:
         warps, tile_b, matrix = table[padded]
         need = unit * padded * (padded + tile_b) + KILOBYTE
         if need <= shared:
             return Plan("block", padded, tile_b, 1, padded, 1, warps, matrix, precision, need)
-    return _sliced(hidden_size, padded, kind, precision, unit, sms, shared)
+    return _sliced(hidden_size, padded, precision, unit, sms, shared)
 
 
-def _sliced(hidden: int, padded: int, kind: str, precision: str, unit: int, sms: int, shared: int) -> Plan:
-    """Slices as low as one quarter of the SMs can take, so that four batch tiles run at once; U on chip if it fits."""
+def _sliced(hidden: int, padded: int, precision: str, unit: int, sms: int, shared: int) -> Plan:
+    """U on chip if its slices fit, as high as it takes for four batch tiles to run at once; else U streamed, by as
+    many programs as there can be."""
 
     def build(tile_n: int, tile_k: int, matrix: str) -> Plan | None:
         slices = -(-hidden // tile_n)
@@ -167,20 +175,22 @@ def _sliced(hidden: int, padded: int, kind: str, precision: str, unit: int, sms:
         need = chunk + 4 * split_k * tile_n * _SLICED_TILE_B + KILOBYTE
         if slices > sms or need > shared:
             return None
+        wave = sms // slices
         return Plan(
-            "sliced", tile_n, _SLICED_TILE_B, split_k, tile_k, slices, _SLICED_WARPS, matrix, precision, need, sms // slices
-        )  # fmt: skip
+            "sliced", tile_n, _SLICED_TILE_B, split_k, tile_k, slices, _SLICED_WARPS, matrix, precision, need, wave
+        )
 
     tile_k = max(16, padded // _SLICED_WARPS)
-    heights = [n for n in (16, 32, 64) if kind != "ieee" and unit * n * tile_k * _SLICED_WARPS <= _SLICED_RESIDENT_BYTES]
-    options = [p for n in heights if (p := build(n, tile_k, "registers"))]
-    if not options:
-        options = [p for n, k in _STREAMED[kind].items() if (p := build(n, k, "streamed"))]
-    if not options:
-        highest = max(_STREAMED[kind])
+    heights = [
+        n for n in (16, 32, 64) if precision != "ieee" and unit * n * tile_k * _SLICED_WARPS <= _SLICED_RESIDENT_BYTES
+    ]
+    resident = [p for n in heights if (p := build(n, tile_k, "registers"))]
+    streamed = [p for n, k in _STREAMED[precision].items() if (p := build(n, k, "streamed"))]
+    if not resident + streamed:
+        highest = max(_STREAMED[precision])
         raise NoPlan(
-            f"a hidden size of {hidden} in {precision if unit != 2 else '16-bit'} products does not fit this GPU: "
+            f"a hidden size of {hidden} in {precision} products does not fit this GPU: "
             f"{-(-hidden // highest)} programs of {highest} rows must run at once on {sms} SMs with {shared} bytes of "
             f'shared memory each; use backend="reference", or more heads'
         )
-    return next((p for p in options if 4 * p.slices <= sms), options[-1])
+    return next((p for p in resident if 4 * p.slices <= sms), (resident[-1:] + streamed)[0])

@@ -69,7 +69,7 @@ def _load_step(
     n, row, steps, ascending, row_size, o_b, o_tile, m_state, b_length, batch,
     p_in, p_saved, p_lengths, p_resets, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Everything step n reads from memory: which sequences are active in it, its input tile, the saved output, resets."""
+    """What step n reads: which sequences are active in it, its input tile, the saved output, resets."""
     b_active = o_b < tl.where(n < steps, batch, 0)
     if p_lengths is not None:
         b_active &= tl.where(ascending, n, steps - 1 - n) < b_length
@@ -106,10 +106,7 @@ def _load_matrix(p_u, o_n, o_k, D, BACKWARD: tl.constexpr):
     The mask is applied by `where` rather than by the load alone: a dot operand that comes straight from a load is put
     into shared memory on Hopper, and wgmma would read it from there in every step instead of from registers.
     """
-    if BACKWARD:
-        p = o_k * D + o_n
-    else:
-        p = o_n * D + o_k
+    p = o_k * D + o_n if BACKWARD else o_n * D + o_k
     m = (o_n < D) & (o_k < D)
     return tl.where(m, tl.load(p_u + p, mask=m, other=0.0), 0.0)
 
@@ -156,7 +153,7 @@ def sweep(
 
     b_length = o_b  # only read where there are lengths
     if p_lengths is not None:
-        b_length = tl.load(p_lengths + o_b, mask=o_b < batch, other=0)
+        b_length = tl.load(p_lengths + o_b, mask=o_b < batch, other=0).to(tl.int32)
 
     b_x = tl.zeros((TILE_N, TILE_B), tl.float32)
     b_c = tl.zeros((TILE_N, TILE_B), tl.float32)
@@ -231,17 +228,15 @@ def sweep(
             b_new = tl.sum(b_sum, 0) + b_skip
         else:
             b_new = tl.dot(b_m, b_x.to(dtype), b_skip, input_precision=PRECISION)
-            b_new = tl.where(o_n[:, None] < D, b_new, 0.0)  # padding: 0 * inf would spread NaN from there
+            b_new = tl.where(m_state, b_new, 0.0)  # padding: 0 * inf would spread NaN from there
 
         # No state crosses the start of an episode, which lies before row t: this one ascending, the last descending.
         if p_resets is not None:
             b_crossed = tl.where(ascending, b_reset, b_reset_before)
             b_new = tl.where(b_crossed[None, :], 0.0, b_new)
         if BACKWARD:
-            if p_lengths is None:
-                b_c = tl.where(n > 0, b_new, b_c)
-            else:
-                b_c = tl.where(b_moved[None, :], b_new, b_c)
+            moved = n > 0 if p_lengths is None else b_moved[None, :]
+            b_c = tl.where(moved, b_new, b_c)
         else:
             b_c = b_new
 

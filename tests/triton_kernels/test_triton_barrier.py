@@ -1,9 +1,9 @@
 """The sliced plan with several programs, which Triton's interpreter alone would run one after the other.
 
 Here every program of a grid gets a thread, and a seeded scheduler passes a baton between them before each access to
-memory. The kernel, its barrier and its exchange buffers run as they are written. One thread runs at a time, so memory is
-sequentially consistent: what is proved is the protocol, not the hardware's memory ordering (for which tests/triton_aot
-reads the PTX).
+memory. The kernel, its barrier and its exchange buffers run as they are written. One thread runs at a time, so memory
+is sequentially consistent: what is proved is the protocol, not the hardware's memory ordering (for which
+tests/triton_aot reads the PTX).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from fused_rin.triton_kernels import Plan, sweep
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
 from triton_cases import Case, check_backward, check_forward
-
-from fused_rin.triton_kernels import Plan, sweep
 
 MEMORY_ACCESSES = ("create_masked_load", "create_masked_store", "create_atomic_rmw")
 

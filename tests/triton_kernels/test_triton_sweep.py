@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from triton_cases import Case, check_backward, check_forward
-
 from fused_rin.triton_kernels import Plan
+from triton_cases import Case, check_backward, check_forward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -101,7 +100,8 @@ def test_rows_past_a_length_are_neither_read_nor_left_unwritten() -> None:
     outside = torch.arange(6)[:, None] >= case.lengths
     case.pre[outside] = float("nan")
     out, h_n = case.kernel_forward()
-    assert not out.isnan().any() and not h_n.isnan().any()
+    assert not out.isnan().any()
+    assert not h_n.isnan().any()
     assert (out[outside] == 0).all()
     grad_out = torch.ones_like(out).masked_fill(outside[..., None, None], float("nan"))
     grad_pre, grad_h0 = case.kernel_backward(out, grad_out, None)
@@ -115,8 +115,8 @@ def test_nan_comes_through(activation: str) -> None:
     case.pre[1, 0, 0, 2] = float("nan")
     check_forward(case)
     out = case.kernel_forward()[0]
-    assert out[1, 0, 0, 2].isnan() and not out[1, 0, 0, [0, 1, 3]].isnan().any()
-    assert out[2, 0].isnan().all() and not out[:, 1].isnan().any()
+    assert out[:, 0, 0].isnan().tolist() == [[False] * 4, [False, False, True, False], [True] * 4]
+    assert not out[:, 1].isnan().any()
     check_backward(case)
 
 
@@ -130,14 +130,14 @@ def test_no_skip_means_no_product_with_it() -> None:
 
 
 def test_the_state_is_carried_in_float32() -> None:
-    """512 additions of 2^-9 to 1: a bfloat16 state would stay at 1."""
-    case = Case.build(512, 1, 1, 1, torch.bfloat16, activation="none")
+    """128 additions of 2^-9 to 1: a bfloat16 state would stay at 1."""
+    case = Case.build(128, 1, 1, 1, torch.bfloat16, activation="none")
     case.weight.zero_()
     case.pre.fill_(2.0**-9)
     case.h0.fill_(1.0)
-    assert case.kernel_forward()[1].item() == 2.0
+    assert case.kernel_forward()[1].item() == 1.25
     grad = case.kernel_backward(case.pre, case.pre, torch.ones_like(case.h0))[1]
-    assert grad.item() == 2.0
+    assert grad.item() == 1.25
 
 
 def test_tanh_is_accurate_everywhere() -> None:

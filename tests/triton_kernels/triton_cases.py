@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
-
 from fused_rin import triton_kernels
 from fused_rin.reference import recurrence
+from torch import Tensor
 
 
 @dataclasses.dataclass
@@ -91,9 +90,7 @@ class Case:
         )
 
     def reference_forward(self) -> tuple[Tensor, Tensor]:
-        return recurrence(
-            self.pre, self.weight, self.h0, self.lengths, self.offsets, self.resets, **self.options()
-        )
+        return recurrence(self.pre, self.weight, self.h0, self.lengths, self.offsets, self.resets, **self.options())
 
     def reference_backward(
         self, out: Tensor, grad_out: Tensor | None, grad_h_n: Tensor | None
@@ -131,7 +128,7 @@ class Case:
 
 def assert_as_exact_as_torch(got: Tensor, exact: Tensor, plain: Tensor, factor: float, what: str) -> None:
     """The error against float64 is at most `factor` times plain PyTorch's in the same dtype, plus one rounding of 1."""
-    assert got.dtype == plain.dtype and got.shape == exact.shape, f"{what}: {got.dtype} {tuple(got.shape)}"
+    assert (got.dtype, got.shape) == (plain.dtype, exact.shape), what
     assert not (got.isnan() ^ exact.isnan()).any(), f"{what}: NaN in other places than in the reference"
     if got.numel() == 0:
         return
