@@ -10,182 +10,13 @@
 
 #include "kernels.h"
 
+#include "dot.h"
+#include "epilogue.h"
 #include "vec.h"
 
 namespace fused_rin {
 namespace FUSED_RIN_ISA {
 namespace {
-
-// With 32 registers a tile of 6 x 4 vectors: 24 sums, 4 for the panel, 1 broadcast, and 10 loads per 24 multiply-adds.
-// With 16 registers, 6 x 2. A single row takes blocks twice as wide or more, to have 8 independent sums.
-constexpr int kNarrow = FUSED_RIN_VECTOR_REGISTERS == 32 ? 4 : 2;
-constexpr int kWide = 8;
-
-// acc[r][v] = sum over k of x[r][k] * panel[k][v], in C interleaved partial sums that are added up last.
-template <class S, int R, int V, int C>
-void dot(const S* __restrict x, int64_t x_stride, const S* __restrict panel, int64_t depth, S* __restrict acc) {
-  using Vec = typename VecOf<S>::Vec;
-  constexpr int kLanes = VecOf<S>::kLanes;
-  Vec sum[C][R][V] = {};
-  int64_t k = 0;
-  for (; k + C <= depth; k += C) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      Vec u[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) u[v] = load(panel + ((k + c) * V + v) * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const S xk = x[r * x_stride + k + c];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sum[c][r][v] += u[v] * xk;
-      }
-    }
-  }
-  for (; k < depth; ++k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[0][r][v] += load(panel + (k * V + v) * kLanes) * x[r * x_stride + k];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      Vec total = sum[0][r][v];
-      if constexpr (C == 2) total += sum[1][r][v];
-      if constexpr (C == 4) total = (total + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
-      store(acc + (r * V + v) * kLanes, total);
-    }
-  }
-}
-
-// The same for a single row whose matrix exceeds the first-level cache. A cache that evicts what was used longest ago
-// never serves a matrix that is read around and around. So every other step walks it backwards and finds the last
-// 30 KB or so where they were left: the depth is cut into chunks with sums of their own, taken in either order and
-// added up in one order, so that the direction does not show in the result.
-template <class S, int V>
-void dot_chunked(const S* __restrict x, const S* __restrict panel, const Layout& l, bool descending,
-                 S* __restrict acc) {
-  constexpr int kWidth = V * VecOf<S>::kLanes;
-  for (int64_t i = 0; i < l.chunks; ++i) {
-    const int64_t chunk = descending ? l.chunks - 1 - i : i;
-    const int64_t k = chunk * l.hidden / l.chunks, depth = (chunk + 1) * l.hidden / l.chunks - k;
-    dot<S, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, acc + chunk * kWidth);
-  }
-  for (int64_t i = 0; i < kWidth; i += VecOf<S>::kLanes) {
-    auto total = load(acc + i);
-    for (int64_t chunk = 1; chunk < l.chunks; ++chunk) total += load(acc + chunk * kWidth + i);
-    store(acc + i, total);
-  }
-}
-
-template <class S>
-using DotChunked = void (*)(const S*, const S*, const Layout&, bool, S*);
-template <class S>
-constexpr DotChunked<S> kDotChunked[8] = {dot_chunked<S, 1>, dot_chunked<S, 2>, dot_chunked<S, 3>, dot_chunked<S, 4>,
-                                          dot_chunked<S, 5>, dot_chunked<S, 6>, dot_chunked<S, 7>, dot_chunked<S, 8>};
-
-template <class S>
-using Dot = void (*)(const S*, int64_t, const S*, int64_t, S*);
-
-// The instances a layout can ask for: [rows - 1][vectors - 1].
-template <class S, int C>
-Dot<S> find_dot(int64_t rows, int64_t vecs) {
-  constexpr int kN = kNarrow < 4 ? 2 : 4;
-  static constexpr Dot<S> kOne[8] = {dot<S, 1, 1, C>,
-                                     dot<S, 1, 2, C>,
-                                     dot<S, 1, 3, C>,
-                                     dot<S, 1, 4, C>,
-                                     C == 1 ? dot<S, 1, 5, 1> : nullptr,
-                                     C == 1 ? dot<S, 1, 6, 1> : nullptr,
-                                     C == 1 ? dot<S, 1, 7, 1> : nullptr,
-                                     C == 1 ? dot<S, 1, 8, 1> : nullptr};
-#define ROW(R)                                                                                   \
-  {                                                                                              \
-    dot<S, R, 1, C>, dot<S, R, 2, C>, dot < S, R, kN<4 ? 1 : 3, C>, dot < S, R, kN<4 ? 1 : 4, C> \
-  }
-  static constexpr Dot<S> kFew[2][4] = {ROW(2), ROW(3)};
-  if (rows == 1) return kOne[vecs - 1];
-  if (rows <= 3) return kFew[rows - 2][vecs - 1];
-  if constexpr (C == 1) {
-    static constexpr Dot<S> kMany[3][4] = {ROW(4), ROW(5), ROW(6)};
-    return kMany[rows - 4][vecs - 1];
-  } else {
-    return nullptr;
-  }
-#undef ROW
-}
-
-template <class S>
-Dot<S> find_dot(const Layout& l, int64_t rows, int64_t vecs) {
-  return l.chains == 1   ? find_dot<S, 1>(rows, vecs)
-         : l.chains == 2 ? find_dot<S, 2>(rows, vecs)
-                         : find_dot<S, 4>(rows, vecs);
-}
-
-// Several partial sums per output leave registers for half the rows.
-int64_t max_tile_rows(const Layout& l) { return l.chains == 1 ? kMaxTileRows : kMaxTileRows / 2; }
-
-// One row's columns of one block, in one step.
-template <class T>
-struct Columns {
-  const Scalar<T>* carry;  // x U^T, or the carry a sequence starts from
-  const Scalar<T>* x;      // this step's state, to be scaled by skip and added; null: nothing to add
-  Scalar<T> skip;
-  const T* in;     // null: zero
-  const T* saved;  // backward only
-  T* out;
-  Scalar<T>* next;  // null: out is the only result
-  int64_t count;
-
-  // `op(vector of carry + skip * x + in, vector of saved)` over all columns. The last vector overlaps the one before
-  // it instead of being cut; only a row shorter than a vector is copied through a buffer.
-  template <class Op>
-  void apply(Op op) const {
-    constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
-    const bool whole = count >= kLanes;
-    for (int64_t i = 0; i < count; i += kLanes) {
-      if (whole && i + kLanes > count) i = count - kLanes;
-      auto fetch = [&](const T* from) { return whole ? load(from + i) : load_first(from, count); };
-      Vec<T> a = load(carry + i);
-      if (x) a += load(x + i) * skip;
-      if (in) a += fetch(in);
-      a = op(a, saved ? fetch(saved) : Vec<T>{});
-      if (next) store(next + i, a);
-      if (whole) {
-        store(out + i, a);
-      } else {
-        store_first(out, a, count);
-      }
-    }
-  }
-};
-
-template <class T>
-void epilogue(const Problem& p, const Columns<T>& columns) {
-  using V = Vec<T>;
-  if (!p.backward) {
-    switch (p.activation) {
-      case Activation::kNone:
-        return columns.apply([](V a, V) { return a; });
-      case Activation::kReLU:
-        return columns.apply([](V a, V) { return relu(a); });
-      case Activation::kTanh:
-        return columns.apply([](V a, V) { return tanh(a); });
-    }
-  } else {
-    switch (p.activation) {
-      case Activation::kNone:
-        return columns.apply([](V a, V) { return a; });
-      case Activation::kReLU:
-        return columns.apply([](V a, V h) { return h <= 0 ? V{} : a; });
-      case Activation::kTanh:
-        return columns.apply([](V a, V h) { return a * (1 - h * h); });
-    }
-  }
-}
 
 template <class T>
 class Sweep {
@@ -200,7 +31,9 @@ class Sweep {
         direct_(p.backward || !p.state_in),
         first_column_(l.first_vec(part.block_begin) * l.lanes),
         end_column_(column_end(part.block_end - 1)),
-        state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])} {}
+        state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])} {
+    nonzero_.index = part.index;
+  }
 
   void run() {
     int64_t active = 0;
@@ -262,12 +95,13 @@ class Sweep {
 
   // ---- a step ----
 
-  // A block of the product for a tile of rows, into scratch; columns are [block's first, column_end).
+  // A block of the product for a tile of rows, into scratch.
   void dot_block(int64_t row, int64_t rows, int64_t block) {
     const int64_t vec = l_.first_vec(block), vecs = l_.first_vec(block + 1) - vec;
     const S* panel = static_cast<const S*>(part_.panels) + vec * l_.lanes * l_.hidden;
     if (l_.chunks > 1) {
-      kDotChunked<S>[vecs - 1](state(row), panel, l_, descending_, scratch());
+      const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
+      kDotChunked<S>[vecs - 1](state(row), panel, l_, nonzero, descending_, scratch());
     } else {
       find_dot<S>(l_, rows, vecs)(state(row), l_.padded(), panel, l_.hidden, scratch());
     }
@@ -296,21 +130,28 @@ class Sweep {
             count};
   }
 
-  void multiply(int64_t begin, int64_t end, int64_t t) {
+  // state x U for rows [begin, end) and this part's blocks: body(row, its product from `column` on, column, count).
+  template <class Body>
+  void product(int64_t begin, int64_t end, Body body) {
     for_tiles(begin, end, [&](int64_t row, int64_t rows) {
+      if (l_.chunks > 1) nonzero_.find(state(row), l_);
       for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
         const int64_t block = descending_ ? part_.block_begin + part_.block_end - 1 - i : i;
         dot_block(row, rows, block);
         const int64_t column = l_.first_vec(block) * l_.lanes;
-        const int64_t width = (l_.first_vec(block + 1) - l_.first_vec(block)) * l_.lanes;
-        for (int64_t r = 0; r < rows; ++r) {
-          Columns<T> c = columns(row + r, t, column, column_end(block) - column);
-          c.carry = scratch() + r * width;
-          c.x = p_.skip != 0 ? state(row + r) + column : nullptr;
-          epilogue(p_, c);
-        }
+        const int64_t width = l_.first_vec(block + 1) * l_.lanes - column;
+        for (int64_t r = 0; r < rows; ++r) body(row + r, scratch() + r * width, column, column_end(block) - column);
       }
       descending_ = !descending_;
+    });
+  }
+
+  void multiply(int64_t begin, int64_t end, int64_t t) {
+    product(begin, end, [&](int64_t row, const S* carry, int64_t column, int64_t count) {
+      Columns<T> c = columns(row, t, column, count);
+      c.carry = carry;
+      c.x = p_.skip != 0 ? state(row) + column : nullptr;
+      epilogue(p_, c);
     });
   }
 
@@ -373,21 +214,14 @@ class Sweep {
       for (int64_t row = begin; row < end; ++row) store_state(row, state(row));
       return;
     }
-    for_tiles(begin, end, [&](int64_t row, int64_t rows) {
-      for (int64_t block = part_.block_begin; block < part_.block_end; ++block) {
-        dot_block(row, rows, block);
-        const int64_t column = l_.first_vec(block) * l_.lanes;
-        const int64_t width = (l_.first_vec(block + 1) - l_.first_vec(block)) * l_.lanes;
-        for (int64_t r = 0; r < rows; ++r) {
-          Columns<T> c{};
-          c.carry = scratch() + r * width;
-          c.x = p_.skip != 0 ? state(row + r) + column : nullptr;
-          c.skip = static_cast<S>(p_.skip);
-          c.out = static_cast<T*>(p_.state_out) + state_element(row + r) + column;
-          c.count = column_end(block) - column;
-          c.apply([](Vec<T> a, Vec<T>) { return a; });
-        }
-      }
+    product(begin, end, [&](int64_t row, const S* carry, int64_t column, int64_t count) {
+      Columns<T> c{};
+      c.carry = carry;
+      c.x = p_.skip != 0 ? state(row) + column : nullptr;
+      c.skip = static_cast<S>(p_.skip);
+      c.out = static_cast<T*>(p_.state_out) + state_element(row) + column;
+      c.count = count;
+      c.apply([](Vec<T> a, Vec<T>) { return a; });
     });
   }
 
@@ -415,7 +249,8 @@ class Sweep {
   const bool ascending_;  // in time, this sweep
   const bool direct_;     // sequences start from a carry, not from a state to be multiplied
   const int64_t first_column_, end_column_;
-  S* state_[2];              // this step's and the next's
+  S* state_[2];  // this step's and the next's
+  Nonzero nonzero_;
   bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
 
@@ -426,10 +261,11 @@ void sweep(const Problem& p, const Layout& l, const Part& part) {
 
 // Panel element [k][i] is what state k gives to output i: U[i][k] forward, U[k][i] backward.
 template <class T>
-void pack(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64_t end, void* panels) {
+bool pack(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64_t end, void* panels) {
   using S = Scalar<T>;
   const int64_t depth = l.hidden, lanes = l.lanes;
   const T* u = static_cast<const T*>(p.weight) + group * depth * depth;
+  Vec<T> zero{};  // sum of 0 * u: NaN where a u is not finite
   for (int64_t block = begin; block < end; ++block) {
     const int64_t vec = l.first_vec(block), width = (l.first_vec(block + 1) - vec) * lanes;
     S* panel = static_cast<S*>(panels) + vec * lanes * depth;
@@ -460,10 +296,15 @@ void pack(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64
         }
       }
     }
+    for (int64_t i = 0; i < width * depth; i += lanes) zero += load(panel + i) * 0;
   }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    if (zero[lane] != 0) return false;
+  }
+  return true;
 }
 
-void pack_any(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64_t end, void* panels) {
+bool pack_any(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64_t end, void* panels) {
   switch (p.dtype) {
     case DType::kFloat32:
       return pack<float>(p, l, group, begin, end, panels);
@@ -474,6 +315,7 @@ void pack_any(const Problem& p, const Layout& l, int64_t group, int64_t begin, i
     case DType::kFloat16:
       return pack<Float16>(p, l, group, begin, end, panels);
   }
+  return false;
 }
 
 void sweep_any(const Problem& p, const Layout& l, const Part& part) {

@@ -29,8 +29,10 @@ struct Part {
   const int64_t* lengths;  // [num_rows] in that order, each within [0, T]; null: all have T
   int64_t block_begin, block_end;
   const void* panels;  // packed U of this recurrence
+  bool finite;         // no Inf and no NaN in it: a zero state may be skipped
   void* state[2];      // each [num_rows, padded], scalars; shared by the team
   void* scratch;       // kScratchScalars scalars of this thread's own
+  int32_t* index;      // [hidden] likewise
   Team* team;          // null when no other thread works on these rows
   int rank;
 };
@@ -40,8 +42,8 @@ struct Kernels {
   int64_t vector_bytes;
   int64_t narrow_block;  // vectors in a block when several rows share a tile
   int64_t wide_block;    // vectors in a block for a single row
-  // Writes panels [block_begin, block_end) of one recurrence.
-  void (*pack)(const Problem&, const Layout&, int64_t group, int64_t block_begin, int64_t block_end, void* panels);
+  // Writes panels [block_begin, block_end) of one recurrence; returns whether all they hold is finite.
+  bool (*pack)(const Problem&, const Layout&, int64_t group, int64_t block_begin, int64_t block_end, void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
 };
 

@@ -1,6 +1,7 @@
 #include "sweep.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <numeric>
@@ -88,15 +89,21 @@ class Call {
   size_t carve(Carver carver) {
     panels_ = static_cast<char*>(carver.take(p_.groups * panel_bytes()));
     for (int i = 0; i < 2; ++i) states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
-    for (int i = 0; i < plan_.threads; ++i) scratch_[i] = carver.take(kScratchScalars * scalar_);
+    for (int i = 0; i < plan_.threads; ++i) {
+      scratch_[i] = carver.take(kScratchScalars * scalar_);
+      index_[i] = static_cast<int32_t*>(carver.take(p_.hidden * static_cast<int64_t>(sizeof(int32_t))));
+    }
     return carver.used();
   }
 
-  void pack(int rank) const {
+  void pack(int rank) {
     const int64_t blocks = plan_.layout.blocks, all = blocks * p_.groups;
     const int64_t begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
     for (int64_t i = begin; i < end; ++i) {
-      kernels_.pack(p_, plan_.layout, i / blocks, i % blocks, i % blocks + 1, panels_ + i / blocks * panel_bytes());
+      char* panels = panels_ + i / blocks * panel_bytes();
+      if (!kernels_.pack(p_, plan_.layout, i / blocks, i % blocks, i % blocks + 1, panels)) {
+        finite_.store(false, std::memory_order_relaxed);
+      }
     }
   }
 
@@ -126,6 +133,8 @@ class Call {
     part.block_begin = plan_.team ? rank * l.blocks / plan_.threads : 0;
     part.block_end = plan_.team ? (rank + 1) * l.blocks / plan_.threads : l.blocks;
     part.panels = panels_ + group * panel_bytes();
+    part.finite = finite_.load(std::memory_order_relaxed);
+    part.index = index_[rank];
     // Threads with rows of their own take state memory by their first row: rows of one group never overlap, since
     // a run of rows starts at its batch index, and rows dealt in turn are placed by rank.
     const int64_t row_bytes = l.padded() * scalar_;
@@ -153,6 +162,8 @@ class Call {
   char* panels_ = nullptr;
   char* states_[2] = {};
   void* scratch_[Team::kMaxThreads] = {};
+  int32_t* index_[Team::kMaxThreads] = {};
+  std::atomic<bool> finite_{true};
   Team team_;
 };
 
