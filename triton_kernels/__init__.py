@@ -20,9 +20,10 @@ import os
 import torch
 from torch import Tensor
 
+from .device import device_record, fp32_precision
 from .plan import Device, NoPlan, Plan, plan
 
-__all__ = ["Device", "NoPlan", "Plan", "backward", "forward", "plan", "unavailable_reason"]
+__all__ = ["Device", "NoPlan", "Plan", "backward", "describe", "forward", "plan", "unavailable_reason"]
 
 OLDEST = (3, 6)  # the oldest Triton that the tests run
 
@@ -79,8 +80,10 @@ def backward(
     )  # fmt: skip
 
 
-def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Why these kernels cannot run on `device` (None: on any), with the way out; None if they can."""
+def unavailable_reason(
+    device: torch.device | None = None, dtype: torch.dtype | None = None, hidden: int | None = None
+) -> str | None:
+    """Why these kernels cannot run, with the way out, or None if they can. What is not given is not asked about."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     version = _triton_version()
@@ -88,15 +91,29 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
         return (
             f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} (pip install -U triton)"
         )
-    if device is None or os.environ.get("TRITON_INTERPRET") == "1":
+    if device is None:
         return None
-    if device.type != "cuda":
-        return f"Triton's kernels run on GPUs, not on {device.type}"
-    if torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"Triton compiles for compute capability 8.0 and newer, this GPU has {major}.{minor}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on GPUs, got {device}"
+    try:
+        _plan(hidden or 1, dtype or torch.float32, device)
+    except NoPlan as reason:
+        return str(reason)
     return None
+
+
+def describe(
+    steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device | str = "cuda"
+) -> str:
+    """The plan for a problem, in words. Raises NoPlan where there is none."""
+    return _plan(hidden, dtype, torch.device(device), groups, batch).describe()
+
+
+def _plan(hidden: int, dtype: torch.dtype, device: torch.device, groups: int = 1, batch: int = 1) -> Plan:
+    index = device.index
+    if index is None and device.type == "cuda":
+        index = torch.cuda.current_device()
+    return plan(hidden, dtype, groups, batch, device_record(index), fp32_precision())
 
 
 def _triton_version() -> tuple[int, ...]:

@@ -101,7 +101,7 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(triton_kernels, "_triton_version", lambda: triton_kernels.OLDEST)
     assert unavailable_reason(None) is None
-    assert "not on cpu" in unavailable_reason(torch.device("cpu"))
+    assert "it runs on GPUs, got cpu" in unavailable_reason(torch.device("cpu"))
     monkeypatch.setattr(triton_kernels, "_triton_version", lambda: (3, 2))
     assert "Triton 3.2 is older than 3.6" in unavailable_reason(None)
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
