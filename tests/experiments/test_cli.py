@@ -81,10 +81,7 @@ def finished(tmp_path):
 
 
 def _values(options):
-    return {
-        name[2:].replace("-", "_"): int(value)
-        for name, value in zip(options[::2], options[1::2], strict=True)
-    }
+    return {name[2:].replace("-", "_"): int(value) for name, value in zip(options[::2], options[1::2], strict=True)}
 
 
 def test_an_existing_run_is_not_overwritten(fails, finished):
@@ -170,9 +167,7 @@ def test_a_damaged_configuration(fails, finished):
 
 
 def test_settings_of_a_run_stay_as_they_are(fails, finished):
-    assert "the run has model rin, lstm was asked for" in fails(
-        "train", "--resume", finished, "--model", "lstm"
-    )
+    assert "the run has model rin, lstm was asked for" in fails("train", "--resume", finished, "--model", "lstm")
     assert "cannot be given together" in fails("train", "--resume", finished, "--out", finished)
 
 

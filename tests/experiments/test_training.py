@@ -1,11 +1,13 @@
 """A run leaves what it should, and goes on after an interruption as if there had been none."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,9 +100,7 @@ def test_metrics_hold_what_was_asked_for(tiny_run):
     for record in records:
         assert 0 <= record["accuracy"] <= 1
         assert record["loss"] > 0
-    assert all(
-        r["gradient_norm"] > 0 and r["learning_rate"] == 1e-3 for r in records if r["split"] == "train"
-    )
+    assert all(r["gradient_norm"] > 0 and r["learning_rate"] == 1e-3 for r in records if r["split"] == "train")
     config = json.loads((folder.path / "config.json").read_text())
     assert config["settings"] == folder.settings.to_dict()
 
@@ -137,23 +137,61 @@ def test_cosine_schedule_falls_to_zero(tiny):
     assert 0 < settings.learning_rate_at(99) < 1e-3
 
 
+def test_warmup_rises_linearly_to_what_follows(tiny):
+    rates = [tiny(schedule="cosine", learning_rate=0.5, steps=100, warmup=10).learning_rate_at(i) for i in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    assert rates[10] == 0.5
+    assert rates[55] == pytest.approx(0.25)
+    constant = tiny(learning_rate=0.5, warmup=1000)
+    assert constant.learning_rate_at(23) == pytest.approx(0.012)
+
+
 def test_learns_the_short_adding_problem(tiny_run):
     outcome = Trainer(tiny_run(hidden_size=32, steps=500, test_size=200, learning_rate=3e-3)).run()
     assert outcome.test["loss"] < 0.02 < 1 / 6
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(tiny_run, capsys):
+def test_a_run_that_diverges_says_so_and_keeps_a_finite_checkpoint(tiny_run):
     folder = tiny_run(optimizer="sgd", learning_rate=1e30, clip=0.0)
-    with pytest.raises(Diverged, match="before step 5"):
+    with pytest.raises(Diverged, match="no gradient of the 5 steps before step 10 was finite"):
         Trainer(folder).run()
+    assert metrics(folder.path)[0]["skipped"] == 4
     checkpoint = read_checkpoint(folder.checkpoint_path)
-    assert checkpoint["step"] == 0
+    assert checkpoint["step"] == 7
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
-def test_bf16_runs_and_resumes(tiny_run, tmp_path):
-    Trainer(tiny_run("whole", precision="bf16-mixed")).run()
-    folder = tiny_run("parts", precision="bf16-mixed")
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny_run, monkeypatch):
+    """Step 2 of 5 overflows: the weights stay, and the log line counts the other four."""
+    trainer = Trainer(tiny_run(steps=5, optimizer="sgd"))
+    states = []
+    trainer.report = lambda step, record: states.append([p.detach().clone() for p in trainer.model.parameters()])
+    loss = trainer.task.loss
+
+    def overflowing(output, target):
+        return loss(output, target) * (float("inf") if trainer.step == 2 and torch.is_grad_enabled() else 1.0)
+
+    monkeypatch.setattr(trainer.task, "loss", overflowing)
+    trainer.run()
+    same = [all(torch.equal(p, q) for p, q in zip(a, b, strict=True)) for a, b in pairwise(states[:5])]
+    assert same == [False, True, False, False]
+    record = metrics(trainer.folder.path)[0]
+    assert record["skipped"] == 1
+    assert 0 < record["loss"] < 10
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics(tiny_run):
+    folder = tiny_run()
+    folder.create()
+    folder.append_metrics({"step": 1, "split": "test", "loss": float("inf")})
+    assert json.loads(folder.metrics_path.read_text()) == {"step": 1, "split": "test", "loss": None}
+    assert math.isnan(folder.read_metrics()[0]["loss"])
+
+
+@pytest.mark.parametrize(("model", "precision"), [("lstm", "bf16-mixed"), ("rin", "bf16-true")])
+def test_bf16_runs_and_resumes(tiny_run, tmp_path, model, precision):
+    Trainer(tiny_run("whole", model=model, precision=precision)).run()
+    folder = tiny_run("parts", model=model, precision=precision)
     Trainer(folder, report=interrupt_at(13)).run()
     Trainer(Run.open(folder.path), resume=True).run()
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
@@ -184,9 +222,7 @@ def test_signals_leave_a_usable_checkpoint(tmp_path, number):
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         deadline = time.monotonic() + 60
-        while (
-            not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3
-        ):
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
             assert time.monotonic() < deadline, "no metrics after a minute"
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)

@@ -33,9 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with reporting(Path(path), "write the checkpoint"):
             write_atomically(Path(path), buffer.getbuffer())
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         checkpoint = read_checkpoint(path)
         return {key: value for key, value in checkpoint.items() if key not in ("format", "version")}
 
@@ -64,6 +62,4 @@ def check_model_state(state: dict[str, Any], model: nn.Module) -> None:
     found = {name: tuple(value.shape) for name, value in state.items()}
     for name in expected.keys() | found.keys():
         if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{name} should be {expected.get(name, 'absent')}, is {found.get(name, 'absent')}"
-            )
+            raise UserError(f"{name} should be {expected.get(name, 'absent')}, is {found.get(name, 'absent')}")

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import INTERRUPTED, UserError
 from .models import MODELS
 from .runs import Run
 from .settings import MAY_DIFFER, OPTIMIZERS, PRECISIONS, SCHEDULES, TASK_DEFAULTS, TASKS, Settings
-
-INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 HELP: dict[str, str] = {
     "length": "sequence length of the adding problem",
@@ -27,6 +25,7 @@ HELP: dict[str, str] = {
     "num_layers": "recurrent layers",
     "input_std": "rin, irnn: standard deviation of the first input weights",
     "recurrent_std": "rin: standard deviation of the first U",
+    "warmup": "updates over which the learning rate rises",
     "clip": "largest norm of the gradient; 0 does not clip",
     "steps": "updates in all",
     "log_every": "steps between training metrics",
@@ -47,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser = Parser(prog="fused-rin", description="Train Recurrent Identity Networks and their peers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_demo(commands)
     options = parser.parse_args(arguments)
     try:
         sys.exit(options.run(options))
@@ -111,6 +111,22 @@ def _train(options: argparse.Namespace) -> int:
 
 def _default_name(settings: Settings) -> str:
     return f"{settings.task}-{settings.model}-{settings.seed}"
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train and time on two small tasks, in under three minutes",
+        description="Train RIN, a tanh RNN and an LSTM on two small tasks, and time RIN against torch.nn.RNN.",
+    )
+    parser.set_defaults(run=_demo)
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return demo(options.out)
 
 
 def _reopen(path: Path, given: dict[str, Any]) -> Run:

@@ -8,8 +8,9 @@ which it does not have, get the LSTM's. The reading layer is torch.nn.Linear as 
 
 from __future__ import annotations
 
-from fused_rin import RIN
 from torch import Tensor, nn
+
+from fused_rin import RIN
 
 MODELS = ("rin", "irnn", "rnn", "lstm", "gru")
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .errors import INTERRUPTED
 from .plots import draw_curves, save_figure
 from .runs import Run
 from .training import Diverged, Outcome, Trainer
-
-INTERRUPTED = 130  # the exit code a shell gives a process that Ctrl-C ended
 
 
 def train_with_progress(folder: Run, *, resume: bool = False, label: str = "") -> Outcome:
@@ -30,9 +29,7 @@ def train_with_progress(folder: Run, *, resume: bool = False, label: str = "") -
                 bar.update()
                 return
             latest[record["split"]] = record
-            shown = {
-                split: f"{latest[split]['loss']:.4f}/{latest[split]['accuracy']:.1%}" for split in latest
-            }
+            shown = {split: f"{latest[split]['loss']:.4f}/{latest[split]['accuracy']:.1%}" for split in latest}
             bar.set_postfix(shown, refresh=False)
             if record["split"] == "test":
                 text = ", ".join(f"{split} loss/accuracy {value}" for split, value in shown.items())

@@ -11,6 +11,7 @@ A folder that holds anything else is never written to.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ class Run:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         with reporting(self.path, "write to the run folder"), self.metrics_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_to_json(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, oldest first; none of a run that has not begun. A last line cut short by a crash is
@@ -86,18 +87,17 @@ class Run:
         with reporting(self.path, "read the metrics of"):
             for line in self.metrics_path.read_text().splitlines():
                 try:
-                    records.append(json.loads(line))
+                    values = json.loads(line)
                 except json.JSONDecodeError:
                     break
+                records.append({name: math.nan if value is None else value for name, value in values.items()})
         return records
 
     def rewind_metrics(self, step: int) -> None:
         """Drops what was recorded after `step`: it will be recorded again by the resumed run."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         with reporting(self.path, "write to the run folder"):
-            write_atomically(
-                self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode()
-            )
+            write_atomically(self.metrics_path, "".join(_to_json(record) + "\n" for record in kept).encode())
 
 
 @contextmanager
@@ -120,6 +120,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_json(record: dict[str, Any]) -> str:
+    """JSON has no NaN and no infinity: null stands for them."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(finite)
 
 
 def _is_run(path: Path) -> bool:

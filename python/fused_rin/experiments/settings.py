@@ -46,6 +46,7 @@ class Settings:
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     schedule: str = "constant"
+    warmup: int = 0  # updates over which the learning rate rises
     clip: float = 1.0  # largest norm of the gradient; 0: not clipped
     batch_size: int = 32
     steps: int = 1200
@@ -73,7 +74,7 @@ class Settings:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be a positive integer, got {getattr(self, name)}")
-        for name in ("input_std", "recurrent_std", "noise", "clip", "learning_rate", "seed", "threads"):
+        for name in ("input_std", "recurrent_std", "noise", "warmup", "clip", "learning_rate", "seed", "threads"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be finite and not negative, got {getattr(self, name)}")
 
@@ -99,12 +100,15 @@ class Settings:
         return asdict(self)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of update `step` (from 0): constant, or half a cosine from `learning_rate` down to
-        0.
+        """Learning rate of update `step` (from 0): a linear rise over the first `warmup` updates, then
+        constant, or half a cosine down to 0.
         """
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def build_task(self, device: Any = "cpu") -> tasks.Task:
         if self.task == "adding":

@@ -56,12 +56,13 @@ class Task:
 
 
 class Adding(Task):
-    """The adding problem (Hochreiter and Schmidhuber 1997, as in arXiv 1504.00941 and 1801.06105).
+    """The adding problem (Hochreiter and Schmidhuber 1997; arXiv 1504.00941, 1511.06464 and 1801.06105).
 
-    A sequence of `length` pairs: a value drawn from U[0, 1], and a marker that is 1 at two distinct
-    positions and 0 elsewhere. The target is the sum of the two marked values. Always answering 1 gives a
-    mean squared error of 1/6. An answer counts as correct within 0.04 of the sum, the criterion of the 1997
-    paper.
+    A sequence of `length` pairs: a value drawn from U[0, 1], and a marker that is 1 at two positions, one
+    drawn from the first half of the sequence and one from the second (as in 1511.06464; 1801.06105 does not
+    say how its two positions are drawn), and 0 elsewhere. The target is the sum of the two marked values.
+    Always answering 1 gives a mean squared error of 1/6. An answer counts as correct within 0.04 of the
+    sum, the criterion of the 1997 paper.
     """
 
     input_size, output_size = 2, 1
@@ -69,16 +70,15 @@ class Adding(Task):
 
     def __init__(self, length: int, test_size: int = 1000, seed: int = 0, device: torch.device | str = "cpu"):
         if length < 2:
-            raise UserError(
-                f"length must be at least 2 for the task 'adding' (two marked positions), got {length}"
-            )
+            raise UserError(f"length must be at least 2 for the task 'adding' (two marked positions), got {length}")
         self.length, self.seed, self.device = length, seed, device
         self._test = self._generate(test_size, generator(seed, "adding", "test"))
 
     def _generate(self, batch: int, source: torch.Generator) -> Batch:
         values = torch.rand(self.length, batch, generator=source)
-        first = torch.randint(self.length, (batch,), generator=source)
-        second = (first + 1 + torch.randint(self.length - 1, (batch,), generator=source)) % self.length
+        half = self.length // 2
+        first = torch.randint(half, (batch,), generator=source)
+        second = half + torch.randint(self.length - half, (batch,), generator=source)
         markers = torch.zeros(self.length, batch)
         rows = torch.arange(batch)
         markers[first, rows] = markers[second, rows] = 1
@@ -151,9 +151,7 @@ class PixelSequences(Task):
         rows = self._samples[index * batch_size : (index + 1) * batch_size]
         (x,), labels = self._batch(self._train, rows[part.rank :: part.world])
         if self.noise:
-            noise = torch.randn(
-                *x.shape[:1], len(rows), x.shape[2], generator=generator(self.seed, "noise", number)
-            )
+            noise = torch.randn(*x.shape[:1], len(rows), x.shape[2], generator=generator(self.seed, "noise", number))
             x = x + self.noise * noise[:, part.rank :: part.world].to(x.device)
         return Batch((x,), labels)
 

@@ -42,7 +42,9 @@ class Outcome:
 
 
 class Diverged(Exception):
-    """The loss or a weight is no longer finite; the last checkpoint is from before."""
+    """No gradient since the last log line was finite, or a weight is not; the last checkpoint is from
+    before.
+    """
 
 
 class Trainer:
@@ -145,16 +147,22 @@ class Trainer:
         norm = self.fabric.clip_gradients(
             self.model, self.optimizer, max_norm=settings.clip or math.inf, error_if_nonfinite=False
         )
+        # Where a sequence made the network overflow, clipping has left zeros and NaNs: such a gradient counts as
+        # zero. Looking at the norm instead would make every step wait for the device.
+        for parameter in self.model.parameters():
+            torch.nan_to_num_(parameter.grad, nan=0.0)
         self.optimizer.step()
         self.step += 1
         self.totals += self._sums(output.detach(), target, loss.detach(), norm)
 
     def _sums(self, output: Tensor, target: Tensor, loss: Tensor, norm: Tensor | None = None) -> Tensor:
-        """Loss, right answers, samples and norm of the gradient, each summed over the samples of a batch."""
-        one = torch.ones_like(loss)
+        """Loss, right answers, samples and norm of the gradient, each summed over the samples of a batch.
+        With a norm, a batch whose gradient was not finite gives zeros.
+        """
         right = self.task.correct(output, target).float().mean()
-        norm = torch.zeros_like(loss) if norm is None else norm
-        return torch.stack([loss, right, one, norm]) * target.shape[0]
+        sums = torch.stack([loss, right, torch.ones_like(loss), torch.zeros_like(loss) if norm is None else norm])
+        sums *= target.shape[0]
+        return sums if norm is None else torch.where(norm.isfinite(), sums, 0.0)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.settings.steps
@@ -163,12 +171,15 @@ class Trainer:
         """The means since the last log line."""
         loss, correct, samples, norm = self.fabric.all_reduce(self.totals, reduce_op="sum").tolist()
         self.totals.zero_()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(f"the loss or its gradient became infinite or NaN shortly before step {self.step}")
+        steps = self.step % self.settings.log_every or self.settings.log_every
+        skipped = steps - round(samples / self.settings.batch_size)
+        if not samples:
+            raise Diverged(f"no gradient of the {steps} steps before step {self.step} was finite")
         return {
             "loss": loss / samples,
             "accuracy": correct / samples,
             "gradient_norm": norm / samples,
+            "skipped": skipped,
             "learning_rate": self.settings.learning_rate_at(self.step - 1),
         }
 
