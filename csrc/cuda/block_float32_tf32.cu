@@ -1,0 +1,7 @@
+#include "block_configs.h"
+
+namespace fused_rin {
+void append_float32_tf32_instances(std::vector<BlockInstance>& instances) {
+  Tf32Configs<Math::kTf32>::append(instances);
+}
+}  // namespace fused_rin

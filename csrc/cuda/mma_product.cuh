@@ -1,0 +1,188 @@
+// State times matrix on tensor cores: A = U (16 outputs x k, in registers for the whole sequence, what does not fit in
+// shared memory), B = state^T (k x 8 batch rows). A thread ends up owning pairs of neighbouring outputs.
+#pragma once
+
+#include "block.h"
+#include "element.cuh"
+#include "state.cuh"
+
+namespace fused_rin {
+
+template <class Config, bool kBackward>
+class MmaProduct;
+
+// Who keeps what where. kRegisterSteps of the matrix's k-steps (32 bytes of k each) live in registers; each costs
+// 4 * kTilesM registers a thread. kAhead*: how many steps ahead the streamed tensors are read.
+template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kAheadForward_,
+          int kAheadBackward_>
+struct MmaConfig {
+  using T = T_;
+  template <bool kBackward>
+  using Product = MmaProduct<MmaConfig, kBackward>;
+  static constexpr Math kMath = kMath_;
+  static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
+  static constexpr int kAheadForward = kAheadForward_, kAheadBackward = kAheadBackward_;
+  static constexpr int kSteps = kHidden * Element<T>::kBytes / 32;  // k-steps
+  static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;
+  static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
+  // Independent accumulators per output: the dependent chain of mma, not their rate, is what a small tile waits for.
+  static constexpr int kChains = kMath == Math::kTf32x3       ? (kTilesN == 1 ? 3 : kTilesN == 2 ? 2 : 1)
+                                 : kTilesM * kTilesN >= 4 ? 1
+                                                              : 2;
+  static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
+  static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
+  static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
+  static_assert(kHidden == kTilesM * 16 * kWarps, "warps share the outputs evenly");
+  static_assert((kMath == Math::kMma) == (Element<T>::kBytes == 2), "float32 goes through tf32");
+};
+
+template <class Config, bool kBackward>
+class MmaProduct {
+  using T = typename Config::T;
+  using E = Element<T>;
+  using StateT = State<T, Config::kHidden, Config::kRows>;
+  static constexpr int kTilesM = Config::kTilesM, kTilesN = Config::kTilesN, kSteps = Config::kSteps;
+
+ public:
+  static constexpr int kColumns = 2 * kTilesN;          // batch rows of a thread
+  static constexpr int kPairs = kTilesM * kColumns;     // pair p belongs to column p % kColumns
+
+  __device__ __forceinline__ MmaProduct(device::SharedMemory shared, int live_rows) : shared_(shared) {
+    const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
+    // Of a tile of 8, the rows past the batch read the last live one again: a broadcast instead of bank traffic.
+    const int row = kTilesN == 1 && g >= live_rows ? live_rows - 1 : g;
+    lane_offset_ = StateT::row(row) + 16 * q;
+  }
+
+  __device__ __forceinline__ int neuron(int p) const {
+    return (device::warp_idx() * kTilesM + p / kColumns) * 16 + 2 * (device::lane_idx() / 4);
+  }
+  __device__ __forceinline__ int row(int column) const {
+    return column / 2 * 8 + 2 * (device::lane_idx() % 4) + column % 2;
+  }
+  __device__ __forceinline__ bool owner() const { return true; }
+
+  static __device__ __forceinline__ typename E::Pair to_state(float2 x, typename E::Pair rounded) {
+    if constexpr (Config::kMath == Math::kTf32) return {device::to_tf32(x.x), device::to_tf32(x.y)};
+    return rounded;
+  }
+
+  // A-fragment rows g and g + 8 are outputs 2g and 2g + 1 of the tile, so that a thread's outputs are neighbours.
+  __device__ __forceinline__ void load(const typename E::Scalar* weight, int hidden, bool paired) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
+        const int word = 16 * (step / 2) + 4 * (device::lane_idx() % 4) + 2 * (step % 2);
+        typename E::Scalar block[2][2 * kWords];
+        load_weight_block<T, kBackward>(block, weight, neuron(m * kColumns), word * kWords, hidden, paired);
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (kWords == 2)
+            a[i] = E::pair(block[i % 2][i / 2 * 2], block[i % 2][i / 2 * 2 + 1]);
+          else
+            a[i] = Config::kMath == Math::kTf32 ? device::to_tf32(device::as_float(block[i % 2][i / 2]))
+                                                : block[i % 2][i / 2];
+        }
+        if (step < Config::kRegisterSteps) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a_[step][m][i] = a[i];
+        } else {
+          shared_.store(fragment(step, m), uint4{a[0], a[1], a[2], a[3]});
+        }
+      }
+    }
+  }
+
+  // sum[p] = (x times matrix)[p] for the state at byte `state` of shared memory. `meanwhile` runs while the first
+  // loads are in flight: what is off the critical path goes there.
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
+    constexpr int kFirst = kTilesN == 1 ? (kSteps < 8 ? kSteps / 2 : 4) : 1;
+    uint4 first[kFirst][kTilesN];
+#pragma unroll
+    for (int j = 0; j < kFirst; ++j) load_state(state, j, first[j]);
+    meanwhile();
+
+    float d[Config::kChains][kTilesM][kTilesN][4] = {};
+#pragma unroll
+    for (int j = 0; j < kSteps / 2; ++j) {
+      uint4 b[kTilesN];
+      if (j >= kFirst) load_state(state, j, b);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int step = 2 * j + half;
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          uint32_t a[4];
+          if (step < Config::kRegisterSteps) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i] = a_[step < Config::kRegisterSteps ? step : 0][m][i];
+          } else {
+            const uint4 v = shared_.load<uint4>(fragment(step, m));
+            a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+          }
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            const uint4 v = j < kFirst ? first[j < kFirst ? j : 0][n] : b[n];
+            mma(d, m, n, step, a, half ? v.z : v.x, half ? v.w : v.y);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = 1; c < Config::kChains; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) d[0][m][n][i] += d[c][m][n][i];
+        }
+        const int p = m * kColumns + 2 * n;
+        sum[p] = {d[0][m][n][0], d[0][m][n][2]};
+        sum[p + 1] = {d[0][m][n][1], d[0][m][n][3]};
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t fragment(int step, int m) const {
+    return 2 * Config::kStateBytes +
+           (((step - Config::kRegisterSteps) * kTilesM + m) * Config::kThreads + device::thread_idx()) * 16;
+  }
+
+  __device__ __forceinline__ void load_state(uint32_t state, int j, uint4 (&b)[kTilesN]) const {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n)
+      b[n] = shared_.load<uint4>(state + lane_offset_ + n * 8 * StateT::kStride + 64 * j);
+  }
+
+  template <int kChains>
+  static __device__ __forceinline__ void mma(float (&d)[kChains][kTilesM][kTilesN][4], int m, int n, int step,
+                                             const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (Config::kMath == Math::kMma) {
+      device::mma_m16n8k16(T{}, d[step % kChains][m][n], a, b0, b1);
+    } else if constexpr (Config::kMath == Math::kTf32) {
+      device::mma_m16n8k8_tf32(d[step % kChains][m][n], a, b0, b1);
+    } else {
+      // 3xTF32: (A + a)(B + b) without a b; the small terms first, so that one accumulator may hold all three.
+      uint32_t big_a[4], small_a[4], big_b[2], small_b[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) device::split_tf32(device::as_float(a[i]), big_a[i], small_a[i]);
+      device::split_tf32(device::as_float(b0), big_b[0], small_b[0]);
+      device::split_tf32(device::as_float(b1), big_b[1], small_b[1]);
+      device::mma_m16n8k8_tf32(d[kChains - 1][m][n], small_a, big_b[0], big_b[1]);
+      device::mma_m16n8k8_tf32(d[kChains > 2 ? 1 : kChains - 1][m][n], big_a, small_b[0], small_b[1]);
+      device::mma_m16n8k8_tf32(d[0][m][n], big_a, big_b[0], big_b[1]);
+    }
+  }
+
+  device::SharedMemory shared_;
+  uint32_t lane_offset_;
+  uint32_t a_[Config::kRegisterSteps][kTilesM][4];
+};
+
+}  // namespace fused_rin

@@ -1,0 +1,1 @@
+extern "C" int planted_nothing() { return 0; }
