@@ -32,6 +32,13 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int d
   if (problem.steps >= kMost || problem.batch >= kMost)
     throw std::invalid_argument("steps and batch must be below 2^31, got " + std::to_string(problem.steps) + " and " +
                                 std::to_string(problem.batch));
+  uintptr_t addresses = 0;
+  for (const void* p : {problem.weight, problem.in, problem.saved, problem.state_in,
+                        static_cast<const void*>(problem.out), static_cast<const void*>(problem.state_out)})
+    addresses |= reinterpret_cast<uintptr_t>(p);
+  if (problem.hidden % 2 || addresses % (problem.dtype == DType::kFloat32 ? 8 : 4))
+    throw std::invalid_argument("the block kernels need an even hidden size and tensors aligned to two elements");
+  if (problem.batch == 0 || problem.groups == 0 || problem.hidden == 0) return;
   for (const BlockInstance& instance : block_instances()) {
     if (instance.dtype != problem.dtype || instance.math != math || instance.backward != problem.backward ||
         instance.hidden != hidden || instance.rows != rows)

@@ -75,25 +75,45 @@ __device__ __forceinline__ void store_global(T* p, T value) {
   *p = value;
 }
 
-// ld.global.nc (PTX 9.7.9.9) for tensors that are read once and not written by this kernel. A prefetch several steps
-// ahead lives from being issued where it is written: hence volatile. Each warp consumes whole 32-byte sectors, so L1
-// would only be churned; a row is contiguous, so L2 may fetch the neighbouring sectors of 128 bytes.
-__device__ __forceinline__ uint16_t load_streaming(const uint16_t* p) {
-  uint16_t value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u16 %0, [%1];" : "=h"(value) : "l"(p));
-  return value;
-}
-__device__ __forceinline__ uint32_t load_streaming(const uint32_t* p) {
+// ld.global.nc (PTX 9.7.9.9), predicated, 0 where not wanted: for tensors that are read once and that this kernel does
+// not write. A prefetch several steps ahead lives from being issued where it is written: hence volatile. And from not
+// being a branch: then it is scheduled between the mma. Each warp consumes whole 32-byte sectors, so L1 would only be
+// churned; a row is contiguous, so L2 may fetch the neighbouring sectors of 128 bytes.
+__device__ __forceinline__ uint32_t load_streaming_if(bool wanted, const uint32_t* p) {
   uint32_t value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(value) : "l"(p));
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0;"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%2];}"
+      : "=r"(value)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p));
   return value;
 }
-__device__ __forceinline__ uint2 load_streaming(const uint2* p) {
+__device__ __forceinline__ uint2 load_streaming_if(bool wanted, const uint2* p) {
   uint2 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-               : "=r"(value.x), "=r"(value.y)
-               : "l"(p));
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%3];}"
+      : "=r"(value.x), "=r"(value.y)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p));
   return value;
+}
+__device__ __forceinline__ uint32_t load_streaming_if(bool wanted, const uint8_t* p) {
+  uint32_t value;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u8 %0, [%2];}"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(wanted)), "l"(p));
+  return value;
+}
+__device__ __forceinline__ void store_global_if(bool wanted, uint32_t* p, uint32_t value) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"(static_cast<uint32_t>(wanted)),
+               "l"(p), "r"(value)
+               : "memory");
+}
+__device__ __forceinline__ void store_global_if(bool wanted, uint2* p, uint2 value) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(
+                   static_cast<uint32_t>(wanted)),
+               "l"(p), "r"(value.x), "r"(value.y)
+               : "memory");
 }
 
 // cp.async (PTX 9.7.9.25.3): 16 bytes from global to shared memory past the registers, completing by group.

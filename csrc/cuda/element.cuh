@@ -1,4 +1,5 @@
-// Storage types of the tensors. Kernels move pairs of neighbouring elements: the smallest unit that a thread owns.
+// Storage types of the tensors. Kernels move pairs of neighbouring elements: the smallest unit that a thread
+// owns. So D is even and every tensor aligned to a pair; the host pads an odd D.
 #pragma once
 
 #include <type_traits>
@@ -40,53 +41,20 @@ struct Element<float> {
   }
 };
 
-// Elements `column`, `column + 1` of a row of `width`; zero past its end. `column` is even. `paired`: the width is even
-// and the tensor aligned, so that both are there or neither, and one access moves them.
-enum class Cache { kReuse, kStream };
-
-template <class T, Cache kCache>
-__device__ __forceinline__ typename Element<T>::Pair load_pair(const typename Element<T>::Scalar* row, int column,
-                                                               int width, bool paired) {
-  using E = Element<T>;
-  const auto load = [](const auto* p) {
-    if constexpr (kCache == Cache::kStream) return device::load_streaming(p);
-    return device::load_global(p);
-  };
-  typename E::Scalar low{}, high{};
-  if (paired) {
-    if (column < width) return load(reinterpret_cast<const typename E::Pair*>(row + column));
-  } else {
-    if (column < width) low = load(row + column);
-    if (column + 1 < width) high = load(row + column + 1);
-  }
-  return E::pair(low, high);
-}
-
-template <class T>
-__device__ __forceinline__ void store_pair(typename Element<T>::Scalar* row, int column, int width, bool paired,
-                                           typename Element<T>::Pair value) {
-  using E = Element<T>;
-  if (paired) {
-    if (column < width) device::store_global(reinterpret_cast<typename E::Pair*>(row + column), value);
-  } else {
-    if (column < width) device::store_global(row + column, E::low(value));
-    if (column + 1 < width) device::store_global(row + column + 1, E::high(value));
-  }
-}
-
 // A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from `k`
-// on. Forward multiplies by U (output = row), backward by its transpose; pairs always run along memory.
+// on; zero past `hidden`. Forward multiplies by U (output = row), backward by its transpose; pairs run along memory.
 template <class T, bool kBackward, int K>
 __device__ __forceinline__ void load_weight_block(typename Element<T>::Scalar (&block)[2][K],
-                                                  const typename Element<T>::Scalar* weight, int neuron, int k,
-                                                  int hidden, bool paired) {
+                                                  const typename Element<T>::Pair* weight, int neuron, int k,
+                                                  int hidden) {
   using E = Element<T>;
 #pragma unroll
   for (int i = 0; i < K; ++i) {  // K pairs
     const int row = kBackward ? k + i : neuron + i / (K / 2);
     const int column = kBackward ? neuron : k + i % (K / 2) * 2;
     typename E::Pair pair{};
-    if (row < hidden) pair = load_pair<T, Cache::kReuse>(weight + static_cast<int64_t>(row) * hidden, column, hidden, paired);
+    if (row < hidden && column < hidden)
+      pair = device::load_global(weight + (static_cast<int64_t>(row) * hidden + column) / 2);
     if (kBackward) {
       block[0][i] = E::low(pair), block[1][i] = E::high(pair);
     } else {

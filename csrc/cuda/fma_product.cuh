@@ -53,16 +53,16 @@ class FmaProduct {
     return device::lane_idx() % 4 < (kGroupPairs < 4 ? kGroupPairs : 4);
   }
 
-  static __device__ __forceinline__ uint2 to_state(float2, uint2 rounded) { return rounded; }
+  static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }
 
-  __device__ __forceinline__ void load(const uint32_t* weight, int hidden, bool paired) {
+  __device__ __forceinline__ void load(const uint2* weight, int hidden) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
       for (int r = 0; r < kOutputs; r += 2) {
         uint32_t block[2][4];
         const int k = 16 * chunk + 4 * (device::lane_idx() % 4);
-        load_weight_block<float, kBackward>(block, weight, first_output() + r, k, hidden, paired);
+        load_weight_block<float, kBackward>(block, weight, first_output() + r, k, hidden);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (chunk < Config::kRegisterChunks) {

@@ -5,6 +5,7 @@
 // hardware we know of (NVIDIA truncates the accumulator), so tolerances proved here hold on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,6 +32,11 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+
+namespace fused_rin {
+using std::max;
+using std::min;
+}  // namespace fused_rin
 
 namespace fused_rin::device {
 
@@ -91,8 +97,13 @@ void store_global(T* p, std::common_type_t<T> value) {
   *p = value;
 }
 template <class T>
-T load_streaming(const T* p) {
-  return load_global(p);
+auto load_streaming_if(bool wanted, const T* p) {
+  using Register = std::conditional_t<sizeof(T) == 1, uint32_t, T>;
+  return wanted ? Register(load_global(p)) : Register{};
+}
+template <class T>
+void store_global_if(bool wanted, T* p, std::common_type_t<T> value) {
+  if (wanted) store_global(p, value);
 }
 
 inline void cp_async_16(const SharedMemory&, uint32_t offset, const void* global) {
