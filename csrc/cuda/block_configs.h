@@ -10,46 +10,46 @@
 
 namespace fused_rin {
 
+// clang-format off
 template <class T>
-using MmaConfigs = BlockConfigs<                //
-    MmaConfig<T, Math::kMma, 64, 8, 4, 4, 4, 4>,     //
-    MmaConfig<T, Math::kMma, 64, 16, 4, 4, 4, 4>,    //
-    MmaConfig<T, Math::kMma, 64, 32, 4, 4, 2, 2>,    //
-    MmaConfig<T, Math::kMma, 64, 64, 4, 4, 2, 1>,    //
-    MmaConfig<T, Math::kMma, 128, 8, 4, 8, 4, 4>,    //
-    MmaConfig<T, Math::kMma, 128, 16, 4, 8, 4, 2>,   //
-    MmaConfig<T, Math::kMma, 128, 32, 8, 8, 2, 2>,   //
-    MmaConfig<T, Math::kMma, 128, 64, 8, 8, 1, 1>,   //
-    MmaConfig<T, Math::kMma, 192, 8, 4, 12, 4, 2>,   //
-    MmaConfig<T, Math::kMma, 192, 16, 12, 12, 2, 2>, //
-    MmaConfig<T, Math::kMma, 192, 32, 12, 12, 1, 1>, //
-    MmaConfig<T, Math::kMma, 256, 8, 8, 16, 4, 2>,   //
-    MmaConfig<T, Math::kMma, 256, 16, 8, 16, 2, 2>,  //
-    MmaConfig<T, Math::kMma, 256, 32, 8, 12, 1, 1>,  //
-    MmaConfig<T, Math::kMma, 384, 8, 8, 14, 2, 2>,   //
-    MmaConfig<T, Math::kMma, 384, 16, 8, 12, 1, 1>>;
+using MmaConfigs = BlockConfigs<
+    MmaConfig<T, Math::kMma,  64,  8,  4,  4, 4, 4>,
+    MmaConfig<T, Math::kMma,  64, 32,  4,  4, 2, 2>,
+    MmaConfig<T, Math::kMma, 128,  8,  4,  8, 4, 4>,
+    MmaConfig<T, Math::kMma, 128, 16,  4,  8, 2, 2>,
+    MmaConfig<T, Math::kMma, 128, 32,  8,  8, 2, 2>,
+    MmaConfig<T, Math::kMma, 128, 64,  8,  8, 1, 1>,
+    MmaConfig<T, Math::kMma, 192,  8,  4, 12, 2, 2>,
+    MmaConfig<T, Math::kMma, 192, 16, 12, 12, 2, 2>,
+    MmaConfig<T, Math::kMma, 192, 32, 12, 10, 1, 1>,
+    MmaConfig<T, Math::kMma, 256,  8,  8, 16, 4, 4>,
+    MmaConfig<T, Math::kMma, 256, 16,  8, 15, 1, 1>,
+    MmaConfig<T, Math::kMma, 256, 32,  8,  8, 1, 1>,
+    MmaConfig<T, Math::kMma, 384,  8,  8, 10, 2, 2>,
+    MmaConfig<T, Math::kMma, 384, 16,  8,  8, 1, 1>>;
 
 template <Math kMath>
-using Tf32Configs = BlockConfigs<                     //
-    MmaConfig<float, kMath, 64, 8, 4, 8, 4, 4>,       //
-    MmaConfig<float, kMath, 64, 32, 4, 8, 2, 1>,      //
-    MmaConfig<float, kMath, 128, 8, 8, 16, 4, 4>,     //
-    MmaConfig<float, kMath, 128, 16, 8, 16, 2, 2>,    //
-    MmaConfig<float, kMath, 128, 32, 8, 16, 1, 1>,    //
-    MmaConfig<float, kMath, 192, 8, 12, 24, 2, 2>,    //
-    MmaConfig<float, kMath, 192, 16, 12, 24, 1, 1>,   //
-    MmaConfig<float, kMath, 256, 8, 8, 16, 2, 2>>;
+using Tf32Configs = BlockConfigs<
+    MmaConfig<float, kMath,  64,  8,  4,  8, 4, 4>,
+    MmaConfig<float, kMath,  64, 32,  4,  8, 1, 1>,
+    MmaConfig<float, kMath, 128,  8,  8, 16, 4, 4>,
+    MmaConfig<float, kMath, 128, 16,  8, 16, 2, 2>,
+    MmaConfig<float, kMath, 128, 32,  8, 12, 1, 1>,
+    MmaConfig<float, kMath, 192,  8, 12, 20, 2, 2>,
+    MmaConfig<float, kMath, 192, 16, 12, 14, 1, 1>,
+    MmaConfig<float, kMath, 256,  8,  8, 14, 2, 1>>;
 
-using FmaConfigs = BlockConfigs<   //
-    FmaConfig<64, 1, 4, 4, 4, 4>,  //
-    FmaConfig<64, 2, 4, 4, 4, 4>,  //
-    FmaConfig<64, 4, 4, 4, 4, 4>,  //
-    FmaConfig<128, 1, 4, 8, 4, 4>, //
-    FmaConfig<128, 2, 4, 8, 4, 4>, //
-    FmaConfig<128, 4, 4, 8, 2, 2>, //
-    FmaConfig<192, 1, 12, 12, 4, 4>,  //
-    FmaConfig<192, 2, 12, 12, 2, 2>,  //
-    FmaConfig<256, 1, 8, 10, 4, 2>,   //
-    FmaConfig<256, 2, 8, 10, 2, 2>>;
+using FmaConfigs = BlockConfigs<
+    FmaConfig< 64, 1,  4,  4, 4, 4>,
+    FmaConfig< 64, 2,  4,  4, 4, 4>,
+    FmaConfig< 64, 4,  4,  4, 4, 4>,
+    FmaConfig<128, 1,  4,  8, 4, 4>,
+    FmaConfig<128, 2,  4,  8, 4, 4>,
+    FmaConfig<128, 4,  4,  8, 2, 2>,
+    FmaConfig<192, 1, 12, 12, 4, 4>,
+    FmaConfig<192, 2, 12, 12, 2, 2>,
+    FmaConfig<256, 1,  8,  8, 2, 2>,
+    FmaConfig<256, 2,  8,  8, 2, 2>>;
+// clang-format on
 
 }  // namespace fused_rin

@@ -97,11 +97,21 @@ __device__ __forceinline__ uint2 load_streaming_if(bool wanted, const uint2* p) 
       : "r"(static_cast<uint32_t>(wanted)), "l"(p));
   return value;
 }
-__device__ __forceinline__ uint32_t load_streaming_if(bool wanted, const uint8_t* p) {
+// The same for what a block reads piecewise: through L1.
+__device__ __forceinline__ uint32_t load_if(bool wanted, const uint32_t* p) {
   uint32_t value;
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u8 %0, [%2];}"
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%2];}"
                : "=r"(value)
                : "r"(static_cast<uint32_t>(wanted)), "l"(p));
+  return value;
+}
+__device__ __forceinline__ uint2 load_if(bool wanted, const uint2* p) {
+  uint2 value;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+      " @p ld.global.nc.v2.u32 {%0, %1}, [%3];}"
+      : "=r"(value.x), "=r"(value.y)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p));
   return value;
 }
 __device__ __forceinline__ void store_global_if(bool wanted, uint32_t* p, uint32_t value) {

@@ -52,9 +52,8 @@ __device__ __forceinline__ void load_weight_block(typename Element<T>::Scalar (&
   for (int i = 0; i < K; ++i) {  // K pairs
     const int row = kBackward ? k + i : neuron + i / (K / 2);
     const int column = kBackward ? neuron : k + i % (K / 2) * 2;
-    typename E::Pair pair{};
-    if (row < hidden && column < hidden)
-      pair = device::load_global(weight + (static_cast<int64_t>(row) * hidden + column) / 2);
+    const uint32_t index = row * hidden + column;  // hidden is at most a few hundred
+    const typename E::Pair pair = device::load_if(row < hidden && column < hidden, weight + index / 2);
     if (kBackward) {
       block[0][i] = E::low(pair), block[1][i] = E::high(pair);
     } else {

@@ -57,21 +57,28 @@ class FmaProduct {
 
   __device__ __forceinline__ void load(const uint2* weight, int hidden) {
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < Config::kRegisterChunks; ++chunk) {
 #pragma unroll
       for (int r = 0; r < kOutputs; r += 2) {
         uint32_t block[2][4];
-        const int k = 16 * chunk + 4 * (device::lane_idx() % 4);
-        load_weight_block<float, kBackward>(block, weight, first_output() + r, k, hidden);
+        load_block(block, weight, hidden, chunk, r);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (chunk < Config::kRegisterChunks) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) w_[chunk][r + i][j] = device::as_float(block[i][j]);
-          } else {
-            shared_.store(slot(chunk, r + i), uint4{block[i][0], block[i][1], block[i][2], block[i][3]});
-          }
+          for (int j = 0; j < 4; ++j) w_[chunk][r + i][j] = device::as_float(block[i][j]);
         }
+      }
+    }
+    // Not unrolled: with all its loads in flight at once this spilled.
+#pragma unroll 1
+    for (int chunk = Config::kRegisterChunks; chunk < kChunks; ++chunk) {
+#pragma unroll 1
+      for (int r = 0; r < kOutputs; r += 2) {
+        uint32_t block[2][4];
+        load_block(block, weight, hidden, chunk, r);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          shared_.store(slot(chunk, r + i), uint4{block[i][0], block[i][1], block[i][2], block[i][3]});
       }
     }
   }
@@ -125,7 +132,12 @@ class FmaProduct {
   }
 
  private:
-  __device__ __forceinline__ int first_output() const {
+  static __device__ __forceinline__ void load_block(uint32_t (&block)[2][4], const uint2* weight, int hidden, int chunk,
+                                                    int r) {
+    const int k = 16 * chunk + 4 * (device::lane_idx() % 4);
+    load_weight_block<float, kBackward>(block, weight, first_output() + r, k, hidden);
+  }
+  static __device__ __forceinline__ int first_output() {
     return (device::warp_idx() * 8 + device::lane_idx() / 4) * kOutputs;
   }
   __device__ __forceinline__ int group_pair(int p) const {

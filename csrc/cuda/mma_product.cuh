@@ -66,31 +66,20 @@ class MmaProduct {
     return x;
   }
 
-  // A-fragment rows g and g + 8 are outputs 2g and 2g + 1 of the tile, so that a thread's outputs are neighbours.
   __device__ __forceinline__ void load(const typename E::Pair* weight, int hidden) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < Config::kRegisterSteps; ++step) {
 #pragma unroll
+      for (int m = 0; m < kTilesM; ++m) load_fragment(a_[step][m], weight, hidden, step, m);
+    }
+    // Not unrolled: with all its loads in flight at once this spilled.
+#pragma unroll 1
+    for (int step = Config::kRegisterSteps; step < kSteps; ++step) {
+#pragma unroll 1
       for (int m = 0; m < kTilesM; ++m) {
-        constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
-        const int word = 16 * (step / 2) + 4 * (device::lane_idx() % 4) + 2 * (step % 2);
-        typename E::Scalar block[2][2 * kWords];
-        load_weight_block<T, kBackward>(block, weight, neuron(m * kColumns), word * kWords, hidden);
         uint32_t a[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (kWords == 2)
-            a[i] = E::pair(block[i % 2][i / 2 * 2], block[i % 2][i / 2 * 2 + 1]);
-          else
-            a[i] = Config::kMath == Math::kTf32 ? device::to_tf32(device::as_float(block[i % 2][i / 2]))
-                                                : block[i % 2][i / 2];
-        }
-        if (step < Config::kRegisterSteps) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a_[step][m][i] = a[i];
-        } else {
-          shared_.store(fragment(step, m), uint4{a[0], a[1], a[2], a[3]});
-        }
+        load_fragment(a, weight, hidden, step, m);
+        shared_.store(fragment(step, m), uint4{a[0], a[1], a[2], a[3]});
       }
     }
   }
@@ -99,7 +88,8 @@ class MmaProduct {
   // loads are in flight: what is off the critical path goes there.
   template <class Meanwhile>
   __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
-    constexpr int kFirst = kTilesN == 1 ? (kSteps < 8 ? kSteps / 2 : 4) : 1;
+    // As many as cover their latency, about 33 cycles, but 4 registers each.
+    constexpr int kFirst = kTilesN > 1 || kTilesM > 2 ? 1 : kSteps < 8 ? kSteps / 2 : 4;
     uint4 first[kFirst][kTilesN];
 #pragma unroll
     for (int j = 0; j < kFirst; ++j) load_state(state, j, first[j]);
@@ -147,6 +137,25 @@ class MmaProduct {
   }
 
  private:
+  // A-fragment rows g and g + 8 are outputs 2g and 2g + 1 of the tile, so that a thread's outputs are neighbours.
+  static __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const typename E::Pair* weight, int hidden,
+                                                       int step, int m) {
+    constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
+    const int lane = device::lane_idx();
+    const int word = 16 * (step / 2) + 4 * (lane % 4) + 2 * (step % 2);
+    const int output = (device::warp_idx() * kTilesM + m) * 16 + 2 * (lane / 4);
+    typename E::Scalar block[2][2 * kWords];
+    load_weight_block<T, kBackward>(block, weight, output, word * kWords, hidden);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kWords == 2)
+        a[i] = E::pair(block[i % 2][i / 2 * 2], block[i % 2][i / 2 * 2 + 1]);
+      else
+        a[i] = Config::kMath == Math::kTf32 ? device::to_tf32(device::as_float(block[i % 2][i / 2]))
+                                            : block[i % 2][i / 2];
+    }
+  }
+
   __device__ __forceinline__ uint32_t fragment(int step, int m) const {
     return 2 * Config::kStateBytes +
            (((step - Config::kRegisterSteps) * kTilesM + m) * Config::kThreads + device::thread_idx()) * 16;

@@ -46,7 +46,9 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   const Epilogue<kBackward> epilogue(problem.activation);
 
   const int64_t row_bytes = problem.groups * hidden * E::kBytes;
-  const int64_t mine = (first_row + product.row(0)) * row_bytes + (group * hidden + product.neuron(0)) * E::kBytes;
+  const int64_t my_row = first_row + product.row(0);
+  const int64_t mine = my_row * row_bytes +
+                       (group * hidden + product.neuron(0)) * E::kBytes;
   const auto offset = [&](int p) {
     return (product.row(p % kColumns) - product.row(0)) * row_bytes +
            (product.neuron(p) - product.neuron(0)) * E::kBytes;
@@ -108,7 +110,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       for (int c = 0; c < kColumns; ++c) {
         slot.cut[c] = 0;
         if (crosses && t < limit[c])
-          slot.cut[c] = device::load_global(problem.resets + row_at(t) + first_row + product.row(c));
+          slot.cut[c] = device::load_global(problem.resets + (row_at(t) + my_row) + (product.row(c) - product.row(0)));
       }
       if (problem.offsets && s + 1 < stop) next = mine + row_at(time(s + 1)) * row_bytes;
     }

@@ -97,9 +97,12 @@ void store_global(T* p, std::common_type_t<T> value) {
   *p = value;
 }
 template <class T>
-auto load_streaming_if(bool wanted, const T* p) {
-  using Register = std::conditional_t<sizeof(T) == 1, uint32_t, T>;
-  return wanted ? Register(load_global(p)) : Register{};
+T load_streaming_if(bool wanted, const T* p) {
+  return wanted ? load_global(p) : T{};
+}
+template <class T>
+T load_if(bool wanted, const T* p) {
+  return wanted ? load_global(p) : T{};
 }
 template <class T>
 void store_global_if(bool wanted, T* p, std::common_type_t<T> value) {
