@@ -11,6 +11,13 @@ from torch import Tensor
 
 ACTIVATIONS = {"none": lambda a: a, "relu": torch.relu, "tanh": torch.tanh}
 
+# gradient g of h -> gradient of the activation's argument, from h alone. A stopped ReLU stops NaN too, as torch's does.
+SLOPES = {
+    "none": lambda g, h: g,
+    "relu": lambda g, h: torch.where(h <= 0, 0, g),
+    "tanh": lambda g, h: g * (1 - h * h),
+}
+
 
 def recurrence(
     pre: Tensor,
@@ -38,16 +45,12 @@ def recurrence(
     """
     if offsets is not None:
         assert lengths is not None
-        steps, batch = offsets.numel(), lengths.numel()
-        t, b = torch.arange(steps, device=pre.device)[:, None], torch.arange(batch, device=pre.device)
-        row = torch.where(t < lengths, offsets[:, None] + b, 0)  # padding reads row 0; its result is dropped
-        padded = pre[row] if pre.shape[0] else pre.new_zeros(steps, batch, *pre.shape[1:])
-        padded_resets = None if resets is None else resets[row]
+        row, valid = _padded_rows(lengths, offsets)
         out, h_n = recurrence(
-            padded, weight, h0, lengths, None, padded_resets,
+            _pad(pre, row), weight, h0, lengths, None, None if resets is None else _pad(resets, row),
             skip=skip, activation=activation, num_reversed=num_reversed,
         )  # fmt: skip
-        return out[t < lengths], h_n
+        return out[valid], h_n
 
     if h0 is None:
         h0 = pre.new_zeros(pre.shape[1:])
@@ -60,6 +63,18 @@ def recurrence(
     if not parts:
         return torch.empty_like(pre), torch.empty_like(h0)
     return torch.cat([out for out, _ in parts], 2), torch.cat([h for _, h in parts], 1)
+
+
+def _padded_rows(lengths: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed row of each (step, sequence) [T, B], and which of them exist; the others point at row 0."""
+    steps = torch.arange(offsets.numel(), device=offsets.device)[:, None]
+    batch = torch.arange(lengths.numel(), device=offsets.device)
+    valid = steps < lengths
+    return torch.where(valid, offsets[:, None] + batch, 0), valid
+
+
+def _pad(rows: Tensor, row: Tensor) -> Tensor:
+    return rows[row] if rows.shape[0] else rows.new_zeros(*row.shape, *rows.shape[1:])
 
 
 def _scan(
@@ -113,12 +128,61 @@ def backward(
     x_t = (grad_out_t + c) * act'(h_t), c = x_t U + skip * x_t, c starting as `grad_h_n` and ending as grad h0.
     act' comes from `out` alone, so nothing else has to be kept. Differentiable itself, through `out` too.
     """
-    batch = out.shape[1] if offsets is None else lengths.numel()  # type: ignore[union-attr]
-    c = out.new_zeros(batch, *out.shape[-2:]) if grad_h_n is None else grad_h_n
-    if activation == "relu":
-        slope = (out > 0).to(out.dtype)
-    elif activation == "tanh":
-        slope = 1 - out * out
-    else:
-        slope = torch.ones_like(out)
-    raise NotImplementedError
+    if offsets is not None:
+        assert lengths is not None
+        row, valid = _padded_rows(lengths, offsets)
+        grad_pre, grad_h0 = backward(
+            None if grad_out is None else _pad(grad_out, row), grad_h_n, weight, _pad(out, row), lengths,
+            None, None if resets is None else _pad(resets, row),
+            skip=skip, activation=activation, num_reversed=num_reversed,
+        )  # fmt: skip
+        return grad_pre[valid], grad_h0
+
+    if grad_h_n is None:
+        grad_h_n = out.new_zeros(out.shape[1:])
+    forward = out.shape[2] - num_reversed
+    parts = [
+        _scan_back(
+            None if grad_out is None else grad_out[:, :, g], grad_h_n[:, g], weight[g], out[:, :, g], lengths,
+            resets, skip, activation, reverse,
+        )
+        for g, reverse in ((slice(None, forward), False), (slice(forward, None), True))
+        if weight[g].shape[0]
+    ]  # fmt: skip
+    if not parts:
+        return torch.empty_like(out), torch.empty_like(grad_h_n)
+    return torch.cat([grad for grad, _ in parts], 2), torch.cat([c for _, c in parts], 1)
+
+
+def _scan_back(
+    grad_out: Tensor | None,
+    c: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    skip: float,
+    activation: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    slope = SLOPES[activation]
+    steps = out.shape[0]
+    grad_pre = []
+    for t in range(steps) if reverse else range(steps - 1, -1, -1):
+        x = slope(c if grad_out is None else grad_out[t] + c, out[t])
+        carry = torch.einsum("bgi,gij->bgj", x, weight)
+        carry = carry + skip * x if skip else carry
+        start = t + 1 if reverse else t
+        if resets is not None and start < steps:
+            crossed = resets[start] if lengths is None else resets[start] & (start < lengths)
+            carry = carry.masked_fill(crossed[:, None, None], 0)
+        if lengths is None:
+            c = carry
+        else:
+            active = (t < lengths)[:, None, None]
+            c = torch.where(active, carry, c)
+            x = torch.where(active, x, 0)
+        grad_pre.append(x)
+    if not grad_pre:
+        return torch.empty_like(out), c.clone()
+    return torch.stack(grad_pre if reverse else grad_pre[::-1]), c

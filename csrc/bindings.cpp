@@ -1,0 +1,83 @@
+// The Python module fused_rin._native: raw addresses and sizes in, exceptions out. Callers have checked everything.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/sweep.h"
+
+namespace py = pybind11;
+using namespace fused_rin;
+
+namespace {
+
+template <class T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+Problem make_problem(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int64_t num_reversed, int dtype,
+                     int activation, bool backward, double skip) {
+  Problem p{};
+  p.steps = steps;
+  p.batch = batch;
+  p.groups = groups;
+  p.hidden = hidden;
+  p.num_reversed = num_reversed;
+  p.dtype = static_cast<DType>(dtype);
+  p.activation = static_cast<Activation>(activation);
+  p.backward = backward;
+  p.skip = skip;
+  return p;
+}
+
+// One plain call, no default arguments and no keywords: it stands on the path of every step of a streaming model.
+void sweep(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int64_t num_reversed, int dtype,
+           int activation, bool backward, double skip, uintptr_t lengths, uintptr_t offsets, uintptr_t resets,
+           uintptr_t weight, uintptr_t in, uintptr_t saved, uintptr_t state_in, uintptr_t out, uintptr_t state_out,
+           int max_threads, const std::string& isa) {
+  Problem p = make_problem(steps, batch, groups, hidden, num_reversed, dtype, activation, backward, skip);
+  p.lengths = address<const int64_t>(lengths);
+  p.offsets = address<const int64_t>(offsets);
+  p.resets = address<const uint8_t>(resets);
+  p.weight = address<const void>(weight);
+  p.in = address<const void>(in);
+  p.saved = address<const void>(saved);
+  p.state_in = address<const void>(state_in);
+  p.out = address<void>(out);
+  p.state_out = address<void>(state_out);
+  const Kernels& kernels = cpu_kernels(isa);
+  py::gil_scoped_release release;
+  sweep_cpu(p, kernels, max_threads);
+}
+
+py::dict plan(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int dtype, int max_threads,
+              const std::string& isa) {
+  const Problem p = make_problem(steps, batch, groups, hidden, 0, dtype, 0, false, 1);
+  const Kernels& kernels = cpu_kernels(isa);
+  const CpuPlan plan = plan_cpu(p, kernels, max_threads);
+  py::dict result;
+  result["isa"] = kernels.name;
+  result["threads"] = plan.threads;
+  result["team"] = plan.team;
+  result["lanes"] = plan.layout.lanes;
+  result["vectors"] = plan.layout.vecs;
+  result["blocks"] = plan.layout.blocks;
+  result["chains"] = plan.layout.chains;
+  return result;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : cpu_kernels()) names.push_back(kernels->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU sweeps of fused_rin; see csrc/problem.h for the meaning of the arguments.";
+  m.def("sweep", &sweep);
+  m.def("plan", &plan, py::arg("steps"), py::arg("batch"), py::arg("groups"), py::arg("hidden"), py::arg("dtype"),
+        py::arg("max_threads"), py::arg("isa"));
+  m.def("isas", &isas, "Instruction sets built in and usable on this processor, best first.");
+}

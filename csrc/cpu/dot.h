@@ -1,0 +1,169 @@
+// The inner loops: rows of states times a panel of U, sums in registers. Compiled once per instruction set (vec.h).
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fused_rin {
+namespace FUSED_RIN_ISA {
+namespace {
+
+// With 32 registers a tile of 6 x 4 vectors: 24 sums, 4 for the panel, 1 broadcast, and 10 loads per 24 multiply-adds.
+// With 16 registers, 6 x 2. A single row takes blocks twice as wide or more, to have 8 independent sums.
+constexpr int kNarrow = FUSED_RIN_VECTOR_REGISTERS == 32 ? 4 : 2;
+constexpr int kWide = 8;
+
+// acc[r][v] = sum over k of x[r][k] * panel[k][v], in C interleaved partial sums that are added up last.
+template <class S, int R, int V, int C>
+void dot(const S* __restrict x, int64_t x_stride, const S* __restrict panel, int64_t depth, S* __restrict acc) {
+  using Vec = typename VecOf<S>::Vec;
+  constexpr int kLanes = VecOf<S>::kLanes;
+  Vec sum[C][R][V] = {};
+  int64_t k = 0;
+  for (; k + C <= depth; k += C) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      Vec u[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) u[v] = load(panel + ((k + c) * V + v) * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const S xk = x[r * x_stride + k + c];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[c][r][v] += u[v] * xk;
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[0][r][v] += load(panel + (k * V + v) * kLanes) * x[r * x_stride + k];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      Vec total = sum[0][r][v];
+      if constexpr (C == 2) total += sum[1][r][v];
+      if constexpr (C == 4) total = (total + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
+      store(acc + (r * V + v) * kLanes, total);
+    }
+  }
+}
+
+// Which states of a row are not zero, chunk by chunk.
+struct Nonzero {
+  int32_t* index;  // [D]
+  int64_t begin[kMaxChunks + 1];
+  bool worthwhile;  // enough zeros to be worth skipping
+
+  template <class S>
+  void find(const S* x, const Layout& l) {
+    int64_t count = 0;
+    for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
+      begin[chunk] = count;
+      const int64_t end = (chunk + 1) * l.hidden / l.chunks;
+      for (int64_t k = chunk * l.hidden / l.chunks; k < end; ++k) {
+        index[count] = static_cast<int32_t>(k);
+        count += x[k] != 0;
+      }
+    }
+    begin[l.chunks] = count;
+    worthwhile = count * 8 <= l.hidden * 7;
+  }
+};
+
+// dot for one row over listed states only. Adding 0 * u leaves a sum as it is, so the bits are those of dot.
+template <class S, int V>
+void dot_listed(const S* x, const int32_t* index, int64_t count, const S* __restrict panel, S* __restrict acc) {
+  constexpr int kLanes = VecOf<S>::kLanes;
+  typename VecOf<S>::Vec sum[V] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t k = index[i];
+    const S xk = x[k];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[v] += load(panel + (k * V + v) * kLanes) * xk;
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) store(acc + v * kLanes, sum[v]);
+}
+
+// dot for a single row whose matrix exceeds the first-level cache, where reading the matrix is all the time there is.
+// Two ways to read less of it, or from nearer by:
+// - Rows of U that meet a zero state are passed over: after a ReLU that is about every other one.
+// - A cache that evicts what was used longest ago never serves a matrix that is read around and around. So every other
+//   step walks it backwards and finds the last 30 KB or so where they were left: the depth is cut into chunks with sums
+//   of their own, taken in either order and added up in one order, so that the direction does not show in the result.
+template <class S, int V>
+void dot_chunked(const S* __restrict x, const S* __restrict panel, const Layout& l, const Nonzero* nonzero,
+                 bool descending, S* __restrict acc) {
+  constexpr int kWidth = V * VecOf<S>::kLanes;
+  for (int64_t i = 0; i < l.chunks; ++i) {
+    const int64_t chunk = descending ? l.chunks - 1 - i : i;
+    if (nonzero) {
+      const int64_t begin = nonzero->begin[chunk], count = nonzero->begin[chunk + 1] - begin;
+      dot_listed<S, V>(x, nonzero->index + begin, count, panel, acc + chunk * kWidth);
+    } else {
+      const int64_t k = chunk * l.hidden / l.chunks, depth = (chunk + 1) * l.hidden / l.chunks - k;
+      dot<S, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, acc + chunk * kWidth);
+    }
+  }
+  for (int64_t i = 0; i < kWidth; i += VecOf<S>::kLanes) {
+    auto total = load(acc + i);
+    for (int64_t chunk = 1; chunk < l.chunks; ++chunk) total += load(acc + chunk * kWidth + i);
+    store(acc + i, total);
+  }
+}
+
+template <class S>
+using DotChunked = void (*)(const S*, const S*, const Layout&, const Nonzero*, bool, S*);
+template <class S>
+constexpr DotChunked<S> kDotChunked[8] = {dot_chunked<S, 1>, dot_chunked<S, 2>, dot_chunked<S, 3>, dot_chunked<S, 4>,
+                                          dot_chunked<S, 5>, dot_chunked<S, 6>, dot_chunked<S, 7>, dot_chunked<S, 8>};
+
+template <class S>
+using Dot = void (*)(const S*, int64_t, const S*, int64_t, S*);
+
+// The instances a layout can ask for: [rows - 1][vectors - 1].
+template <class S, int C>
+Dot<S> find_dot(int64_t rows, int64_t vecs) {
+  constexpr int kN = kNarrow < 4 ? 2 : 4;
+  static constexpr Dot<S> kOne[8] = {dot<S, 1, 1, C>,
+                                     dot<S, 1, 2, C>,
+                                     dot<S, 1, 3, C>,
+                                     dot<S, 1, 4, C>,
+                                     C == 1 ? dot<S, 1, 5, 1> : nullptr,
+                                     C == 1 ? dot<S, 1, 6, 1> : nullptr,
+                                     C == 1 ? dot<S, 1, 7, 1> : nullptr,
+                                     C == 1 ? dot<S, 1, 8, 1> : nullptr};
+#define ROW(R)                                                                                   \
+  {                                                                                              \
+    dot<S, R, 1, C>, dot<S, R, 2, C>, dot < S, R, kN<4 ? 1 : 3, C>, dot < S, R, kN<4 ? 1 : 4, C> \
+  }
+  static constexpr Dot<S> kFew[2][4] = {ROW(2), ROW(3)};
+  if (rows == 1) return kOne[vecs - 1];
+  if (rows <= 3) return kFew[rows - 2][vecs - 1];
+  if constexpr (C == 1) {
+    static constexpr Dot<S> kMany[3][4] = {ROW(4), ROW(5), ROW(6)};
+    return kMany[rows - 4][vecs - 1];
+  } else {
+    return nullptr;
+  }
+#undef ROW
+}
+
+template <class S>
+Dot<S> find_dot(const Layout& l, int64_t rows, int64_t vecs) {
+  return l.chains == 1   ? find_dot<S, 1>(rows, vecs)
+         : l.chains == 2 ? find_dot<S, 2>(rows, vecs)
+                         : find_dot<S, 4>(rows, vecs);
+}
+
+// Several partial sums per output leave registers for half the rows.
+int64_t max_tile_rows(const Layout& l) { return l.chains == 1 ? kMaxTileRows : kMaxTileRows / 2; }
+
+}  // namespace
+}  // namespace FUSED_RIN_ISA
+}  // namespace fused_rin

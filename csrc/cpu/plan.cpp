@@ -1,0 +1,95 @@
+// Which instruction set, how many threads, and what they share.
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "sweep.h"
+
+namespace fused_rin {
+
+const std::vector<const Kernels*>& cpu_kernels() {
+  static const std::vector<const Kernels*> available = [] {
+    std::vector<const Kernels*> sets;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      sets.push_back(kernels_avx512());
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(kernels_avx2());
+#endif
+    sets.push_back(kernels_baseline());
+    return sets;
+  }();
+  return available;
+}
+
+const Kernels& cpu_kernels(const std::string& name) {
+  std::string names;
+  for (const Kernels* kernels : cpu_kernels()) {
+    if (name.empty() || name == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument("CPU instruction set '" + name + "' is not available here; expected one of: " + names);
+}
+
+namespace {
+
+int64_t scalar_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks) {
+  Layout l;
+  l.hidden = p.hidden;
+  l.lanes = kernels.vector_bytes / scalar_bytes(p.dtype);
+  l.vecs = (p.hidden + l.lanes - 1) / l.lanes;
+  // A sum needs several chains to hide the latency of its multiply-adds when a row has few vectors.
+  l.chains = l.vecs == 1 ? 4 : l.vecs <= 4 ? 2 : 1;
+  const bool exceeds_l1 = l.vecs * kernels.vector_bytes * l.hidden > 24 * 1024;
+  l.chunks = p.batch == 1 && l.chains == 1 && exceeds_l1 ? std::clamp<int64_t>(l.hidden / 32, 1, kMaxChunks) : 1;
+  const int64_t width = p.batch == 1 && l.chains == 1 ? kernels.wide_block : kernels.narrow_block;
+  l.blocks = std::min(l.vecs, std::max((l.vecs + width - 1) / width, min_blocks));
+  return l;
+}
+
+// Cycles of one step over `rows` rows and `share` of the matrix: multiply-adds at one vector a cycle, or the panel's
+// way from the cache that holds it, once per tile of rows, whichever is longer. The constants are a Zen 4 core's,
+// rounded; only the order of the candidates hangs on them.
+double step_cycles(const Layout& l, double vector_bytes, double rows, double share) {
+  const double multiply_adds = rows * static_cast<double>(l.vecs * l.hidden) * share;
+  const double bytes = static_cast<double>(l.vecs * l.hidden) * vector_bytes * share;
+  const double bytes_per_cycle = bytes < 24e3 ? 64 : bytes < 700e3 ? 28 : 12;
+  const double tiles = std::max(1.0, rows / kMaxTileRows);
+  return 50 + 30 * rows + std::max(multiply_adds, tiles * bytes / bytes_per_cycle);
+}
+
+constexpr double kMeetCycles = 1300;   // a barrier and the misses on the state it exchanges
+constexpr double kWakeCycles = 40000;  // a sleeping thread, once per call
+
+}  // namespace
+
+CpuPlan plan_cpu(const Problem& p, const Kernels& kernels, int max_threads) {
+  const double bytes = static_cast<double>(kernels.vector_bytes);
+  const double rows = static_cast<double>(p.batch), groups = static_cast<double>(p.groups);
+  const double steps = static_cast<double>(std::max<int64_t>(p.steps, 1));
+  const Layout alone = make_layout(p, kernels, 1);
+  CpuPlan best{1, false, alone, groups * step_cycles(alone, bytes, rows, 1)};
+  const int64_t most = std::min<int64_t>(max_threads, Team::kMaxThreads);
+
+  const int64_t apart = std::min<int64_t>(most, p.batch * p.groups);
+  if (apart > 1) {
+    const double n = static_cast<double>(apart);
+    const double share = std::max(1.0, rows * groups / n);  // rows of one thread, over one or more recurrences
+    const double parts = std::max(1.0, groups / n);
+    const double cycles = parts * step_cycles(alone, bytes, share / parts, 1) + kWakeCycles / steps;
+    if (cycles < best.cycles_per_step) best = {static_cast<int>(apart), false, alone, cycles};
+  }
+  const int64_t together = std::min<int64_t>(most, alone.vecs);
+  if (together > 1) {
+    const Layout shared = make_layout(p, kernels, together);
+    const double share = 1.0 / static_cast<double>(together);
+    const double cycles = groups * (step_cycles(shared, bytes, rows, share) + kMeetCycles) + kWakeCycles / steps;
+    if (cycles < best.cycles_per_step) best = {static_cast<int>(together), true, shared, cycles};
+  }
+  return best;
+}
+
+}  // namespace fused_rin

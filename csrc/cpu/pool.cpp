@@ -1,0 +1,102 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <thread>
+
+#include "team.h"
+
+namespace fused_rin {
+
+void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+namespace {
+
+// Spins, then gives the time slice away at each further turn.
+template <class Condition>
+void wait_until(Condition done) {
+  constexpr int kSpins = 2000;
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < kSpins) {
+      pause_cpu();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+// Never destroyed: its threads sleep until the process ends.
+Pool* pool = nullptr;
+
+}  // namespace
+
+void Team::start(int threads) {
+  threads_ = threads;
+  for (int i = 0; i < threads; ++i) flags_[i].epoch.store(0, std::memory_order_relaxed);
+}
+
+void Team::meet(int rank) {
+  const uint64_t epoch = flags_[rank].epoch.load(std::memory_order_relaxed) + 1;
+  flags_[rank].epoch.store(epoch, std::memory_order_release);
+  for (int i = 0; i < threads_; ++i) {
+    wait_until([&] { return flags_[i].epoch.load(std::memory_order_acquire) >= epoch; });
+  }
+}
+
+Pool& Pool::instance() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  });
+  return *pool;
+}
+
+bool Pool::try_run(int threads, const std::function<void(int)>& task) {
+  std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
+  if (!use) return false;
+  while (workers_ < threads - 1) start_worker(workers_ + 1);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    task_ = &task;
+    threads_ = threads;
+    running_.store(threads - 1, std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  task(0);
+  wait_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+  return true;
+}
+
+void Pool::start_worker(int rank) {
+  std::thread(&Pool::work, this, rank, round_.load()).detach();
+  workers_ = rank;
+}
+
+void Pool::work(int rank, uint64_t seen) {
+  for (;;) {
+    // A short spin first: in a training step the backward sweep follows the forward one closely.
+    for (int spins = 0; spins < 500 && round_.load(std::memory_order_acquire) == seen; ++spins) pause_cpu();
+    const std::function<void(int)>* task;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
+      seen = round_.load(std::memory_order_relaxed);
+      task = rank < threads_ ? task_ : nullptr;
+    }
+    if (task) {
+      (*task)(rank);
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+}
+
+}  // namespace fused_rin

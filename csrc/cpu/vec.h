@@ -1,0 +1,232 @@
+// Vectors of one instruction set, in the compiler's own vector types: no intrinsics, one source for all.
+//
+// This file is compiled several times with different -m flags into one library. Everything in it therefore lives in
+// a namespace named after the instruction set, and nothing from the standard library is inlined here: a std::max
+// instantiated in the AVX-512 unit could be the copy the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(FUSED_RIN_ISA)
+#error "FUSED_RIN_ISA must name the instruction set"
+#endif
+
+#if defined(__AVX512F__)
+#define FUSED_RIN_VECTOR_BYTES 64
+#define FUSED_RIN_VECTOR_REGISTERS 32
+#elif defined(__AVX2__)
+#define FUSED_RIN_VECTOR_BYTES 32
+#define FUSED_RIN_VECTOR_REGISTERS 16
+#elif defined(__aarch64__)
+#define FUSED_RIN_VECTOR_BYTES 16
+#define FUSED_RIN_VECTOR_REGISTERS 32
+#else
+#define FUSED_RIN_VECTOR_BYTES 16
+#define FUSED_RIN_VECTOR_REGISTERS 16
+#endif
+
+namespace fused_rin {
+namespace FUSED_RIN_ISA {
+
+// The scalar is the type arithmetic is done in; Bits is its integer twin, what a comparison returns.
+template <class Scalar>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  static constexpr int kLanes = FUSED_RIN_VECTOR_BYTES / 4;
+  typedef float Vec __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES)));
+  typedef uint32_t UBits __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  static constexpr int kLanes = FUSED_RIN_VECTOR_BYTES / 8;
+  typedef double Vec __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES)));
+};
+
+using F32 = VecOf<float>::Vec;
+using I32 = VecOf<float>::Bits;
+using U32 = VecOf<float>::UBits;
+using F64 = VecOf<double>::Vec;
+using I64 = VecOf<double>::Bits;
+typedef uint16_t U16 __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES / 2)));
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast between types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- storage types: what a tensor holds, and the scalar it is computed in ----
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+template <class Storage>
+struct ComputeOf {
+  using Scalar = Storage;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using Scalar = float;
+};
+template <>
+struct ComputeOf<Float16> {
+  using Scalar = float;
+};
+template <class Storage>
+using Scalar = typename ComputeOf<Storage>::Scalar;
+template <class Storage>
+using Vec = typename VecOf<Scalar<Storage>>::Vec;
+
+// bfloat16 is the upper half of a float32.
+inline F32 widen(BFloat16, U16 bits) { return bit_cast<F32>(__builtin_convertvector(bits, U32) << 16); }
+
+// Round to nearest even by adding half of the last kept place (less one, plus that place's own bit). A NaN whose
+// payload would be cut away is kept a NaN by setting the quiet bit.
+inline U16 narrow(BFloat16, F32 value) {
+  const U32 bits = bit_cast<U32>(value);
+  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 is_nan = bit_cast<U32>(value != value);
+  return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded), U16);
+}
+
+// float16: move the 15 bits to float32's place and rescale the exponent by 2^(127-15); a multiplication does it for
+// subnormals too. Exponent 31 (Inf, NaN) becomes 255.
+inline F32 widen(Float16, U16 half) {
+  const U32 bits = __builtin_convertvector(half, U32);
+  const U32 magnitude = (bits & 0x7fff) << 13;
+  const U32 scaled = bit_cast<U32>(bit_cast<F32>(magnitude) * 0x1p112f);
+  const U32 special = bit_cast<U32>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return bit_cast<F32>(scaled | special | ((bits & 0x8000) << 16));
+}
+
+// Round to nearest even in three ranges: Inf/NaN and overflow, subnormal results (adding 0.5f makes the float adder
+// shift and round: its last place is 2^-24, float16's smallest number), and the rest by integer rounding.
+inline U16 narrow(Float16, F32 value) {
+  const U32 bits = bit_cast<U32>(value);
+  const U32 sign = (bits >> 16) & 0x8000;
+  const U32 magnitude = bits & 0x7fffffff;
+  const U32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const U32 subnormal = bit_cast<U32>(bit_cast<F32>(magnitude) + 0.5f) - 0x3f000000u;
+  const U32 is_small = bit_cast<U32>(magnitude < 0x38800000u);
+  const U32 is_huge = bit_cast<U32>(magnitude >= 0x47800000u);
+  const U32 is_nan = bit_cast<U32>(magnitude > 0x7f800000u);
+  const U32 huge = 0x7c00u | (is_nan & 0x200u);
+  const U32 finite = (is_small & subnormal) | (~is_small & normal);
+  return __builtin_convertvector(sign | (is_huge & huge) | (~is_huge & finite), U16);
+}
+
+template <class Storage>
+inline Vec<Storage> load(const Storage* from) {
+  Vec<Storage> value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+inline F32 load(const BFloat16* from) {
+  U16 bits;
+  memcpy(&bits, from, sizeof(bits));
+  return widen(BFloat16{}, bits);
+}
+inline F32 load(const Float16* from) {
+  U16 bits;
+  memcpy(&bits, from, sizeof(bits));
+  return widen(Float16{}, bits);
+}
+
+template <class Storage>
+inline void store(Storage* to, Vec<Storage> value) {
+  memcpy(to, &value, sizeof(value));
+}
+inline void store(BFloat16* to, F32 value) {
+  const U16 bits = narrow(BFloat16{}, value);
+  memcpy(to, &bits, sizeof(bits));
+}
+inline void store(Float16* to, F32 value) {
+  const U16 bits = narrow(Float16{}, value);
+  memcpy(to, &bits, sizeof(bits));
+}
+
+// The first `count` lanes; the others read as zero and are not written.
+template <class Storage>
+inline Vec<Storage> load_first(const Storage* from, int64_t count) {
+  Storage lanes[VecOf<Scalar<Storage>>::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+template <class Storage>
+inline void store_first(Storage* to, Vec<Storage> value, int64_t count) {
+  Storage lanes[VecOf<Scalar<Storage>>::kLanes];
+  store(lanes, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// ---- activations ----
+
+// max(a, 0) that lets NaN through, as torch.relu does: the comparison is false for NaN.
+template <class V>
+inline V relu(V a) {
+  return a <= 0 ? V{} : a;
+}
+
+// e^x for 0 <= x <= 40: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by Cephes' polynomial, 2^n through the exponent bits.
+inline F32 exp_bounded(F32 x) {
+  const F32 shifted = x * 1.44269504088896341f + 0x1.8p23f;  // the integer n stands in the low mantissa bits
+  const F32 n = shifted - 0x1.8p23f;
+  const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F32 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * bit_cast<F32>((bit_cast<I32>(shifted) - 0x4b400000 + 127) << 23);
+}
+inline F64 exp_bounded(F64 x) {
+  const F64 shifted = x * 1.4426950408889634073599 + 0x1.8p52;
+  const F64 n = shifted - 0x1.8p52;
+  const F64 r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  const F64 z = r * r;
+  const F64 p = r * ((z * 1.26177193074810590878e-4 + 3.02994407707441961300e-2) * z + 1.0);
+  const F64 q = ((z * 3.00198505138664455042e-6 + 2.52448340349684104192e-3) * z + 2.27265548208155028766e-1) * z + 2.0;
+  const F64 e = 1.0 + 2.0 * (p / (q - p));
+  return e * bit_cast<F64>((bit_cast<I64>(shifted) - 0x4338000000000000 + 1023) << 52);
+}
+
+// Odd polynomial below 0.625, where 1 - 2 / (e^2x + 1) would cancel (Cephes' coefficients).
+inline F32 tanh_small(F32 x, F32 z) {
+  F32 p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return p * z * x + x;
+}
+inline F64 tanh_small(F64 x, F64 z) {
+  const F64 p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const F64 q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  return x * z * (p / q) + x;
+}
+inline I32 sign_mask(F32) { return I32{} + INT32_MIN; }
+inline I64 sign_mask(F64) { return I64{} + INT64_MIN; }
+
+// Kept out of line: inlined into every epilogue it would only make them long.
+template <class V>
+__attribute__((noinline)) V tanh(V x) {
+  using Bits = decltype(sign_mask(x));
+  const Bits sign = bit_cast<Bits>(x) & sign_mask(x);
+  V magnitude = bit_cast<V>(bit_cast<Bits>(x) & ~sign_mask(x));
+  magnitude = magnitude > 20 ? V{} + 20 : magnitude;  // tanh(20) rounds to 1 in double too; NaN stays NaN
+  const V large = 1 - 2 / (exp_bounded(2 * magnitude) + 1);
+  const V result = magnitude < 0.625f ? tanh_small(magnitude, magnitude * magnitude) : large;
+  return bit_cast<V>(bit_cast<Bits>(result) | sign);
+}
+
+}  // namespace FUSED_RIN_ISA
+}  // namespace fused_rin

@@ -1,0 +1,12 @@
+"""Persistent fused kernels for the Recurrent Identity Network, and for nn.RNN.
+
+h_t = act(W x_t + b + U h_{t-1} + s * h_{t-1})     (Hu, Huber, Anumula, Liu: arXiv 1801.06105)
+"""
+
+from fused_rin.backends import BackendError, Choice, Device, explain, use_backend
+from fused_rin.functional import recurrence
+from fused_rin.modules import RIN, RINCell
+
+__version__ = "0.1.0"
+
+__all__ = ["RIN", "BackendError", "Choice", "Device", "RINCell", "explain", "recurrence", "use_backend"]

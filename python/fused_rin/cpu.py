@@ -1,0 +1,125 @@
+"""The CPU backend: hands tensors to the native sweep as addresses and sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+try:
+    from fused_rin import _native  # type: ignore[attr-defined]
+except ImportError as error:  # a source tree that was not built, or a binary of another Python
+    _native = None
+    _import_error = error
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "tanh": 2}
+
+# "" is the best set this processor has. A process-wide setting, meant for tests and for reporting a suspected fault.
+_isa = os.environ.get("FUSED_RIN_CPU_ISA", "")
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run a problem on `device` in `dtype`, or None if it can."""
+    if _native is None:
+        return f"the native module could not be imported ({_import_error}); build it with `pip install .`"
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, got {device}"
+    if dtype not in DTYPES:
+        return f"it has no {dtype} kernel; expected one of {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that are built in and that this processor has, best first."""
+    return [] if _native is None else _native.isas()
+
+
+@contextlib.contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run the CPU sweeps with one of `instruction_sets()`, in this process, within the context.
+
+    Raises ValueError, listing what there is, if this processor or this build does not have it.
+    """
+    global _isa
+    if name not in instruction_sets():
+        raise ValueError(f"CPU instruction set {name!r} is not available here; expected one of {instruction_sets()}")
+    before, _isa = _isa, name
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+def describe(steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype) -> str:
+    """The plan for a problem, in words."""
+    plan = _native.plan(steps, batch, groups, hidden, DTYPES[dtype], torch.get_num_threads(), _isa)
+    if plan["threads"] == 1:
+        sharing = "one thread"
+    elif plan["team"]:
+        sharing = f"{plan['threads']} threads that share the outputs and meet once a step"
+    else:
+        sharing = f"{plan['threads']} threads, each with sequences of its own"
+    scalar = "float64" if dtype == torch.float64 else "float32"
+    return (
+        f"{plan['isa']}, {sharing}; U packed once per call as {plan['blocks']} panel(s) over {plan['vectors']} "
+        f"vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def forward(
+    pre: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    *,
+    skip: float,
+    activation: str,
+    num_reversed: int,
+) -> tuple[Tensor, Tensor]:
+    """The forward sweep; shapes and meaning as in `fused_rin.reference.recurrence`, all tensors contiguous."""
+    groups, hidden = pre.shape[-2:]
+    steps, batch = pre.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    out = torch.empty_like(pre)
+    h_n = pre.new_empty(batch, groups, hidden)
+    _native.sweep(
+        steps, batch, groups, hidden, num_reversed, DTYPES[pre.dtype], ACTIVATIONS[activation], False, skip,
+        _address(lengths), _address(offsets), _address(resets), weight.data_ptr(), pre.data_ptr(), 0, _address(h0),
+        out.data_ptr(), h_n.data_ptr(), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return out, h_n
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    *,
+    skip: float,
+    activation: str,
+    num_reversed: int,
+) -> tuple[Tensor, Tensor]:
+    """The backward sweep; shapes and meaning as in `fused_rin.reference.backward`, all tensors contiguous."""
+    groups, hidden = out.shape[-2:]
+    steps, batch = out.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    grad_pre = torch.empty_like(out)
+    grad_h0 = out.new_empty(batch, groups, hidden)
+    _native.sweep(
+        steps, batch, groups, hidden, num_reversed, DTYPES[out.dtype], ACTIVATIONS[activation], True, skip,
+        _address(lengths), _address(offsets), _address(resets), weight.data_ptr(), _address(grad_out),
+        out.data_ptr(), _address(grad_h_n), grad_pre.data_ptr(), grad_h0.data_ptr(), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return grad_pre, grad_h0

@@ -1,0 +1,58 @@
+"""Builds the native module with CMake; everything else is in pyproject.toml.
+
+Environment: FUSED_RIN_CMAKE_ARGS adds arguments to the configuring call, FUSED_RIN_CUDA=auto|on|off and
+FUSED_RIN_CUDA_ARCHS choose the CUDA part (see cmake/cuda.cmake).
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CMAKE_OPTIONS = ("FUSED_RIN_CUDA", "FUSED_RIN_CUDA_ARCHS")
+
+
+def cmake_executable() -> str:
+    """The cmake of this Python environment if it has one, else the one on the PATH."""
+    try:
+        import cmake
+    except ImportError:
+        found = shutil.which("cmake")
+        if found is None:
+            raise SystemExit("fused-rin: cmake >= 3.24 is needed to build; try `pip install cmake`") from None
+        return found
+    return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            *(f"-D{name}={os.environ[name]}" for name in CMAKE_OPTIONS if name in os.environ),
+            *shlex.split(os.environ.get("FUSED_RIN_CMAKE_ARGS", "")),
+        ]  # fmt: skip
+        generator = (
+            ["-GNinja"] if shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent) else []
+        )
+        env = dict(os.environ)
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+        cmake = cmake_executable()
+        subprocess.run([cmake, "-S", ROOT, "-B", build, *generator, *options], check=True, env=env)
+        subprocess.run([cmake, "--build", build, "--parallel"], check=True, env=env)
+
+
+setup(ext_modules=[Extension("fused_rin._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
