@@ -19,25 +19,30 @@ using MmaConfigs = BlockConfigs<
     MmaConfig<T, Math::kMma, 128, 16,  4,  8, 2, 2>,
     MmaConfig<T, Math::kMma, 128, 32,  8,  8, 2, 2>,
     MmaConfig<T, Math::kMma, 128, 64,  8,  8, 1, 1>,
-    MmaConfig<T, Math::kMma, 192,  8,  4, 12, 2, 2>,
+    MmaConfig<T, Math::kMma, 192,  8,  4,  9, 2, 2>,
     MmaConfig<T, Math::kMma, 192, 16, 12, 12, 2, 2>,
     MmaConfig<T, Math::kMma, 192, 32, 12, 10, 1, 1>,
     MmaConfig<T, Math::kMma, 256,  8,  8, 16, 4, 4>,
     MmaConfig<T, Math::kMma, 256, 16,  8, 15, 1, 1>,
-    MmaConfig<T, Math::kMma, 256, 32,  8,  8, 1, 1>,
-    MmaConfig<T, Math::kMma, 384,  8,  8, 10, 2, 2>,
+    MmaConfig<T, Math::kMma, 256, 32,  8,  7, 1, 1>,
+    MmaConfig<T, Math::kMma, 384,  8,  8,  9, 2, 2>,
     MmaConfig<T, Math::kMma, 384, 16,  8,  8, 1, 1>>;
 
-template <Math kMath>
 using Tf32Configs = BlockConfigs<
-    MmaConfig<float, kMath,  64,  8,  4,  8, 4, 4>,
-    MmaConfig<float, kMath,  64, 32,  4,  8, 1, 1>,
-    MmaConfig<float, kMath, 128,  8,  8, 16, 4, 4>,
-    MmaConfig<float, kMath, 128, 16,  8, 16, 2, 2>,
-    MmaConfig<float, kMath, 128, 32,  8, 12, 1, 1>,
-    MmaConfig<float, kMath, 192,  8, 12, 20, 2, 2>,
-    MmaConfig<float, kMath, 192, 16, 12, 14, 1, 1>,
-    MmaConfig<float, kMath, 256,  8,  8, 14, 2, 1>>;
+    MmaConfig<float, Math::kTf32,  64,  8,  4,  8, 4, 4>,
+    MmaConfig<float, Math::kTf32,  64, 32,  4,  8, 1, 1>,
+    MmaConfig<float, Math::kTf32, 128,  8,  8, 16, 4, 4>,
+    MmaConfig<float, Math::kTf32, 128, 32,  8, 12, 1, 1>,
+    MmaConfig<float, Math::kTf32, 192,  8, 12, 20, 2, 2>,
+    MmaConfig<float, Math::kTf32, 192, 16, 12, 14, 1, 1>,
+    MmaConfig<float, Math::kTf32, 256,  8,  8, 14, 2, 2>>;
+
+// For one to four rows FMA is as fast and exact, so the tiles begin at 16.
+using Tf32x3Configs = BlockConfigs<
+    MmaConfig<float, Math::kTf32x3,  64, 16,  4,  8, 2, 2>,
+    MmaConfig<float, Math::kTf32x3, 128, 16,  8, 16, 1, 1>,
+    MmaConfig<float, Math::kTf32x3, 192, 16, 12,  9, 1, 1>,
+    MmaConfig<float, Math::kTf32x3, 256, 16,  8,  8, 1, 1>>;
 
 using FmaConfigs = BlockConfigs<
     FmaConfig< 64, 1,  4,  4, 4, 4>,
@@ -46,7 +51,7 @@ using FmaConfigs = BlockConfigs<
     FmaConfig<128, 1,  4,  8, 4, 4>,
     FmaConfig<128, 2,  4,  8, 4, 4>,
     FmaConfig<128, 4,  4,  8, 2, 2>,
-    FmaConfig<192, 1, 12, 12, 4, 4>,
+    FmaConfig<192, 1, 12, 12, 3, 3>,
     FmaConfig<192, 2, 12, 12, 2, 2>,
     FmaConfig<256, 1,  8,  8, 2, 2>,
     FmaConfig<256, 2,  8,  8, 2, 2>>;

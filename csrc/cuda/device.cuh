@@ -215,6 +215,11 @@ __device__ __forceinline__ void split_tf32(float value, uint32_t& big, uint32_t&
   big = __float_as_uint(rounded);
   small = (__float_as_uint(__fsub_rn(value, rounded)) + 0x1000u) & 0xffffe000u;
 }
+// The same word, of which the compiler knows nothing: what is computed from it stays in the loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t word) {
+  asm volatile("" : "+r"(word));
+  return word;
+}
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }
 

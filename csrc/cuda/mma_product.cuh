@@ -27,6 +27,8 @@ struct MmaConfig {
   static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
   // Independent accumulators per output: the dependent chain of mma, not their rate, is what a small tile waits for.
   static constexpr int kChains = kTilesM * kTilesN < 4 && kMath != Math::kTf32x3 ? 2 : 1;
+  // 3xTF32: keep both halves of the matrix where there is room; else split it anew in every step.
+  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kRegisterSteps == kSteps && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
   static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
@@ -70,7 +72,17 @@ class MmaProduct {
 #pragma unroll
     for (int step = 0; step < Config::kRegisterSteps; ++step) {
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) load_fragment(a_[step][m], weight, hidden, step, m);
+      for (int m = 0; m < kTilesM; ++m) {
+        uint32_t a[4];
+        load_fragment(a, weight, hidden, step, m);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Config::kSplitKept)
+            device::split_tf32(device::as_float(a[i]), a_[step][m][i], a_[step][m][4 + i]);
+          else
+            a_[step][m][i] = a[i];
+        }
+      }
     }
     // Not unrolled: with all its loads in flight at once this spilled.
 #pragma unroll 1
@@ -174,46 +186,53 @@ class MmaProduct {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int step = 2 * j + half;
+      const int kept = step < Config::kRegisterSteps ? step : 0;
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         uint32_t a[4];
         if (step < Config::kRegisterSteps) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[i] = a_[step < Config::kRegisterSteps ? step : 0][m][i];
+          for (int i = 0; i < 4; ++i) a[i] = a_[kept][m][i];
         } else {
           const uint4 v = shared_.load<uint4>(fragment(step, m));
           a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
         }
+        if constexpr (Config::kMath == Math::kTf32x3) {
+          uint32_t small_a[4];
 #pragma unroll
-        for (int n = 0; n < kTilesN; ++n)
-          mma(d, m, n, step, a, half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (Config::kSplitKept)
+              small_a[i] = a_[kept][m][4 + i];
+            else  // opaque: or the compiler moves the splitting out of the loop, and spills what it gets
+              device::split_tf32(device::as_float(device::opaque(a[i])), a[i], small_a[i]);
+          }
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            // (A + a)(B + b) without a b, the small terms first.
+            uint32_t big[2], small[2];
+            device::split_tf32(device::as_float(half ? b[n].z : b[n].x), big[0], small[0]);
+            device::split_tf32(device::as_float(half ? b[n].w : b[n].y), big[1], small[1]);
+            device::mma_m16n8k8_tf32(d[0][m][n], small_a, big[0], big[1]);
+            device::mma_m16n8k8_tf32(d[0][m][n], a, small[0], small[1]);
+            device::mma_m16n8k8_tf32(d[0][m][n], a, big[0], big[1]);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            const uint32_t b0 = half ? b[n].z : b[n].x, b1 = half ? b[n].w : b[n].y;
+            if constexpr (Config::kMath == Math::kMma)
+              device::mma_m16n8k16(T{}, d[step % kChains][m][n], a, b0, b1);
+            else
+              device::mma_m16n8k8_tf32(d[step % kChains][m][n], a, b0, b1);
+          }
+        }
       }
-    }
-  }
-
-  template <int kChains>
-  static __device__ __forceinline__ void mma(float (&d)[kChains][kTilesM][kTilesN][4], int m, int n, int step,
-                                             const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (Config::kMath == Math::kMma) {
-      device::mma_m16n8k16(T{}, d[step % kChains][m][n], a, b0, b1);
-    } else if constexpr (Config::kMath == Math::kTf32) {
-      device::mma_m16n8k8_tf32(d[step % kChains][m][n], a, b0, b1);
-    } else {
-      // 3xTF32: (A + a)(B + b) without a b, the small terms first.
-      uint32_t big_a[4], small_a[4], big_b[2], small_b[2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) device::split_tf32(device::as_float(a[i]), big_a[i], small_a[i]);
-      device::split_tf32(device::as_float(b0), big_b[0], small_b[0]);
-      device::split_tf32(device::as_float(b1), big_b[1], small_b[1]);
-      device::mma_m16n8k8_tf32(d[0][m][n], small_a, big_b[0], big_b[1]);
-      device::mma_m16n8k8_tf32(d[0][m][n], big_a, small_b[0], small_b[1]);
-      device::mma_m16n8k8_tf32(d[0][m][n], big_a, big_b[0], big_b[1]);
     }
   }
 
   device::SharedMemory shared_;
   uint32_t lane_offset_;
-  uint32_t a_[Config::kRegisterSteps][kTilesM][4];
+  uint32_t a_[Config::kRegisterSteps][kTilesM][Config::kSplitKept ? 8 : 4];  // kept split: 4 big, 4 small
 };
 
 }  // namespace fused_rin
