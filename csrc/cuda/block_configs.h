@@ -25,7 +25,7 @@ using MmaConfigs = BlockConfigs<
     MmaConfig<T, Math::kMma, 256,  8,  8, 16, 4, 4>,
     MmaConfig<T, Math::kMma, 256, 16,  8, 15, 1, 1>,
     MmaConfig<T, Math::kMma, 256, 32,  8,  7, 1, 1>,
-    MmaConfig<T, Math::kMma, 384,  8,  8,  9, 2, 2>,
+    MmaConfig<T, Math::kMma, 384,  8,  8, 12, 1, 1>,
     MmaConfig<T, Math::kMma, 384, 16,  8,  8, 1, 1>>;
 
 using Tf32Configs = BlockConfigs<
