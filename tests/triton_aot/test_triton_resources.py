@@ -1,7 +1,7 @@
 """What the compiled kernels cost on GPUs that are not here, against a committed table (resources.json).
 
 The limits are the larger of what Triton 3.6 and the newest release make. A rise is either a regression or, after a
-look at it, a new line of the table (`python tests/triton_aot/triton_aot_compile.py --write`).
+look at it, a new line of the table (`python -m tests.triton_aot.triton_aot_compile --write`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ CLOSE = 1.05  # other releases of Triton schedule a little differently
 
 def script(name: str) -> dict:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, str(HERE / name)], env=environment, capture_output=True, text=True)
+    module = f"tests.triton_aot.{name}"
+    run = subprocess.run(
+        [sys.executable, "-m", module], cwd=HERE.parent.parent, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict:
-    return script("triton_aot_compile.py")
+    return script("triton_aot_compile")
 
 
 @pytest.fixture(scope="module")
 def called() -> dict:
-    return script("triton_jit_calls.py")
+    return script("triton_jit_calls")
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -76,6 +79,10 @@ def test_no_batch_and_no_length_compiles_again(called: dict) -> None:
 def test_a_first_call_compiles_in_less_than_3_s(called: dict) -> None:
     for name, counts in called["kernels"].items():
         assert counts["seconds"] < 3, name
+
+
+def test_every_kind_of_input_compiles(called: dict) -> None:
+    assert called["kinds"] == 6 + 4 * 4  # those above; forward, and backward with both gradients or either
 
 
 def test_waves_leave_every_program_an_sm(called: dict) -> None:

@@ -21,6 +21,8 @@ def main() -> None:
     from fused_rin.triton_kernels.sweep import sweep
     from triton.backends.compiler import GPUTarget
 
+    from tests.conftest import make_case
+
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
@@ -63,9 +65,22 @@ def main() -> None:
             call(steps, batch, hidden, dtype)
         later = compiled() - before - first
         found[f"{hidden} {dtype}"] = {"first": first, "later": later, "seconds": elapsed / first}
+    # What an interpreted test runs has to pass Triton's type checks too: each kind of input, present and absent.
+    for options in (
+        {"activation": "none", "skip": 0.0, "resets": True, "hidden": 1},
+        {"activation": "tanh", "layout": "packed", "resets": True, "h0": False},
+        {"activation": "relu", "layout": "lengths", "dtype": torch.float16, "hidden": 600},
+        {"activation": "tanh", "resets": True, "hidden": 1500},
+    ):
+        case = make_case(3, 2, options.pop("hidden", 16), 2, num_reversed=1, **options)
+        out, h_n = triton_kernels.forward(*case.tensors, **case.constants)
+        for grads in ((out, h_n), (None, h_n), (out, None)):
+            rest = (case.weight, out, case.lengths, case.offsets, case.resets)
+            triton_kernels.backward(*grads, *rest, **case.constants)
+    kinds = compiled()
     launches.clear()
     call(2, 16 * 9, 1024, torch.bfloat16, lengths=False)
-    print(json.dumps({"kernels": found, "waves": launches}))
+    print(json.dumps({"kernels": found, "kinds": kinds, "waves": launches}))
 
 
 if __name__ == "__main__":
