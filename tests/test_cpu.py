@@ -273,3 +273,14 @@ def test_the_instruction_set_can_be_chosen_and_is_named():
     code = "import fused_rin; print(fused_rin.explain((4, 1, 64)).plan)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("baseline")
+
+
+@pytest.mark.parametrize("hidden", [5, 40, 129])
+@pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
+def test_the_output_may_overwrite_the_input(isa, hidden, layout):
+    case = make_case(9, 3, hidden, layout=layout)
+    want = cpu.forward(*case.tensors, **case.constants)
+    pre = case.pre.clone()
+    got = cpu.forward(pre, *case.tensors[1:], **case.constants, out=pre)
+    assert got[0] is pre
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
