@@ -23,7 +23,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	FUSED_RIN_BUILD_DIR=build/cmake $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 setup: $(VENV)/.built
