@@ -60,19 +60,20 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   };
 
   // Pair p is active at times t < limit[p]: none past the batch, past the hidden size, or past the row's length.
+  const auto length = [&](int row) {  // clamped: values on a device are not checked, that would stall it
+    const int64_t steps = problem.lengths ? device::load_global(problem.lengths + first_row + row) : problem.steps;
+    return static_cast<int>(min(max(steps, int64_t{0}), problem.steps));
+  };
   uint32_t limit[kPairs];
   int stop = static_cast<int>(problem.steps);  // steps of the block's longest row
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const int row = product.row(p % kColumns);
-    limit[p] = 0;
-    if (row < live_rows && product.neuron(p) < hidden)
-      limit[p] = problem.lengths ? device::load_global(problem.lengths + first_row + row) : problem.steps;
+    limit[p] = row < live_rows && product.neuron(p) < hidden ? length(row) : 0;
   }
   if (problem.lengths) {
     stop = 0;
-    for (int row = 0; row < live_rows; ++row)
-      stop = max(stop, static_cast<int>(device::load_global(problem.lengths + first_row + row)));
+    for (int row = 0; row < live_rows; ++row) stop = max(stop, length(row));
   }
   const int first_time = down ? stop - 1 : 0, direction = down ? -1 : 1;
   // As unsigned, so that the times before the first and after the last step are at no limit's left.

@@ -152,14 +152,13 @@ class Block {
   void global_access(const void* p, size_t bytes, bool write) {
     const auto at = reinterpret_cast<uintptr_t>(p);
     if (at % bytes) fail(std::string("misaligned global ") + (write ? "write" : "read"));
-    std::string nearest = "no tensor";
+    std::string nearest = "no tensor", read_only;
     uintptr_t distance = ~uintptr_t{0};
     for (const Tensor& tensor : launch_.tensors) {
       const auto begin = reinterpret_cast<uintptr_t>(tensor.data), end = begin + tensor.bytes;
       if (at >= begin && at + bytes <= end) {
-        if (write && !tensor.writable) fail("write to the read-only tensor " + tensor.name);
-        occasional_yield();
-        return;
+        if (!write || tensor.writable) return occasional_yield();
+        read_only = tensor.name;  // another tensor may lie over it
       }
       const uintptr_t gap = at < begin ? begin - at : at + bytes - end;
       if (gap < distance) {
@@ -168,6 +167,7 @@ class Block {
                   (at < begin ? "before " : "past the end of ") + tensor.name;
       }
     }
+    if (!read_only.empty()) fail("write to the read-only tensor " + read_only);
     fail(std::string("global ") + (write ? "write" : "read") + " of " + std::to_string(bytes) +
          " bytes outside every tensor: it " + nearest);
   }
