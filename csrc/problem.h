@@ -37,7 +37,7 @@ struct Problem {
   const void* in;          // [rows, G, D] pre | gradient of out (null: zero)
   const void* saved;       // unused      | out
   const void* state_in;    // [B, G, D] h0 | gradient of h_n (null: zero)
-  void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero
+  void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero. May be `in`
   void* state_out;         // [B, G, D] h_n | gradient of h0
 };
 

@@ -21,25 +21,31 @@ struct Columns {
   int64_t count;
 
   // `op(vector of carry + skip * x + in, vector of saved)` over all columns. The last vector overlaps the one before
-  // it instead of being cut; only a row shorter than a vector is copied through a buffer.
+  // it instead of being cut; only a row shorter than a vector is copied through a buffer. `out` may be `in`: what the
+  // last vector needs of it is fetched before anything is written.
   template <class Op>
   void apply(Op op) const {
     constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
     const bool whole = count >= kLanes;
-    for (int64_t i = 0; i < count; i += kLanes) {
-      if (whole && i + kLanes > count) i = count - kLanes;
-      auto fetch = [&](const T* from) { return whole ? load(from + i) : load_first(from, count); };
+    const int64_t last = whole ? count - kLanes : 0;
+    auto fetch = [&](const T* from, int64_t i) {
+      return !from ? Vec<T>{} : whole ? load(from + i) : load_first(from, count);
+    };
+    auto finish = [&](int64_t i, Vec<T> streamed) {
       Vec<T> a = load(carry + i);
       if (x) a += load(x + i) * skip;
-      if (in) a += fetch(in);
-      a = op(a, saved ? fetch(saved) : Vec<T>{});
+      if (in) a += streamed;
+      a = op(a, fetch(saved, i));
       if (next) store(next + i, a);
       if (whole) {
         store(out + i, a);
       } else {
         store_first(out, a, count);
       }
-    }
+    };
+    const Vec<T> last_in = fetch(in, last);
+    for (int64_t i = 0; i < last; i += kLanes) finish(i, fetch(in, i));
+    finish(last, last_in);
   }
 };
 

@@ -85,11 +85,16 @@ def forward(
     skip: float,
     activation: str,
     num_reversed: int,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The forward sweep; shapes and meaning as in `fused_rin.reference.recurrence`, all tensors contiguous."""
+    """The forward sweep; shapes and meaning as in `fused_rin.reference.recurrence`, all tensors contiguous.
+
+    `out` receives the states; it may be `pre` itself, which is then overwritten.
+    """
     groups, hidden = pre.shape[-2:]
     steps, batch = pre.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
-    out = torch.empty_like(pre)
+    if out is None:
+        out = torch.empty_like(pre)
     h_n = pre.new_empty(batch, groups, hidden)
     _native.sweep(
         steps, batch, groups, hidden, num_reversed, DTYPES[pre.dtype], ACTIVATIONS[activation], False, skip,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,6 +55,8 @@ def recurrence(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if not math.isfinite(skip):
+        raise ValueError(f"skip must be finite, got {skip}")
     rank = 4 if batch_sizes is None else 3
     if pre.dim() != rank:
         layout = "[T, B, G, D]" if batch_sizes is None else "[rows, G, D] when batch_sizes is given"

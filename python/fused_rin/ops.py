@@ -190,13 +190,18 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.permute(1, 2, 0) @ b.transpose(0, 1)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel may read it: fake, functional and other wrapped tensors have no data to point at."""
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
 def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
     weight, h0, out, lengths, offsets, resets = ctx.saved_tensors
     skip, activation, num_reversed, backend = ctx.constants
     arguments = (grad_out, grad_h_n, weight, out, lengths, offsets, resets)
     if grad_out is None and grad_h_n is None:
         return (None,) * 10
-    if torch.compiler.is_compiling() or isinstance(out, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or not _is_plain(out):
         sweep = torch.ops.fused_rin.sweep_backward
         grad_pre, grad_h0 = sweep(*arguments, skip, activation, num_reversed, backend)
     elif torch.is_grad_enabled():
@@ -240,10 +245,6 @@ class Recurrence(torch.autograd.Function):
 torch.library.register_autograd("fused_rin::sweep_forward", _backward, setup_context=_setup_context)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-
-
 def recurrence(
     pre: Tensor,
     weight: Tensor,
@@ -273,7 +274,7 @@ def recurrence(
             activation=activation,
             num_reversed=num_reversed,
         )
-    if not (_is_plain(pre) and _is_plain(weight)):  # fake tensors, functional tensors: no data to point at
+    if not (_is_plain(pre) and _is_plain(weight)):
         return torch.ops.fused_rin.sweep_forward(*arguments)
     if torch.is_grad_enabled() and (pre.requires_grad or weight.requires_grad or (h0 is not None and h0.requires_grad)):
         return Recurrence.apply(*arguments)

@@ -1,0 +1,49 @@
+# Everything starts from a fresh checkout: Python 3.10+, a C++17 compiler, and the network for the first `pip install`.
+#   make demo   train, compare and time; ends with a table and pictures under demo/
+#   make test   all tests
+# FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RESULTS ?= benchmarks/results/cpu.json
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: all setup demo test lint bench-cpu gpu clean
+all: setup
+
+# The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
+$(VENV)/.deps: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
+	$(BIN)/python -c "import tomllib" 2>/dev/null || $(BIN)/python -m pip install -q tomli
+	$(BIN)/python -m pip install -q -c constraints.txt $$($(BIN)/python tools/extras.py experiments bench test lint)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/python -m fused_rin.experiments demo --out demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.deps
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench-cpu: setup
+	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-enable --benchmark-disable-gc -q \
+	    --benchmark-json=build/bench-cpu.json --benchmark-columns=median,rounds --benchmark-quiet
+	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(RESULTS)
+
+clean:
+	rm -rf build demo $(VENV) *.egg-info python/*.egg-info python/fused_rin/*.so

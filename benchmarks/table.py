@@ -1,0 +1,65 @@
+"""Turns pytest-benchmark's JSON of benchmarks/test_cpu.py into a small results file and a table.
+
+python -m benchmarks.table RAW.json RESULTS.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import fused_rin
+import torch
+from fused_rin import cpu
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on, without naming the machine."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        model = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "instruction_sets": cpu.instruction_sets(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fused_rin": fused_rin.__version__,
+    }
+
+
+def render(rows: list[dict[str, object]]) -> str:
+    lines = []
+    for what in ("inference", "training"):
+        lines += [f"{what}: us a step, RIN / nn.RNN (ratio)", ""]
+        lines.append(f"{'B, T, H':>14} {'in':>5} {'start':>5}   {'1 thread':>24}   {'2 threads':>24}")
+        points: dict[tuple, dict[int, dict]] = {}
+        for row in rows:
+            if row["what"] == what:
+                key = (row["B"], row["T"], row["H"], row["input_size"], row["start"])
+                points.setdefault(key, {})[row["threads"]] = row
+        for (b, t, h, i, start), by_threads in points.items():
+            cells = [
+                f"{r['us_per_step']:7.2f} / {r['nn_rnn_us_per_step']:7.2f} ({r['ratio']:4.1f}x)"
+                for _, r in sorted(by_threads.items())
+            ]
+            lines.append(f"{f'{b}, {t}, {h}':>14} {i:>5} {start:>5}   " + "   ".join(f"{c:>24}" for c in cells))
+        lines.append("")
+    worst = min(rows, key=lambda row: row["ratio"])
+    lines.append(
+        f"lowest ratio: {worst['ratio']:.2f}x ({worst['what']}, B={worst['B']} T={worst['T']} H={worst['H']}, "
+        f"{worst['threads']} thread(s), start {worst['start']})"
+    )
+    return "\n".join(lines)
+
+
+def main(raw: str, results: str) -> None:
+    rows = [entry["extra_info"] for entry in json.loads(Path(raw).read_text())["benchmarks"]]
+    Path(results).write_text(json.dumps({"machine": machine(), "points": rows}, indent=1) + "\n")
+    print(render(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

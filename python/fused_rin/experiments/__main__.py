@@ -1,0 +1,3 @@
+from fused_rin.experiments.cli import main
+
+main()

@@ -1,0 +1,141 @@
+"""The command line `fused-rin`. A mistake in what was asked for ends in one line on stderr and exit code
+2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import INTERRUPTED, UserError
+from .models import MODELS
+from .runs import Run
+from .settings import MAY_DIFFER, OPTIMIZERS, PRECISIONS, SCHEDULES, TASK_DEFAULTS, TASKS, Settings
+
+HELP: dict[str, str] = {
+    "length": "sequence length of the adding problem",
+    "permute": "digits: read the pixels in one fixed random order",
+    "noise": "digits: standard deviation of noise on the training pixels (0..1)",
+    "test_size": "adding: sequences of the test set",
+    "hidden_size": "units of each layer",
+    "num_layers": "recurrent layers",
+    "input_std": "rin, irnn: standard deviation of the first input weights",
+    "recurrent_std": "rin: standard deviation of the first U",
+    "warmup": "updates over which the learning rate rises",
+    "clip": "largest norm of the gradient; 0 does not clip",
+    "steps": "updates in all",
+    "log_every": "steps between training metrics",
+    "eval_every": "steps between evaluations of the test set",
+    "checkpoint_every": "steps between checkpoints",
+    "device": "auto, cpu, cuda or mps",
+    "threads": "CPU threads; 0: as PyTorch chooses",
+}
+CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    parser = Parser(prog="fused-rin", description="Train Recurrent Identity Networks and their peers.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_demo(commands)
+    options = parser.parse_args(arguments)
+    try:
+        sys.exit(options.run(options))
+    except UserError as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a model on a task",
+        description="Train a model on a task. Ctrl-C leaves a checkpoint; go on with --resume.",
+        epilog="Defaults of single tasks: "
+        + "; ".join(
+            f"{task}: " + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in settings.items())
+            for task, settings in TASK_DEFAULTS.items()
+            if settings
+        ),
+    )
+    parser.set_defaults(run=_train)
+    parser.add_argument("--task", help=", ".join(TASKS))
+    parser.add_argument("--model", default=argparse.SUPPRESS, help=f"{', '.join(MODELS)} (default: rin)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TASK-MODEL-SEED)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    example = Settings("adding")
+    for field in dataclasses.fields(Settings):
+        name, default = field.name, getattr(example, field.name)
+        if name in ("task", "model"):
+            continue
+        option: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP.get(name, "")}
+        if isinstance(default, bool):
+            option["action"] = "store_true"
+        else:
+            option["type"] = type(default)
+            option["metavar"] = {int: "N", float: "X"}.get(type(default))
+            option["help"] += f" (default: {default})" if option["help"] else f"default: {default}"
+        if name in CHOICES:
+            option["help"] = f"{', '.join(CHOICES[name])} (default: {default})"
+        parser.add_argument("--" + name.replace("_", "-"), **option)
+
+
+def _train(options: argparse.Namespace) -> int:
+    known = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in known and value is not None}
+    if options.resume is None:
+        if "task" not in given:
+            raise UserError(f"--task is required (or --resume); known: {', '.join(TASKS)}")
+        settings = Settings.for_task(**given)
+        folder = Run.new(options.out or Path("runs") / _default_name(settings), settings)
+    else:
+        if options.out is not None:
+            raise UserError("--out and --resume cannot be given together")
+        folder = _reopen(options.resume, given)
+
+    from .progress import train_command  # Fabric and matplotlib take two seconds to import
+
+    return train_command(folder, resume=options.resume is not None)
+
+
+def _default_name(settings: Settings) -> str:
+    return f"{settings.task}-{settings.model}-{settings.seed}"
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train and time on two small tasks, in under three minutes",
+        description="Train RIN, a tanh RNN and an LSTM on two small tasks, and time RIN against torch.nn.RNN.",
+    )
+    parser.set_defaults(run=_demo)
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import demo
+
+    return demo(options.out)
+
+
+def _reopen(path: Path, given: dict[str, Any]) -> Run:
+    folder = Run.open(path)
+    settings = dataclasses.replace(folder.settings, **given)
+    for name, value in given.items():
+        if name not in MAY_DIFFER and value != getattr(folder.settings, name):
+            raise UserError(
+                f"{path}: the run has {name} {getattr(folder.settings, name)}, {value} was asked for; "
+                f"only {', '.join(MAY_DIFFER)} may change when resuming"
+            )
+    return Run(path, settings)

@@ -1,0 +1,284 @@
+"""The training loop: one process or several, on any device and in any precision of Lightning Fabric.
+
+A run resumes bit for bit. Everything random comes from (seed, purpose, step), so what a run has to remember
+is the model, the optimizer, the step and the sums since the last log line; a checkpoint holds just these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from .checkpoints import AtomicCheckpointIO, check_model_state
+from .errors import UserError
+from .runs import Run
+from .settings import MAY_DIFFER, Settings
+from .tasks import Part
+
+EVAL_BATCH = 500  # sequences: large enough that latency does not matter, small enough for T=784 at 200 units
+Report = Callable[[int, "dict[str, Any] | None"], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a training run stands when `Trainer.run` returns."""
+
+    step: int
+    interrupted: bool
+    test: dict[str, Any]  # the newest test record of the metrics; empty if there is none
+    seconds_per_step: float  # of this call, without evaluation and checkpoints
+
+
+class Diverged(Exception):
+    """No gradient since the last log line was finite, or a weight is not; the last checkpoint is from
+    before.
+    """
+
+
+class Trainer:
+    """Trains the model of a run up to `folder.settings.steps`, leaving metrics and checkpoints in its folder.
+
+    Args:
+        folder: the run's folder. Made by `run()` unless `resume`, which goes on from the checkpoint in it.
+        report: called as `report(step, record)` with every record added to the metrics, and with None after
+        every step.
+
+    Raises UserError when settings, checkpoint or device cannot be used.
+    """
+
+    def __init__(self, folder: Run, resume: bool = False, report: Report | None = None):
+        self.folder, self.settings = folder, folder.settings
+        self.report = report or (lambda step, record: None)
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        self.fabric = make_fabric(self.settings)
+        self.fabric.launch()
+        self.part = Part(self.fabric.global_rank, self.fabric.world_size)
+        if self.settings.batch_size % self.part.world:
+            raise UserError(
+                f"batch_size must be a multiple of the number of processes, {self.part.world}, "
+                f"got {self.settings.batch_size}"
+            )
+        self.task = self.settings.build_task(self.fabric.device)
+        if self.settings.batch_size > (self.task.train_size or math.inf):
+            raise UserError(
+                f"batch_size must be at most {self.task.train_size}, the samples of {self.settings.task}, "
+                f"got {self.settings.batch_size}"
+            )
+        module = self.settings.build_model(self.task)
+        self.model, self.optimizer = self.fabric.setup(module, make_optimizer(self.settings, module))
+        self.step, self.seconds = 0, 0.0
+        self.totals = torch.zeros(4, device=self.fabric.device)  # since the last log line, see `_sums`
+        self.resume = resume
+        if resume:
+            self._load()
+
+    def run(self) -> Outcome:
+        """Runs the remaining steps. SIGINT and SIGTERM end it after the step in hand, with a checkpoint of
+        that step.
+
+        Raises UserError when the disk refuses, and Diverged.
+        """
+        settings = self.settings
+        first, pauses = self.step, 0.0
+        start, before = time.perf_counter(), self.seconds
+        if not self.resume and self.fabric.is_global_zero:
+            self.folder.create()
+        with _deferred_signals() as received:
+            if self.step == 0:
+                self._save()  # so that a run interrupted in its first steps can go on, too
+            while self.step < settings.steps:
+                self._train_step()
+                self.report(self.step, None)
+                pause = time.perf_counter()
+                self.seconds = before + pause - start
+                if self._due(settings.log_every):
+                    self._record("train", self._collect())
+                if self._due(settings.eval_every):
+                    self._record("test", self.evaluate())
+                stop = self._agree_to_stop(bool(received))
+                if stop or self._due(settings.checkpoint_every):
+                    self._save()
+                pauses += time.perf_counter() - pause
+                if stop:
+                    break
+        steps = self.step - first
+        tests = [record for record in self.folder.read_metrics() if record["split"] == "test"]
+        return Outcome(
+            step=self.step,
+            interrupted=self.step < settings.steps,
+            test=tests[-1] if tests else {},
+            seconds_per_step=(time.perf_counter() - start - pauses) / steps if steps else 0.0,
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and accuracy over the test set."""
+        self.model.eval()
+        sums = torch.zeros_like(self.totals)
+        for inputs, target in self.task.test_batches(EVAL_BATCH, self.part):
+            output = self.model(*inputs)
+            sums += self._sums(output, target, self.task.loss(output, target))
+        self.model.train()
+        loss, correct, samples, _ = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
+        return {"loss": loss / samples, "accuracy": correct / samples}
+
+    def _train_step(self) -> None:
+        settings = self.settings
+        inputs, target = self.task.train_batch(self.step, settings.batch_size, self.part)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(self.step)
+        output = self.model(*inputs)
+        loss = self.task.loss(output, target)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self.model, self.optimizer, max_norm=settings.clip or math.inf, error_if_nonfinite=False
+        )
+        # Where a sequence made the network overflow, clipping has left zeros and NaNs: such a gradient counts as
+        # zero. Looking at the norm instead would make every step wait for the device.
+        for parameter in self.model.parameters():
+            torch.nan_to_num_(parameter.grad, nan=0.0)
+        self.optimizer.step()
+        self.step += 1
+        self.totals += self._sums(output.detach(), target, loss.detach(), norm)
+
+    def _sums(self, output: Tensor, target: Tensor, loss: Tensor, norm: Tensor | None = None) -> Tensor:
+        """Loss, right answers, samples and norm of the gradient, each summed over the samples of a batch.
+        With a norm, a batch whose gradient was not finite gives zeros.
+        """
+        right = self.task.correct(output, target).float().mean()
+        sums = torch.stack([loss, right, torch.ones_like(loss), torch.zeros_like(loss) if norm is None else norm])
+        sums *= target.shape[0]
+        return sums if norm is None else torch.where(norm.isfinite(), sums, 0.0)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.settings.steps
+
+    def _collect(self) -> dict[str, float]:
+        """The means since the last log line."""
+        loss, correct, samples, norm = self.fabric.all_reduce(self.totals, reduce_op="sum").tolist()
+        self.totals.zero_()
+        steps = self.step % self.settings.log_every or self.settings.log_every
+        skipped = steps - round(samples / self.settings.batch_size)
+        if not samples:
+            raise Diverged(f"no gradient of the {steps} steps before step {self.step} was finite")
+        return {
+            "loss": loss / samples,
+            "accuracy": correct / samples,
+            "gradient_norm": norm / samples,
+            "skipped": skipped,
+            "learning_rate": self.settings.learning_rate_at(self.step - 1),
+        }
+
+    def _record(self, split: str, values: dict[str, float]) -> None:
+        if self.fabric.is_global_zero:
+            record = {"step": self.step, "split": split, **values, "seconds": round(self.seconds, 3)}
+            self.folder.append_metrics(record)
+            self.report(self.step, record)
+
+    def _agree_to_stop(self, received: bool) -> bool:
+        """Whether to stop now. Processes see a signal at different steps: they vote, with the log lines."""
+        if self.part.world == 1:
+            return received
+        if not self._due(self.settings.log_every):
+            return False
+        vote = torch.tensor(float(received), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(vote, reduce_op="sum"))
+
+    def _save(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise Diverged(f"a weight became infinite or NaN shortly before step {self.step}")
+        state = {
+            "settings": self.settings.to_dict(),
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "step": self.step,
+            "seconds": self.seconds,
+            "totals": self.totals,
+        }
+        self.fabric.save(self.folder.checkpoint_path, state)
+
+    def _load(self) -> None:
+        path = self.folder.checkpoint_path
+        if not path.exists() and not self.folder.read_metrics():
+            return  # interrupted before its first checkpoint
+        checkpoint = self.fabric.load(path)
+        try:
+            made_with = Settings.from_dict(checkpoint["settings"])
+            for field in dataclasses.fields(Settings):
+                ours, theirs = getattr(self.settings, field.name), getattr(made_with, field.name)
+                if ours != theirs and field.name not in MAY_DIFFER:
+                    raise UserError(f"made with {field.name} {theirs}, the run has {ours}")
+            check_model_state(checkpoint["model"], self.model)
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.totals.copy_(checkpoint["totals"])
+            self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+        except (UserError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: does not fit this run: {error}") from error
+        if self.fabric.is_global_zero:
+            self.folder.rewind_metrics(self.step)
+
+
+def make_fabric(settings: Settings) -> Fabric:
+    """Fabric for these settings: one device, or as many processes as torchrun has started."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        return Fabric(
+            accelerator=settings.device,
+            devices=local,
+            num_nodes=world // local,
+            # A RIN's only buffer is its constant skip; there is nothing to broadcast before a step.
+            strategy=DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
+            precision=settings.precision,
+            plugins=[AtomicCheckpointIO()],
+        )
+    except Exception as error:  # Fabric has several kinds of its own for a device that is not there
+        raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    kinds = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
+    return kinds[settings.optimizer](model.parameters(), lr=settings.learning_rate)
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of acting on them; the second one acts as it does
+    outside.
+
+    Only the main thread may set handlers; elsewhere nothing is collected.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def collect(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, collect)
+    try:
+        yield received
+    finally:
+        restore()

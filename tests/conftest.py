@@ -1,0 +1,150 @@
+"""Shared by all tests: the tolerance rule, and problems to try kernels on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fused_rin import reference
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """A random problem in some dtype, with everything that the sweeps take."""
+
+    pre: Tensor
+    weight: Tensor
+    h0: Tensor | None
+    lengths: Tensor | None
+    offsets: Tensor | None
+    resets: Tensor | None
+    skip: float
+    activation: str
+    num_reversed: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.pre, self.weight, self.h0, self.lengths, self.offsets, self.resets
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return {"skip": self.skip, "activation": self.activation, "num_reversed": self.num_reversed}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        h0 = None if self.h0 is None else self.h0.to(dtype)
+        return Case(
+            self.pre.to(dtype), self.weight.to(dtype), h0, self.lengths, self.offsets, self.resets,
+            self.skip, self.activation, self.num_reversed,
+        )  # fmt: skip
+
+
+def make_case(
+    steps: int,
+    batch: int,
+    hidden: int,
+    groups: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "full",
+    h0: bool = True,
+    resets: bool = False,
+    skip: float = 1.0,
+    activation: str = "relu",
+    num_reversed: int = 0,
+    seed: int = 0,
+) -> Case:
+    """`layout`: "full", "lengths" (some of them 0) or "packed". Values are such that states stay near 1 in size."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    # Growth (1 + 0.3)^T has to be avoided for long sequences: the longer, the smaller U, and the skip below 1 by it.
+    weight = normal(groups, hidden, hidden) * (0.5 / math.sqrt(hidden) / max(1.0, steps / 16))
+    lengths = offsets = None
+    rows: tuple[int, ...] = (steps, batch)
+    if layout != "full":
+        low = 1 if layout == "packed" else 0
+        lengths = torch.randint(low, steps + 1, (batch,), generator=draw)
+        if layout == "packed":
+            lengths[0] = steps
+            lengths = lengths.sort(descending=True)[0]
+            sizes = (lengths > torch.arange(steps)[:, None]).sum(1)
+            offsets = sizes.cumsum(0) - sizes
+            rows = (int(sizes.sum()),)
+    return Case(
+        pre=normal(*rows, groups, hidden),
+        weight=weight,
+        h0=normal(batch, groups, hidden) if h0 else None,
+        lengths=lengths,
+        offsets=offsets,
+        resets=torch.rand(rows, generator=draw) < 0.25 if resets else None,
+        skip=skip,
+        activation=activation,
+        num_reversed=num_reversed,
+    )
+
+
+def assert_within(what: str, got: Tensor, plain: Tensor, exact: Tensor, factor: float, terms: int) -> None:
+    """The tolerance rule: got may miss `exact` (float64) by `factor` times what plain PyTorch misses it by.
+
+    A small absolute part, a few last places of the largest value and for `terms` summands, covers the cases where
+    plain PyTorch happens to be exact.
+    """
+    assert got.dtype == plain.dtype
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    error = (got.double() - exact).abs().max().item()
+    allowed = factor * (plain.double() - exact).abs().max().item()
+    allowed += 2 * torch.finfo(got.dtype).eps * math.sqrt(terms) * max(1.0, exact.abs().max().item())
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@contextlib.contextmanager
+def use_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int = 1) -> None:
+    """Forward and backward sweep of a backend on `case`, by the tolerance rule against the float64 reference.
+
+    The backward sweep is compared on the kernel's own outputs, so that a unit that stops in one arithmetic and not
+    in the other does not hide or feign an error of the sweep.
+    """
+    dtype = case.pre.dtype
+    with use_threads(threads):
+        out, h_n = forward(*case.tensors, **case.constants)
+    plain = reference.recurrence(*case.tensors, **case.constants)
+    exact = reference.recurrence(*case.to(torch.float64).tensors, **case.constants)
+    terms = case.pre.shape[-1] + case.pre.shape[0]
+    assert_within("out", out, plain[0], exact[0], 2, terms)
+    assert_within("h_n", h_n, plain[1], exact[1], 2, terms)
+
+    draw = torch.Generator().manual_seed(seed)
+    grad_out, grad_h_n = (torch.randn(t.shape, generator=draw, dtype=torch.float64).to(dtype) for t in (out, h_n))
+    for name, g, g_n in (("both", grad_out, grad_h_n), ("out", grad_out, None), ("h_n", None, grad_h_n)):
+        rest = (case.lengths, case.offsets, case.resets)
+        with use_threads(threads):
+            got = backward(g, g_n, case.weight, out, *rest, **case.constants)
+        plain = reference.backward(g, g_n, case.weight, out, *rest, **case.constants)
+        doubles = (None if t is None else t.double() for t in (g, g_n, case.weight, out))
+        exact = reference.backward(*doubles, *rest, **case.constants)
+        assert_within(f"grad_pre from {name}", got[0], plain[0], exact[0], 3, terms)
+        assert_within(f"grad_h0 from {name}", got[1], plain[1], exact[1], 3, terms)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # tests that want more say so; the reference's small products are fastest on one

@@ -1,0 +1,186 @@
+"""Mistakes end in one line on stderr and exit code 2, and nothing that was there before is touched."""
+
+import json
+import os
+
+import pytest
+import torch
+from experiment_helpers import fused_rin, metrics
+from fused_rin.experiments.checkpoints import read_checkpoint
+from fused_rin.experiments.cli import main
+from fused_rin.experiments.runs import Run
+from fused_rin.experiments.settings import Settings
+from fused_rin.experiments.training import Trainer
+
+SMALL = ["--length", "10", "--hidden-size", "8", "--steps", "4", "--test-size", "20", "--threads", "1"]
+TRAIN = ["train", "--task", "adding", *SMALL]
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Runs the command line, which has to fail as every mistake does; returns its one line."""
+
+    def run(*arguments):
+        before = snapshot(tmp_path)
+        with pytest.raises(SystemExit) as error:
+            main([str(argument) for argument in arguments])
+        assert error.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1
+        assert printed.err.startswith("fused-rin")
+        assert "Traceback" not in printed.err
+        assert snapshot(tmp_path) == before
+        return printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "--task is required"),
+        (["train", "--task", "additon"], "unknown task 'additon'; known: adding, digits"),
+        ([*TRAIN, "--model", "rim"], "unknown model 'rim'; known: rin, irnn, rnn, lstm, gru"),
+        ([*TRAIN, "--optimizer", "adan"], "unknown optimizer 'adan'; known: adam, rmsprop, sgd"),
+        ([*TRAIN, "--precision", "fp7"], "unknown precision 'fp7'"),
+        ([*TRAIN, "--hidden-size", "0"], "hidden_size must be a positive integer, got 0"),
+        ([*TRAIN, "--steps", "-3"], "steps must be a positive integer, got -3"),
+        ([*TRAIN, "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
+        ([*TRAIN, "--batch-size", "two"], "invalid int value: 'two'"),
+        ([*TRAIN, "--learning-rate", "nan"], "learning_rate must be finite and not negative, got nan"),
+        ([*TRAIN, "--clip", "-1"], "clip must be finite and not negative, got -1.0"),
+        ([*TRAIN, "--length", "1"], "length must be at least 2"),
+        ([*TRAIN, "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        ([*TRAIN, "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["train", "--task", "digits", "--batch-size", "1438"], "batch_size must be at most 1437"),
+    ],
+)
+def test_wrong_settings(fails, tmp_path, arguments, message):
+    arguments = [*arguments, "--out", tmp_path / "run"] if arguments[:1] == ["train"] else arguments
+    assert message in fails(*arguments)
+
+
+def test_a_cuda_that_is_not_there(fails, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "device 'cuda' cannot be used" in fails(*TRAIN, "--device", "cuda", "--out", tmp_path / "run")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run of four steps."""
+    folder = Run.new(tmp_path / "finished", Settings.for_task("adding", **_values(SMALL)))
+    Trainer(folder).run()
+    return folder.path
+
+
+def _values(options):
+    return {name[2:].replace("-", "_"): int(value) for name, value in zip(options[::2], options[1::2], strict=True)}
+
+
+def test_an_existing_run_is_not_overwritten(fails, finished):
+    assert "holds a run already; go on with --resume" in fails(*TRAIN, "--out", finished)
+
+
+def test_a_folder_with_other_contents_is_not_used(fails, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text('{"format": "something else"}')
+    assert "is not empty and not a run folder" in fails(*TRAIN, "--out", tmp_path / "thesis")
+    assert "is not a run folder" in fails("train", "--resume", tmp_path / "thesis")
+
+
+def test_a_run_folder_that_cannot_be_made(fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "the run folder: Not a directory" in fails(*TRAIN, "--out", tmp_path / "file" / "run")
+    assert "the run folder: Not a directory" in fails(*TRAIN, "--out", tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_folder_without_permission(fails, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "Permission denied" in fails(*TRAIN, "--out", tmp_path / "locked" / "run")
+
+
+def test_resuming_what_is_not_there(fails, tmp_path):
+    assert "is not a run folder" in fails("train", "--resume", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged or not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
+        (lambda path: path.write_text("not a checkpoint"), "is damaged or not a checkpoint"),
+        (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of fused-rin"),
+        (lambda path: torch.save([1, 2], path), "is not a checkpoint of fused-rin"),
+        (lambda path: torch.save(torch.nn.Linear(1, 1), path), "is damaged or not a checkpoint"),
+        (lambda path: path.unlink(), "cannot read the checkpoint: No such file"),
+        (lambda path: alter(path, version=99), "checkpoint version 99, expected 1"),
+        (lambda path: alter(path, model={}), "should be"),
+        (lambda path: alter(path, optimizer={"state": {}, "param_groups": []}), "does not fit this run"),
+        (lambda path: alter(path, totals=torch.zeros(3)), "does not fit this run"),
+        (lambda path: alter(path, step=None), "does not fit this run"),
+    ],
+)
+def test_damaged_and_foreign_checkpoints(fails, finished, damage, message):
+    damage(finished / "checkpoint.pt")
+    assert message in fails("train", "--resume", finished)
+
+
+def alter(path, **changes):
+    torch.save({**read_checkpoint(path), **changes}, path)
+
+
+def test_a_checkpoint_that_would_run_code_does_not(fails, finished, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was here"),)
+
+    torch.save({"format": "fused-rin checkpoint", "model": Payload()}, finished / "checkpoint.pt")
+    assert "is damaged or not a checkpoint" in fails("train", "--resume", finished)
+    assert not (tmp_path / "was here").exists()
+
+
+def test_a_checkpoint_of_another_run(fails, finished, tmp_path):
+    other = Run.new(tmp_path / "other", Settings.for_task("adding", **{**_values(SMALL), "hidden_size": 9}))
+    Trainer(other).run()
+    (finished / "checkpoint.pt").write_bytes(other.checkpoint_path.read_bytes())
+    assert "made with hidden_size 9, the run has 8" in fails("train", "--resume", finished)
+
+
+def test_a_damaged_configuration(fails, finished):
+    config = json.loads((finished / "config.json").read_text())
+    for change, message in (
+        ({"steps": "many"}, "setting 'steps' must be of type int, got 'many'"),
+        ({"moodel": "rin"}, "unknown setting 'moodel'"),
+        ({"model": "rim"}, "unknown model 'rim'"),
+    ):
+        altered = {**config, "settings": {**config["settings"], **change}}
+        (finished / "config.json").write_text(json.dumps(altered))
+        assert message in fails("train", "--resume", finished)
+
+
+def test_settings_of_a_run_stay_as_they_are(fails, finished):
+    assert "the run has model rin, lstm was asked for" in fails("train", "--resume", finished, "--model", "lstm")
+    assert "cannot be given together" in fails("train", "--resume", finished, "--out", finished)
+
+
+def test_a_run_can_be_made_longer(finished):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--resume", str(finished), "--steps", "6"])
+    assert end.value.code == 0
+    assert [record["step"] for record in metrics(finished)] == [4, 4, 6, 6]
+
+
+def test_train_from_the_shell(tmp_path):
+    result = fused_rin(*TRAIN, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "test loss" in result.stdout
+    files = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "runs" / "adding-rin-0").iterdir()} == files

@@ -1,0 +1,286 @@
+"""The CPU sweeps: every instruction set of this machine, against the float64 reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from fused_rin import cpu, recurrence
+
+from tests.conftest import check_sweeps, make_case, use_threads
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SETS = cpu.instruction_sets()
+
+
+@pytest.fixture(params=SETS)
+def isa(request):
+    with cpu.use_instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Outputs hold NaN before a sweep, not what happened to lie there."""
+    real_like, real_new = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: real_new(*a, **k).fill_(float("nan")))
+
+
+def test_every_set_that_the_processor_has_is_built_in():
+    """Otherwise the tests below would quietly test less."""
+    assert SETS[-1] == "baseline"
+    assert ("avx2" in SETS) == torch.cpu._is_avx2_supported()
+    assert ("avx512" in SETS) == torch.cpu._is_avx512_supported()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 15, 17, 64, 100, 129])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 3), (5, 33)])
+def test_sizes(isa, dtype, hidden, steps, batch):
+    check_sweeps(cpu.forward, cpu.backward, make_case(steps, batch, hidden, dtype=dtype, seed=hidden))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 129), (3, 17)])
+def test_long_sequences(isa, dtype, batch, hidden):
+    check_sweeps(cpu.forward, cpu.backward, make_case(257, batch, hidden, dtype=dtype))
+
+
+LAYOUTS = [
+    {"layout": layout, "resets": resets, "h0": h0, "groups": groups, "num_reversed": num_reversed}
+    for layout in ("full", "lengths", "packed")
+    for resets in (False, True)
+    for h0 in (False, True)
+    for groups, num_reversed in ((1, 0), (1, 1), (3, 1))
+]
+
+
+def name_of(options):
+    return "-".join(f"{key}={value}" for key, value in options.items())
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
+def test_layouts(isa, options):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_sweeps(cpu.forward, cpu.backward, make_case(4, 7, 18, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
+def test_layouts_over_threads(threads, options):
+    check_sweeps(cpu.forward, cpu.backward, make_case(5, 9, 18, seed=threads, **options), threads=threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "tanh", "none"])
+@pytest.mark.parametrize("skip", [0.0, 1.0, -0.5])
+def test_activations_and_skips(isa, dtype, activation, skip):
+    check_sweeps(cpu.forward, cpu.backward, make_case(9, 4, 37, dtype=dtype, activation=activation, skip=skip))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("layout", ["full", "lengths"])
+@pytest.mark.parametrize("hidden", [400, 517])
+@pytest.mark.parametrize("num_reversed", [0, 1])
+def test_outputs_shared_by_threads(threads, layout, resets, hidden, num_reversed):
+    """The team plan, where threads meet once a step."""
+    case = make_case(65, 1, hidden, layout=layout, resets=resets, num_reversed=num_reversed, seed=threads)
+    with use_threads(threads):
+        assert "share the outputs" in cpu.describe(65, 1, 1, hidden, torch.float32)
+    check_sweeps(cpu.forward, cpu.backward, case, threads=threads)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_special_values_propagate_as_in_the_reference(isa, activation, dtype):
+    from fused_rin import reference
+
+    for hidden, batch in ((5, 3), (40, 1), (160, 1)):
+        for place in ("pre", "weight", "h0"):
+            for value in (float("nan"), float("inf"), -float("inf")):
+                for skip in (1.0, 0.0):
+                    case = make_case(4, batch, hidden, dtype=dtype, activation=activation, skip=skip)
+                    getattr(case, place).view(-1)[-1] = value
+                    got = cpu.forward(*case.tensors, **case.constants)
+                    want = reference.recurrence(*case.tensors, **case.constants)
+                    for a, b in zip(got, want, strict=True):
+                        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_tanh_is_accurate_to_two_last_places(isa):
+    x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-30, 0, 2_000), torch.tensor([0.0, -0.0])])
+    for dtype, ulps in ((torch.float32, 2), (torch.float64, 2)):
+        pre = x.to(dtype).view(1, -1, 1, 1).expand(1, -1, 1, 16).contiguous()
+        out, _ = cpu.forward(
+            pre, pre.new_zeros(1, 16, 16), None, None, None, None, skip=0.0, activation="tanh", num_reversed=0
+        )
+        want = torch.tanh(pre.double())
+        spacing = torch.finfo(dtype).eps * want.abs().clamp(min=torch.finfo(dtype).tiny)
+        assert ((out.double() - want).abs() / spacing).max() <= ulps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_survives_the_conversions(isa, dtype):
+    """In and out through float32 (NaN stays NaN), and rounding of float32 states as torch rounds."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1, 1, 16)
+    none = {"skip": 0.0, "activation": "none", "num_reversed": 0}
+    out, _ = cpu.forward(values, values.new_zeros(1, 16, 16), None, None, None, None, **none)
+    assert torch.equal(out.isnan(), values.isnan())
+    assert torch.equal(out.nan_to_num(0.0), values.nan_to_num(0.0))
+    # h = x / 3 is not a 16-bit number: U = 1/3 I, state x.
+    third = (torch.eye(16) / 3).to(dtype)[None]
+    zeros = torch.zeros_like(values)
+    finite = torch.where(values.isfinite(), values, 0)
+    out, _ = cpu.forward(zeros, third, finite[0], None, None, None, **none)
+    want = (finite.float() * third[0, 0, 0].float()).to(dtype)
+    assert torch.equal(out, want)
+
+
+def test_results_do_not_depend_on_threads_or_repetition(isa):
+    for steps, batch, hidden, groups in ((50, 1, 300, 1), (20, 7, 48, 1), (9, 2, 260, 2), (30, 16, 100, 3)):
+        case = make_case(steps, batch, hidden, groups, num_reversed=groups // 2)
+        results = []
+        for threads in (1, 2, 3, 4, 1, 2):
+            with use_threads(threads):
+                results.append(cpu.forward(*case.tensors, **case.constants))
+        assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
+
+
+def test_streaming_equals_the_whole_sequence_bit_for_bit(isa):
+    for batch, hidden in ((1, 64), (1, 200), (5, 50)):
+        case = make_case(40, batch, hidden, dtype=torch.float32)
+        whole, h_n = cpu.forward(*case.tensors, **case.constants)
+        h, outs = case.h0, []
+        for t in range(40):
+            out, h = cpu.forward(case.pre[t : t + 1], case.weight, h, None, None, None, **case.constants)
+            outs.append(out)
+        assert torch.equal(torch.cat(outs), whole)
+        assert torch.equal(h, h_n)
+
+
+def test_a_row_does_not_depend_on_its_batch(isa):
+    case = make_case(11, 13, 70)
+    whole, _ = cpu.forward(*case.tensors, **case.constants)
+    for first, last in ((0, 2), (3, 9), (11, 13)):
+        part, _ = cpu.forward(
+            case.pre[:, first:last].contiguous(), case.weight, case.h0[first:last], None, None, None, **case.constants
+        )
+        assert torch.equal(part, whole[:, first:last])
+
+
+def test_zero_states_are_skipped_without_a_trace(isa):
+    """Half of the states 0 (the listed rows of U) against a batch of two, which has no such path."""
+    case = make_case(30, 1, 200, skip=0.0)
+    one, _ = cpu.forward(*case.tensors, **case.constants)
+    assert 0.3 < (one == 0).float().mean() < 0.7
+    exact, _ = (t for t in cpu.forward(*case.to(torch.float64).tensors, **case.constants))
+    torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batches_and_sequences():
+    for steps, batch, groups, hidden in ((0, 2, 1, 3), (3, 0, 1, 3), (3, 2, 1, 0), (3, 2, 0, 4)):
+        pre, weight = torch.randn(steps, batch, groups, hidden), torch.randn(groups, hidden, hidden)
+        h0 = torch.randn(batch, groups, hidden)
+        out, h_n = recurrence(pre, weight, h0)
+        assert out.shape == pre.shape
+        if steps == 0:
+            assert torch.equal(h_n, h0)
+            assert torch.equal(recurrence(pre, weight)[1], torch.zeros_like(h0))
+
+
+def test_many_python_threads_at_once():
+    """Several callers, each of which may want the pool: same bits as alone."""
+    cases = [make_case(60, 4, 100, seed=i) for i in range(4)] + [make_case(60, 1, 512, seed=9)]
+    alone = [cpu.forward(*case.tensors, **case.constants)[0] for case in cases]
+    wrong = []
+
+    def work(case, want):
+        for _ in range(30):
+            if not torch.equal(cpu.forward(*case.tensors, **case.constants)[0], want):
+                wrong.append(case)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, alone, strict=True)]
+    with use_threads(2):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not wrong
+
+
+def test_the_lock_of_python_is_released():
+    """Another Python thread makes progress while a long sweep runs."""
+    case = make_case(4000, 16, 200)
+    ticks, done = [], threading.Event()
+
+    def sweep():
+        cpu.forward(*case.tensors, **case.constants)
+        done.set()
+
+    worker = threading.Thread(target=sweep)
+    worker.start()
+    while not done.is_set():
+        ticks.append(None)
+    worker.join()
+    assert len(ticks) > 1000
+
+
+FORK = """
+import os, sys, torch
+from fused_rin import cpu
+torch.set_num_threads(2)
+pre, weight = torch.randn(64, 8, 1, 256), torch.randn(1, 256, 256) / 100
+run = lambda: cpu.forward(pre, weight, None, None, None, None, skip=1.0, activation="relu", num_reversed=0)[0]
+want = run()                      # the pool's thread exists now
+children = []
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        # compared without torch, whose own threads do not survive a fork
+        same = all(bytes(run().numpy().data) == bytes(want.numpy().data) for _ in range(2))
+        os._exit(0 if same else 1)
+    children.append(pid)
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+assert codes == [0, 0, 0], codes
+assert torch.equal(run(), want)
+print("forked well")
+"""
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "forked well" in done.stdout
+
+
+def test_the_instruction_set_can_be_chosen_and_is_named():
+    for name in SETS:
+        with cpu.use_instruction_set(name):
+            assert cpu.describe(10, 1, 1, 64, torch.float32).startswith(name)
+    with (
+        pytest.raises(ValueError, match="'sse9' is not available here; expected one of"),
+        cpu.use_instruction_set("sse9"),
+    ):
+        pass
+    environment = {**os.environ, "FUSED_RIN_CPU_ISA": "baseline"}
+    code = "import fused_rin; print(fused_rin.explain((4, 1, 64)).plan)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("baseline")
+
+
+@pytest.mark.parametrize("hidden", [5, 40, 129])
+@pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
+def test_the_output_may_overwrite_the_input(isa, hidden, layout):
+    case = make_case(9, 3, hidden, layout=layout)
+    want = cpu.forward(*case.tensors, **case.constants)
+    pre = case.pre.clone()
+    got = cpu.forward(pre, *case.tensors[1:], **case.constants, out=pre)
+    assert got[0] is pre
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

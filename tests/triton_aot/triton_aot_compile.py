@@ -1,0 +1,147 @@
+"""Compiles the sweep for GPUs that are not here and reads what it costs from the cubin. Run as a script, prints JSON.
+
+    python triton_aot_compile.py            what this Triton makes of every instance
+    python triton_aot_compile.py --write    raise the limits in resources.json to it
+
+A process of its own, because the tests of the kernels make Triton interpret. Per instance: registers a thread, bytes of
+stack (spilled registers and local arrays live there), bytes of shared memory, and what one pass through the time
+loop executes: instructions, loads from global and from shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+TABLE = pathlib.Path(__file__).with_name("resources.json")
+FIGURES = ("registers", "stack", "shared_memory", "instructions", "global_loads", "shared_loads")
+
+H200 = ("H200", (9, 0), 132, 227 * 1024)
+DEVICES = {"sm_80": ("A100", (8, 0), 108, 163 * 1024), "sm_90": H200, "sm_100": ("B200", (10, 0), 148, 227 * 1024)}
+# (hidden, dtype, backward, everything): "everything" is packed lengths, resets and tanh, which takes most registers.
+INSTANCES = [
+    (128, "bfloat16", False, False),
+    (128, "bfloat16", True, True),
+    (256, "float16", True, True),
+    (64, "float32", True, True),
+    (128, "float32", True, True),
+    (512, "float32", True, True),
+    (1024, "bfloat16", True, True),
+    (2048, "float32", True, True),
+]
+SCALARS = ("steps", "batch", "groups", "num_reversed", "first_tile", "D")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def compile_instance(arch: str, hidden: int, dtype: str, backward: bool, everything: bool):
+    """The compiled kernel of one instance and its plan."""
+    import triton
+    from fused_rin.triton_kernels import Device, plan
+    from fused_rin.triton_kernels.launch import compile_options
+    from fused_rin.triton_kernels.sweep import sweep
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    chosen = plan(hidden, dtype, 1, 16, Device(*DEVICES[arch]))
+    sliced = chosen.kind == "sliced"
+    constants = {
+        "TILE_N": chosen.tile_n, "TILE_B": chosen.tile_b, "SPLIT_K": chosen.split_k, "TILE_K": chosen.tile_k,
+        "SLICED": sliced, "MATRIX": chosen.matrix, "BACKWARD": backward, "HAS_SKIP": True,
+        "ACTIVATION": "tanh" if everything else "relu", "PRECISION": chosen.input_precision,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("p_in", "p_state_in", "p_u", "p_out", "p_state_out"), SHORT[dtype])
+    if backward:
+        pointers["p_saved"] = SHORT[dtype]
+    if everything:
+        pointers |= {"p_lengths": "i64", "p_offsets": "i64", "p_resets": "u8"}
+    if sliced:
+        pointers |= {"p_exchange": SHORT[dtype], "p_arrived": "i64"}
+    signature, aligned = {}, {}
+    for k, name in enumerate(sweep.arg_names):
+        if name in pointers:
+            signature[name] = "*" + pointers[name]
+        elif name in SCALARS:
+            signature[name] = "i32"
+        elif name == "skip":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        if name in pointers or name == "D":
+            aligned[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=sweep, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=compile_options(chosen, "nvidia")), chosen
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    operations = _time_loop(sass)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared_memory": kernel.metadata.shared,
+        "instructions": len(operations),
+        "global_loads": sum(op.startswith("LDG") for op in operations),
+        "shared_loads": sum(op in ("LDS", "LDSM") for op in operations),
+    }
+
+
+def _time_loop(sass: str) -> list[str]:
+    """The operations between the target of the longest backward branch and that branch."""
+    lines, targets, longest = sass.splitlines(), {}, (0, 0)
+    for k, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            targets[label[1]] = k
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in targets:
+            longest = max(longest, (k - targets[branch[1]], k))
+    length, end = longest
+    operation = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)")
+    return [found[1] for line in lines[end - length : end + 1] if (found := operation.match(line))]
+
+
+def main() -> None:
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
+    found, ptx = {}, {}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for arch in DEVICES:
+            for instance in INSTANCES:
+                hidden, dtype, backward, everything = instance
+                name = f"{arch} {hidden} {dtype} {'backward' if backward else 'forward'}" + " everything" * everything
+                kernel, chosen = compile_instance(arch, *instance)
+                found[name] = {**resources(kernel), "plan": chosen.describe(), "bound": chosen.shared_memory}
+                if chosen.kind == "sliced":
+                    ptx[name] = kernel.asm["ptx"]
+    if "--write" in sys.argv:
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        for name, figures in found.items():
+            old = table.get(name, {})
+            table[name] = {f: max(figures[f], old.get(f, 0)) for f in FIGURES}
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps({"triton": triton.__version__, "found": found, "ptx": ptx}))
+
+
+if __name__ == "__main__":
+    main()

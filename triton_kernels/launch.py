@@ -1,0 +1,84 @@
+"""From tensors to one or a few launches of the sweep."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .device import device_record, fp32_precision
+from .plan import Plan, plan
+from .sweep import sweep
+
+INTERPRETED = triton.knobs.runtime.interpret
+_ARRIVED_STRIDE = 16  # int64 counters, one per 128-byte line
+
+
+def compile_options(chosen: Plan, vendor: str) -> dict[str, object]:
+    """Triton's options for a plan; num_stages=1 because the loop does its own prefetch."""
+    options: dict[str, object] = {"num_warps": chosen.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if vendor == "nvidia":
+        # Left alone, ptxas spills a few registers at times to fit more blocks on an SM than ever come.
+        options["maxnreg"] = min(255, 65536 // (32 * chosen.warps))
+    if chosen.kind == "sliced":
+        options["launch_cooperative_grid"] = True
+    return options
+
+
+def run(
+    stream_in: Tensor | None,
+    saved: Tensor | None,
+    state_in: Tensor | None,
+    weight: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    *,
+    skip: float,
+    activation: str,
+    num_reversed: int,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One sweep: forward when `saved` is None, else backward. Returns (out, h_n) or (grad_pre, grad_h0)."""
+    like = stream_in if saved is None else saved
+    assert like is not None
+    groups, hidden = weight.shape[0], weight.shape[1]
+    steps = like.shape[0] if offsets is None else offsets.numel()
+    batch = like.shape[1] if offsets is None else lengths.numel()  # type: ignore[union-attr]
+    out = torch.empty_like(like)
+    state_out = like.new_empty(batch, groups, hidden)
+    if steps == 0 or state_out.numel() == 0:
+        return out, state_out.zero_() if state_in is None else state_out.copy_(state_in)
+
+    index = like.device.index if like.is_cuda else None
+    if chosen is None:
+        chosen = plan(hidden, like.dtype, groups, batch, device_record(index), fp32_precision())
+    tiles = -(-batch // chosen.tile_b) * groups
+    wave = min(tiles, chosen.wave or tiles)
+    exchange = arrived = None
+    if chosen.kind == "sliced":
+        exchange = like.new_empty(2, batch, groups, hidden)
+    options = {} if INTERPRETED else compile_options(chosen, device_record(index).vendor)
+
+    with torch.cuda.device(index if index is not None else -1):
+        for first_tile in range(0, tiles, wave):
+            count = min(wave, tiles - first_tile)
+            if exchange is not None:
+                arrived = torch.zeros(count, _ARRIVED_STRIDE, dtype=torch.int64, device=like.device)
+            sweep[(count, chosen.slices)](
+                _aligned(stream_in), _aligned(saved), _aligned(state_in), _aligned(weight), out, state_out,
+                lengths, offsets, None if resets is None else resets.view(torch.uint8), exchange, arrived,
+                steps, batch, groups, num_reversed, first_tile, hidden, float(skip),
+                TILE_N=chosen.tile_n, TILE_B=chosen.tile_b, SPLIT_K=chosen.split_k, TILE_K=chosen.tile_k,
+                SLICED=chosen.kind == "sliced", MATRIX=chosen.matrix,
+                BACKWARD=saved is not None, ACTIVATION=activation, HAS_SKIP=skip != 0, PRECISION=chosen.input_precision,
+                **options,
+            )  # fmt: skip
+    return out, state_out
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Triton compiles once more for a pointer that is not a multiple of 16; a copy, rarely needed, is cheaper."""
+    if tensor is not None and tensor.data_ptr() % 16:
+        return tensor.clone()
+    return tensor
