@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn import init
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import backends, ops, step
+from fused_rin import backends, convert, ops, step
 from fused_rin.functional import check_lengths, unpack_batch_sizes
-
-# Standard deviation of W and U at the start, as the paper has it ("N(0, 10^-3)"; read as a standard deviation: as a
-# variance, I + U at 100 units would have spectral radius 1.31, whose 784th power no network survives).
-INIT_STD = 1e-3
-
-
-def _mode(nonlinearity: str) -> str:
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    return f"RNN_{nonlinearity.upper()}"
+from fused_rin.skip import SkipModule, check_backend, check_nonlinearity, check_skip
 
 
 def _check_heads(num_heads: int, hidden_size: int) -> None:
@@ -34,21 +22,7 @@ def _check_heads(num_heads: int, hidden_size: int) -> None:
         raise ValueError(f"hidden_size must be divisible by num_heads, got {hidden_size} and {num_heads}")
 
 
-def _check_skip(skip: float) -> float:
-    if isinstance(skip, bool) or not isinstance(skip, (int, float)):
-        raise TypeError(f"skip should be a number, got: {type(skip).__name__}")
-    return float(skip)
-
-
-def _reset_parameters(module: torch.nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if name.startswith("bias"):
-            init.zeros_(parameter)
-        else:
-            init.normal_(parameter, 0.0, INIT_STD)
-
-
-class RIN(torch.nn.RNNBase):
+class RIN(SkipModule, torch.nn.RNNBase):
     """Recurrent Identity Network: h_t = act(W x_t + b_ih + U h_{t-1} + b_hh + skip * h_{t-1}).
 
     In place of `torch.nn.RNN`: same arguments, shapes, attribute names and errors. `weight_hh_l{k}` holds U, the
@@ -86,18 +60,16 @@ class RIN(torch.nn.RNNBase):
         num_heads: int = 1,
         backend: str = "auto",
     ) -> None:
-        mode = _mode(nonlinearity)
-        skip = _check_skip(skip)
-        backends._check_name(backend)
+        check_nonlinearity(nonlinearity)
+        skip = check_skip(skip)
+        check_backend(backend)
         super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
         _check_heads(num_heads, hidden_size)
-        self.nonlinearity = nonlinearity
         self.num_heads = num_heads
-        self.backend = backend
-        self.skip_factor = skip
+        self._set_skip(nonlinearity, skip, backend, device)
         if num_heads > 1:
             for names in self._all_weights:
                 full = getattr(self, names[1])
@@ -105,14 +77,20 @@ class RIN(torch.nn.RNNBase):
                 setattr(self, names[1], torch.nn.Parameter(block))
             self._init_flat_weights()
             self.reset_parameters()
-        # A tensor, so that every checkpoint format keeps it: a state dict without it is a torch.nn.RNN's.
-        self.register_buffer("skip", torch.tensor(skip, dtype=torch.float32, device=device))
 
-    def reset_parameters(self) -> None:
-        """Draw W and U from N(0, 0.001^2), set biases to 0."""
-        _reset_parameters(self)
-        if "skip" in self._buffers:  # after to_empty() it holds whatever memory held
-            self.skip.fill_(self.skip_factor)
+    _first_recurrent_weight = "weight_hh_l0"
+
+    @classmethod
+    def from_rnn(cls, rnn: torch.nn.RNN, *, skip: float = 1.0, backend: str = "auto") -> RIN:
+        """A RIN with the weights of a torch.nn.RNN, U = V - skip * I, and equal outputs up to rounding.
+
+        Weights are copied; the given module stays as it is. Raises TypeError for anything but a plain torch.nn.RNN.
+        """
+        return convert.from_rnn(cls, rnn, skip=skip, backend=backend)
+
+    def to_rnn(self) -> torch.nn.RNN:
+        """A torch.nn.RNN with V = U + skip * I (block-diagonal if there are heads) and equal outputs up to rounding."""
+        return convert.to_rnn(self)
 
     def flatten_parameters(self) -> None:
         """Nothing to do: kernels take the weights where they lie."""
@@ -128,37 +106,6 @@ class RIN(torch.nn.RNNBase):
         if self.backend != "auto":
             text += f", backend={self.backend}"
         return text
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "skip"
-        if key in state_dict:
-            theirs = float(state_dict[key])
-            if abs(theirs - self.skip_factor) > 1e-2 * abs(self.skip_factor):
-                error_msgs.append(
-                    f"{key}: the checkpoint has skip={theirs:g}, this RIN was made with skip={self.skip_factor:g}."
-                )
-                return
-        elif prefix + "weight_hh_l0" in state_dict:
-            if self.skip_factor != 0:
-                error_msgs.append(
-                    f"{prefix}weight_hh_l0: this is the state of a torch.nn.RNN (it has no '{key}'), whose recurrent "
-                    f"matrix is V = U + {self.skip_factor:g} I, while a RIN holds U. Convert the module with "
-                    "RIN.from_rnn, or make the RIN with skip=0, which takes V as it is."
-                )
-                return
-            state_dict = {**state_dict, key: self.skip}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
     @property
     def _flat_weights(self) -> list[Tensor]:
@@ -237,14 +184,9 @@ class RIN(torch.nn.RNNBase):
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
         steps_of, offsets = unpack_batch_sizes(batch_sizes, data)
+        self._check(data, hx, steps_of.shape[0])
         if hx is not None:
-            if hx.dim() != 3:
-                raise RuntimeError(f"For a PackedSequence, hx should be 3-D but got {hx.dim()}-D tensor")
-            # The size is checked first: an index past the end is a stopped process on a GPU.
-            self._check(data, hx, steps_of.shape[0])
             hx = self.permute_hidden(hx, sorted_indices)
-        else:
-            self._check(data, hx, steps_of.shape[0])
         if resets is not None:
             self._check_resets(resets, data, tuple(data.shape[:1]))
         output, h_n = self._run_layers(data, hx, steps_of.shape[0], steps_of, offsets, resets)
@@ -318,7 +260,7 @@ class RIN(torch.nn.RNNBase):
             if self.dropout and self.training and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
             states.append(h_n.view(batch, directions, self.hidden_size).transpose(0, 1))
-        return x, states[0] if self.num_layers == 1 else torch.cat(states)
+        return x, states[0].contiguous() if self.num_layers == 1 else torch.cat(states)
 
     def _layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """W, U and b_ih + b_hh of a layer, its directions one after the other."""
@@ -333,7 +275,7 @@ class RIN(torch.nn.RNNBase):
         return w_ih, w_hh, biases[0] + biases[1] if biases else None
 
 
-class RINCell(torch.nn.RNNCellBase):
+class RINCell(SkipModule, torch.nn.RNNCellBase):
     """One step of a RIN, in place of torch.nn.RNNCell: h' = act(W x + b_ih + U h + b_hh + skip * h).
 
     Args: input_size, hidden_size, bias, device, dtype as torch.nn.RNNCell; nonlinearity "relu" (default) or "tanh";
@@ -353,20 +295,25 @@ class RINCell(torch.nn.RNNCellBase):
         skip: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        _mode(nonlinearity)
-        skip = _check_skip(skip)
-        backends._check_name(backend)
+        check_nonlinearity(nonlinearity)
+        skip = check_skip(skip)
+        check_backend(backend)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {size}")
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-        self.skip_factor = skip
-        self.backend = backend
+        self._set_skip(nonlinearity, skip, backend, device)
 
-    def reset_parameters(self) -> None:
-        """Draw W and U from N(0, 0.001^2), set biases to 0."""
-        _reset_parameters(self)
+    _first_recurrent_weight = "weight_hh"
+
+    @classmethod
+    def from_rnn(cls, cell: torch.nn.RNNCell, *, skip: float = 1.0, backend: str = "auto") -> RINCell:
+        """A RINCell with the weights of a torch.nn.RNNCell; as `RIN.from_rnn`."""
+        return convert.from_rnn(cls, cell, skip=skip, backend=backend)
+
+    def to_rnn(self) -> torch.nn.RNNCell:
+        """A torch.nn.RNNCell with V = U + skip * I."""
+        return convert.to_rnn(self)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
