@@ -52,7 +52,7 @@ def test_from_rnn_keeps_outputs(options, skip, dtype):
 
 
 def test_from_rnn_forms_the_difference_in_float32():
-    """In bfloat16, V - I of a V near I is exact only if formed wide: 1.0078125 - 1 = 2^-7, and 2^-16 is an entry of U."""
+    """1 + 2^-16 has no place in a bfloat16 V; off the diagonal nothing may be lost."""
     rnn = _rnn({"nonlinearity": "relu"}).bfloat16()
     rin = RIN.from_rnn(rnn)
     wanted = (rnn.weight_hh_l0.float() - torch.eye(7)).bfloat16()
@@ -211,7 +211,7 @@ def test_a_foreign_state_dict_is_refused_and_changes_nothing(ours, theirs):
     plain = ours(5, 7, skip=0)
     plain.load_state_dict(foreign)
     _assert_untouched(plain, {**foreign, "skip": torch.tensor(0.0)})
-    with pytest.raises(RuntimeError, match="the checkpoint has skip=0, this RIN.* was made with skip=1"):
+    with pytest.raises(RuntimeError, match=r"the checkpoint has skip=0, this RIN.* was made with skip=1"):
         module.load_state_dict(plain.state_dict())
     _assert_untouched(module, before)
 
@@ -226,8 +226,12 @@ def test_own_state_dict_survives_a_cast(cast):
 
 def test_load_rnn_state_dict_converts_where_needed():
     torch.manual_seed(0)
-    old = nn.ModuleDict({"a": nn.RNN(3, 4, nonlinearity="relu", num_layers=2), "b": nn.RNNCell(3, 4), "c": nn.Linear(2, 2)})
-    new = nn.ModuleDict({"a": RIN(3, 4, num_layers=2), "b": RINCell(3, 4, nonlinearity="tanh", skip=0.5), "c": nn.Linear(2, 2)})
+    old = nn.ModuleDict(
+        {"a": nn.RNN(3, 4, nonlinearity="relu", num_layers=2), "b": nn.RNNCell(3, 4), "c": nn.Linear(2, 2)}
+    )
+    new = nn.ModuleDict(
+        {"a": RIN(3, 4, num_layers=2), "b": RINCell(3, 4, nonlinearity="tanh", skip=0.5), "c": nn.Linear(2, 2)}
+    )
     state = old.state_dict()
     copied = {name: value.clone() for name, value in state.items()}
     result = fused_rin.load_rnn_state_dict(new, state)

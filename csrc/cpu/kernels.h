@@ -37,6 +37,9 @@ struct Part {
   int rank;
 };
 
+// Rows of a matrix a step reads side by side: sums enough to hide the latency of a multiply-add.
+constexpr int64_t kStepOutputs = 8;
+
 // One step of a layer for inference, from the weights as torch holds them (step.h). All contiguous.
 struct Step {
   int64_t batch, inputs, groups, hidden;

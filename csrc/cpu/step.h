@@ -12,8 +12,6 @@ namespace fused_rin {
 namespace FUSED_RIN_ISA {
 namespace {
 
-constexpr int kStepOutputs = 8;  // rows of a matrix read side by side: sums enough to hide a multiply-add's latency
-
 template <class S>
 S horizontal_sum(typename VecOf<S>::Vec v) {
   constexpr int kLanes = VecOf<S>::kLanes;
@@ -93,7 +91,8 @@ void step_outputs(const Step& s, int64_t output, const Tail<T>& inputs, const Ta
   }
 }
 
-// Outputs [begin, end); every output is summed in the same order whoever computes it.
+// Outputs [begin, end). A compiler may contract the eightfold body and the single one differently, so a part must begin
+// at a multiple of kStepOutputs within its recurrence for the bits not to depend on how the work is shared.
 template <class T>
 void step(const Step& s, int64_t begin, int64_t end) {
   const Tail<T> inputs(s.inputs), states(s.hidden);

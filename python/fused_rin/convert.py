@@ -61,7 +61,7 @@ def _names(module: torch.nn.Module) -> list[str]:
 
 
 def _arguments(module: Any) -> dict[str, Any]:
-    names = ("input_size", "hidden_size", "bias", "nonlinearity")
+    names: tuple[str, ...] = ("input_size", "hidden_size", "bias", "nonlinearity")
     if isinstance(module, torch.nn.RNNBase):
         names += ("num_layers", "batch_first", "dropout", "bidirectional")
     return {name: getattr(module, name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,8 +65,8 @@ class RIN(SkipModule, torch.nn.RNNBase):
         skip = check_skip(skip)
         check_backend(backend)
         super().__init__(
-            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype,
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         _check_heads(num_heads, hidden_size)
         self.num_heads = num_heads
@@ -108,16 +109,16 @@ class RIN(SkipModule, torch.nn.RNNBase):
         return text
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self) -> list[Tensor | None]:
         # RNNBase keeps a list of its own, which outlives the parameters it was made from when a wrapper (sharding,
         # parametrizations) puts others in their place.
-        return [getattr(self, name) for name in self._flat_weights_names if hasattr(self, name)]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor]) -> None:
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
         pass
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,

@@ -231,10 +231,8 @@ class Recurrence(torch.autograd.Function):
     # every call, for some 50 us. Transforms that need it never come here (see recurrence below).
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            output = torch.ops.fused_rin.sweep_forward(*inputs)
-        else:
-            output = sweep_forward(*inputs)
+        sweep = torch.ops.fused_rin.sweep_forward if torch.compiler.is_compiling() else sweep_forward
+        output = sweep(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 

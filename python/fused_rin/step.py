@@ -54,7 +54,7 @@ def _plain(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], grad: bool) 
 
 
 def _addresses(
-    module: torch.nn.Module, names: Sequence[str], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], grad: bool
+    module: Any, names: Sequence[str], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], grad: bool
 ) -> list[int]:
     """Addresses of W, U, b_ih, b_hh (0 if there are none), or nothing unless each is a plain tensor of its shape."""
     parameters = module._parameters
@@ -67,7 +67,7 @@ def _addresses(
     return found
 
 
-def rin(module: torch.nn.Module, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """One step of all layers of a unidirectional RIN; shapes as in RIN.forward."""
     if type(input) is not Tensor or not _unobserved(module.backend):
         return None
@@ -113,7 +113,7 @@ def rin(module: torch.nn.Module, input: Tensor, hx: Tensor | None) -> tuple[Tens
 _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def cell(module: torch.nn.Module, input: Tensor, hx: Tensor | None) -> Tensor | None:
+def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     """One step of a RINCell; shapes as in RINCell.forward."""
     if type(input) is not Tensor or not _unobserved(module.backend):
         return None
