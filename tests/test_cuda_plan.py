@@ -30,9 +30,9 @@ def by_name(device: Device) -> str:
 def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
     try:
         chosen = plan(batch, 2, hidden, dtype, device)
-    except NoPlan as reason:
-        assert str(hidden) in str(reason)
-        assert "backend='triton'" in str(reason)
+    except NoPlan:
+        with pytest.raises(NoPlan, match=rf"\b{hidden}\b.*use backend='triton'"):
+            plan(batch, 2, hidden, dtype, device)
         return
     kernel = chosen.kernel
     assert kernel in KERNELS
@@ -97,7 +97,7 @@ def test_a_matrix_that_one_architecture_cannot_hold():
 
 
 def test_what_the_kernels_do_not_take():
-    with pytest.raises(NoPlan, match="got torch.float64; backend='reference' takes any"):
+    with pytest.raises(NoPlan, match=r"got torch\.float64; backend='reference' takes any"):
         plan(1, 1, 10, torch.float64, H100)
     with pytest.raises(NoPlan, match=r"compute capability 8.0 or later, T4 has 7.5"):
         plan(1, 1, 10, BF16, TURING)

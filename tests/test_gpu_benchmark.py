@@ -1,4 +1,4 @@
-"""What of `make gpu` runs without a GPU: its stages, its results' shape, the table and the plot. Timings are made up."""
+"""What of `make gpu` runs without a GPU: its stages, results, table and plot. Timings are made up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from benchmarks.gpu import report, run
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, Case, Measurement, Results, cases
 
@@ -99,7 +100,7 @@ def test_a_run_goes_on_after_a_failure_and_writes_everything_down(tmp_path, monk
 
 def test_the_real_stages(tmp_path):
     planned = run.stages(tmp_path, "90a")
-    assert [s.name for s in planned][0] == "build"
+    assert next(s.name for s in planned) == "build"
     assert {s.log for s in planned} == {"", "tests.txt", "sanitizer.txt", "latencies.json"}
     assert "arch=compute_90a,code=sm_90a" in next(s for s in planned if s.name == "compile latencies").command
     assert "--no-build-isolation" in planned[0].command

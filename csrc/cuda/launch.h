@@ -16,8 +16,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 template <class Arguments>
-void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
-                   int shared_bytes, void* stream) {
+void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
+                   void* stream) {
   if (blocks > std::numeric_limits<int>::max())
     throw std::invalid_argument("batch tiles x recurrences must be below 2^31, got " + std::to_string(blocks));
   // More than 48 KB of shared memory has to be asked for, on each device. It is a host-side note, allowed in a capture.
@@ -32,8 +32,10 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ == device) previous_ = -1;
-    else check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    if (previous_ == device)
+      previous_ = -1;
+    else
+      check_cuda(cudaSetDevice(device), "cudaSetDevice");
   }
   ~DeviceGuard() {
     if (previous_ >= 0) cudaSetDevice(previous_);
