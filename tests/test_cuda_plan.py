@@ -122,10 +122,13 @@ def test_a_build_without_the_module_says_so(monkeypatch):
 def test_other_devices_are_refused(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", object())
     assert "CUDA tensors" in cuda.unavailable_reason(torch.device("cpu"), BF16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in cuda.unavailable_reason(torch.device("cuda"), BF16)
 
 
 def test_an_available_device_is_judged_by_the_plan(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "_record", lambda index: RTX4090)
     device = torch.device("cuda", 0)
     assert cuda.unavailable_reason(device, BF16) is None

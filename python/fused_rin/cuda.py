@@ -34,6 +34,8 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | N
         return f"it runs on CUDA tensors, got {device}"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs, this PyTorch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device here"
     try:
         _plan(1, 1, hidden or 1, dtype, device)
     except cuda_plan.NoPlan as reason:
