@@ -1,4 +1,4 @@
-"""What of `make gpu` runs without a GPU: its stages, its results' shape, the table and the plot. Timings are made up."""
+"""What of `make gpu` runs without a GPU: its stages, results, table and plot. Timings are made up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from benchmarks.gpu import report, run
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, Case, Measurement, Results, cases
 
@@ -99,8 +100,48 @@ def test_a_run_goes_on_after_a_failure_and_writes_everything_down(tmp_path, monk
 
 def test_the_real_stages(tmp_path):
     planned = run.stages(tmp_path, "90a")
-    assert [s.name for s in planned][0] == "build"
+    assert next(s.name for s in planned) == "build"
     assert {s.log for s in planned} == {"", "tests.txt", "sanitizer.txt", "latencies.json"}
     assert "arch=compute_90a,code=sm_90a" in next(s for s in planned if s.name == "compile latencies").command
     assert "--no-build-isolation" in planned[0].command
     assert "--no-deps" in planned[0].command
+
+
+SASS = """
+	.section	.text._Z4stepv,"ax",@progbits
+        /*0000*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_0:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   LDS.128 R4, [R2] ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   LDG.E R8, desc[UR4][R6.64] ;
+        /*0050*/                   IADD3 R8, R8, 0x1, RZ ;
+.L_x_1:
+        /*0060*/                   HMMA.16816.F32.BF16 R12, R16, R4, RZ ;
+        /*0070*/                   IADD3 R9, R9, 0x1, RZ ;
+        /*0080*/                   HMMA.16816.F32.BF16 R12, R20, R6, R12 ;
+        /*0090*/               @P1 EXIT ;
+        /*00a0*/                   STS [R3], R12 ;
+        /*00b0*/                   BRA `(.L_x_0) ;
+	.section	.nv.info,"",@"SHT_CUDA_INFO"
+        /*0000*/                   .word 0
+"""
+
+
+def test_a_step_is_counted_along_the_shortest_way_around_the_loop():
+    from benchmarks.gpu import predict
+
+    code = predict.functions(SASS)
+    assert set(code) == {"_Z4stepv"}
+    step = predict.shortest_step(code["_Z4stepv"])
+    assert [line.split()[0] for line in step] == [
+        "LDS.128", "@!P0", "HMMA.16816.F32.BF16", "IADD3", "HMMA.16816.F32.BF16", "@P1", "STS", "BRA",
+        "BAR.SYNC.DEFER_BLOCKING",
+    ]  # fmt: skip
+    counted = predict.count(step)
+    assert counted == predict.Step(before=2, products=2, between=1, after=4, loads=1, kind="HMMA")
+    kernel = predict.cuda_plan.Kernel("mma", 64, 8, 4, 4)
+    # 30 for the barrier, 33 for the load, two dependent mma of 24, 24 again for the last one's result, 4 to issue.
+    chain = 2 / 1 / 2 * 24
+    shared = 4 * 8 / 2 * (64 * 2 / 64)
+    assert predict.cycles(counted, kernel, (9, 0)) == 30 + 33 + max(chain, shared) + 24 + 4

@@ -10,10 +10,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <device.cuh>
 #include <string>
 #include <vector>
-
-#include <device.cuh>
 
 namespace {
 
@@ -217,11 +216,10 @@ __global__ void cluster_push(long long* out) {
     if (rank == 0) push();
     uint32_t done = 0;
     while (!done)
-      asm volatile(
-          "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-          : "=r"(done)
-          : "r"(local(&barrier[slot])), "r"(i >> 1 & 1)
-          : "memory");
+      asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                   : "=r"(done)
+                   : "r"(local(&barrier[slot])), "r"(i >> 1 & 1)
+                   : "memory");
     value = inbox[slot][4 * threadIdx.x];
     __syncwarp();
     if (threadIdx.x == 0)
@@ -286,8 +284,8 @@ __global__ void wgmma_chain(long long* out, uint32_t word) {
 
 template <int kN, int kDepth>
 void measure_wgmma() {
-  measure("wgmma m64k16, A in registers, a k-step", "N = " + std::to_string(kN) + ", a wait every " + std::to_string(kDepth),
-          kRepeat, [] {
+  measure("wgmma m64k16, A in registers, a k-step",
+          "N = " + std::to_string(kN) + ", a wait every " + std::to_string(kDepth), kRepeat, [] {
             wgmma_chain<kN, kDepth><<<1, 128>>>(results, 0);
             return cudaGetLastError();
           });
@@ -362,8 +360,8 @@ int main() {
   });
   measure("grid sync", std::to_string(device.multiProcessorCount) + " CTAs of 256 threads", kRepeat, [=] {
     void* arguments[] = {&results};
-    return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_sync), device.multiProcessorCount, 256, arguments, 0,
-                                       nullptr);
+    return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_sync), device.multiProcessorCount, 256, arguments,
+                                       0, nullptr);
   });
   if (device.major >= 9 && device.major < 12) {
     for (const int size : {2, 4, 8, 16})

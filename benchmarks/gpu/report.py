@@ -1,6 +1,6 @@
 """Results of benchmarks.gpu.measure as a table and a plot.
 
-    python -m benchmarks.gpu.report RESULTS/bench.json
+python -m benchmarks.gpu.report RESULTS/bench.json
 """
 
 from __future__ import annotations

@@ -47,8 +47,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 
   const int64_t row_bytes = problem.groups * hidden * E::kBytes;
   const int64_t my_row = first_row + product.row(0);
-  const int64_t mine = my_row * row_bytes +
-                       (group * hidden + product.neuron(0)) * E::kBytes;
+  const int64_t mine = my_row * row_bytes + (group * hidden + product.neuron(0)) * E::kBytes;
   const auto offset = [&](int p) {
     return (product.row(p % kColumns) - product.row(0)) * row_bytes +
            (product.neuron(p) - product.neuron(0)) * E::kBytes;
@@ -132,9 +131,9 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     if (!product.owner()) return;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
-      shared.template store<Pair>(buffer * Config::kStateBytes + StateT::row(product.row(p % kColumns)) +
-                                      product.neuron(p) * E::kBytes,
-                                  Product::to_state(x[p]));
+      shared.template store<Pair>(
+          buffer * Config::kStateBytes + StateT::row(product.row(p % kColumns)) + product.neuron(p) * E::kBytes,
+          Product::to_state(x[p]));
   };
   const auto is_mine = [&](int p) {  // in the batch, in the hidden size, and no other lane's
     return product.owner() && product.row(p % kColumns) < live_rows && product.neuron(p) < hidden;

@@ -142,8 +142,8 @@ class Block {
     const char* verb = write ? "write" : "read";
     if (offset % bytes) fail("misaligned shared " + describe(verb, bytes, offset));
     if (offset + bytes > launch_.shared_bytes)
-      fail("shared " + describe(verb, bytes, offset) + ", outside the block's " +
-           std::to_string(launch_.shared_bytes) + " bytes");
+      fail("shared " + describe(verb, bytes, offset) + ", outside the block's " + std::to_string(launch_.shared_bytes) +
+           " bytes");
     occasional_yield();
     for (size_t word = offset / kWord; word * kWord < offset + bytes; ++word) note(word, write);
     return shared_.data() + offset;
@@ -320,20 +320,18 @@ void warp_collective(const char* name, void* arguments, void (*execute)(void* co
 }
 
 void warp_sync() {
-  warp_collective("sync_warp", nullptr, [](void* const (&)[kWarpSize]) { current->sync_warp_memory(); });
+  warp_collective("sync_warp", nullptr, [](void* const(&)[kWarpSize]) { current->sync_warp_memory(); });
 }
 
 void barrier_arrive(int id, int threads) {
   int arguments[] = {id, threads};
-  warp_collective("barrier_arrive", arguments, [](void* const (&lanes)[kWarpSize]) {
+  warp_collective("barrier_arrive", arguments, [](void* const(&lanes)[kWarpSize]) {
     const int* first = static_cast<const int*>(lanes[0]);
     current->barrier_arrive(first[0], first[1]);
   });
 }
 
-char* shared_access(uint32_t offset, size_t bytes, bool write) {
-  return current->shared_access(offset, bytes, write);
-}
+char* shared_access(uint32_t offset, size_t bytes, bool write) { return current->shared_access(offset, bytes, write); }
 void global_access(const void* p, size_t bytes, bool write) { current->global_access(p, bytes, write); }
 
 void async_copy(uint32_t offset, const void* global, size_t bytes) {

@@ -22,7 +22,10 @@ MAY_DIFFER = ("steps", "device", "threads")  # between a run and the run that go
 # paper takes learning rates of 1e-4 (T=200) to 1e-6 (T=400) and many times as many steps.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "adding": {"learning_rate": 5e-4, "schedule": "cosine", "warmup": 0.7, "steps": 2200},
-    "digits": {"input_std": 1.0, "recurrent_std": 0.03, "noise": 0.1, "schedule": "cosine", "steps": 2400},
+    "digits": {
+        **{"input_std": 1.0, "recurrent_std": 0.03, "noise": 0.1},
+        **{"schedule": "cosine", "steps": 2400, "batch_size": 64},
+    },
 }
 
 
