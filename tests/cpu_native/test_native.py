@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from fused_rin import cpu
 
 ROOT = Path(__file__).parents[2]
