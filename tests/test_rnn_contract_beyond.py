@@ -112,7 +112,11 @@ def test_resets_of_unbatched_and_packed_input():
         ({"lengths": [1, 2, 6]}, ValueError, r"lengths must be in \[0, 5\], got values from 1 to 6"),
         ({"lengths": [1, -2, 5]}, ValueError, r"lengths must be in \[0, 5\], got values from -2 to 5"),
         ({"lengths": torch.tensor([1.0, 2, 3])}, ValueError, "lengths must be integers"),
-        ({"resets": torch.zeros(3, 5, dtype=torch.bool)}, RuntimeError, r"resets must have shape \(5, 3\), got \(3, 5\)"),
+        (
+            {"resets": torch.zeros(3, 5, dtype=torch.bool)},
+            RuntimeError,
+            r"resets must have shape \(5, 3\), got \(3, 5\)",
+        ),
         ({"resets": torch.zeros(5, 3)}, ValueError, r"resets must have dtype torch.bool, got torch.float32"),
         ({"resets": torch.zeros(5, 3, dtype=torch.bool, device="meta")}, RuntimeError, "resets must be on the device"),
     ],
