@@ -1,7 +1,7 @@
 """Builds the native module with CMake; everything else is in pyproject.toml.
 
-Environment: FUSED_RIN_CMAKE_ARGS adds arguments to the configuring call, FUSED_RIN_CUDA=auto|on|off and
-FUSED_RIN_CUDA_ARCHS choose the CUDA part (see cmake/cuda.cmake).
+Environment: FUSED_RIN_CUDA=auto|on|off and FUSED_RIN_CUDA_ARCHS choose the CUDA part (see cmake/cuda.cmake),
+FUSED_RIN_CMAKE_ARGS adds arguments to the configuring call, FUSED_RIN_BUILD_DIR keeps the build for the next time.
 """
 
 import os
@@ -31,11 +31,15 @@ def cmake_executable() -> str:
 
 
 class CMakeBuild(build_ext):
+    """One CMake build makes both modules; `_cuda` is optional because it is there only if nvcc is."""
+
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != "fused_rin._native":
+            return
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = Path(os.environ.get("FUSED_RIN_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
         build.mkdir(parents=True, exist_ok=True)
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -55,4 +59,10 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", build, "--parallel"], check=True, env=env)
 
 
-setup(ext_modules=[Extension("fused_rin._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[
+        Extension("fused_rin._native", sources=[]),
+        Extension("fused_rin._cuda", sources=[], optional=True),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -13,6 +13,7 @@ for symbolic sizes. In eager mode the operators are passed by altogether, since 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -84,15 +85,9 @@ def unavailable_reason(
     device: torch.device | None = None, dtype: torch.dtype | None = None, hidden: int | None = None
 ) -> str | None:
     """Why these kernels cannot run, with the way out, or None if they can. What is not given is not asked about."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    version = _triton_version()
-    if version < OLDEST:
-        return (
-            f"Triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, OLDEST))} (pip install -U triton)"
-        )
-    if device is None:
-        return None
+    missing = _missing()
+    if missing is not None or device is None:
+        return missing
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on GPUs, got {device}"
     try:
@@ -114,6 +109,18 @@ def _plan(hidden: int, dtype: torch.dtype, device: torch.device, groups: int = 1
     if index is None and device.type == "cuda":
         index = torch.cuda.current_device()
     return plan(hidden, dtype, groups, batch, device_record(index), fp32_precision())
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What is wrong with the installed Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    version = _triton_version()
+    if version < OLDEST:
+        old, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST))
+        return f"Triton {old} is older than {oldest} (pip install -U triton)"
+    return None
 
 
 def _triton_version() -> tuple[int, ...]:

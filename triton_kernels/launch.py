@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,9 @@ from .sweep import sweep
 
 INTERPRETED = triton.knobs.runtime.interpret
 _ARRIVED_STRIDE = 16  # int64 counters, one per 128-byte line
+
+
+_plan = functools.lru_cache(maxsize=1024)(plan)
 
 
 def compile_options(chosen: Plan, vendor: str) -> dict[str, object]:
@@ -52,7 +57,7 @@ def run(
 
     index = like.device.index if like.is_cuda else None
     if chosen is None:
-        chosen = plan(hidden, like.dtype, groups, batch, device_record(index), fp32_precision())
+        chosen = _plan(hidden, like.dtype, groups, batch, device_record(index), fp32_precision())
     tiles = -(-batch // chosen.tile_b) * groups
     wave = min(tiles, chosen.wave or tiles)
     exchange = arrived = None

@@ -1,13 +1,15 @@
 """Which backend runs a problem, and why.
 
-A backend is a module with `unavailable_reason(device, dtype)`, `describe(steps, batch, groups, hidden, dtype, ...)`,
-`forward` and `backward`. "auto" takes the first that can run the problem; a backend that is asked for by name either
-runs or raises.
+A backend is a module with `unavailable_reason(device, dtype, hidden)`, `describe(steps, batch, groups, hidden, dtype,
+device)`, `forward` and `backward`. "auto" takes the first that can run the problem; a backend that is asked for by name
+either runs or raises.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,11 +62,13 @@ class _Reference:
     backward = staticmethod(reference.backward)
 
     @staticmethod
-    def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
         return None
 
     @staticmethod
-    def describe(steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype) -> str:
+    def describe(
+        steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device | str
+    ) -> str:
         return f"a loop of PyTorch operations over {steps} steps"
 
 
@@ -100,35 +104,49 @@ def requested(name: str) -> str:
     return _default
 
 
-def _module(name: str) -> ModuleType | type[_Reference]:
+Module = ModuleType | type[_Reference]
+
+
+def _module(name: str) -> Module:
+    """A GPU backend is imported when it is first asked about."""
     if name == "cpu":
         return cpu
     if name == "reference":
         return _Reference
-    raise BackendError(f"backend {name!r} is not part of this build of fused-rin")
+    return importlib.import_module({"cuda": "fused_rin.cuda", "triton": "fused_rin.triton_kernels"}[name])
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
-    return ("cpu", "reference") if device.type == "cpu" else ("reference",)
+# In order of preference; what has no entry (mps, meta, ...) runs the reference.
+_CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | type[_Reference], dict[str, str]]:
+def _reason(name: str, device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
+    """Why a backend cannot run a problem. Kept for the GPU backends, whose plans take longer to find than to follow."""
+    if device.type == "cpu":
+        return _module(name).unavailable_reason(device, dtype, hidden)
+    return _kept_reason(name, device, dtype, hidden, torch.get_float32_matmul_precision())
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_reason(name: str, device: torch.device, dtype: torch.dtype, hidden: int, precision: str) -> str | None:
+    return _module(name).unavailable_reason(device, dtype, hidden)
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype, hidden: int) -> tuple[Module, dict[str, str]]:
     """The backend module for a request (`requested` applied already), and why better ones were passed over.
 
     Raises BackendError if a backend asked for by name cannot run.
     """
     if name != "auto":
-        module = _module(name)
-        reason = module.unavailable_reason(device, dtype)
+        reason = _reason(name, device, dtype, hidden)
         if reason is not None:
             raise BackendError(f"backend {name!r} was asked for and cannot run: {reason}")
-        return module, {}
+        return _module(name), {}
     passed_over: dict[str, str] = {}
-    for candidate in _candidates(device):
-        module = _module(candidate)
-        reason = module.unavailable_reason(device, dtype)
+    for candidate in _CANDIDATES.get(device.type, ("reference",)):
+        reason = _reason(candidate, device, dtype, hidden)
         if reason is None:
-            return module, passed_over
+            return _module(candidate), passed_over
         passed_over[candidate] = reason
     raise AssertionError("the reference runs everything")
 
@@ -155,13 +173,14 @@ def explain(
         raise ValueError(f"problem must be (T, B, G, D) or (T, B, D), got {tuple(problem)}")
     steps, batch, *groups, hidden = problem
     name = requested(backend)
-    module, passed_over = select(name, torch.device(device), dtype)
-    chosen = "reference" if module is _Reference else module.__name__.rpartition(".")[2]
+    device = torch.device(device)
+    module, passed_over = select(name, device, dtype, hidden)
+    chosen = "reference" if module is _Reference else module.__name__.rpartition(".")[2].removesuffix("_kernels")
     if name != "auto":
         reason = "it was asked for by name"
     elif passed_over:
         reason = "the backends before it cannot run this problem"
     else:
-        reason = f"it is the first choice for {torch.device(device).type} tensors"
-    plan = module.describe(steps, batch, groups[0] if groups else 1, hidden, dtype)
+        reason = f"it is the first choice for {device.type} tensors"
+    plan = module.describe(steps, batch, groups[0] if groups else 1, hidden, dtype, device)
     return Choice(chosen, plan, reason, passed_over)

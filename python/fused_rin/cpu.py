@@ -22,7 +22,7 @@ ACTIVATIONS = {"none": 0, "relu": 1, "tanh": 2}
 _isa = os.environ.get("FUSED_RIN_CPU_ISA", "")
 
 
-def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int = 1) -> str | None:
     """Why this backend cannot run a problem on `device` in `dtype`, or None if it can."""
     if _native is None:
         return f"the native module could not be imported ({_import_error}); build it with `pip install .`"
@@ -54,7 +54,9 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _isa = before
 
 
-def describe(steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype) -> str:
+def describe(
+    steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> str:
     """The plan for a problem, in words."""
     plan = _native.plan(steps, batch, groups, hidden, DTYPES[dtype], torch.get_num_threads(), _isa)
     if plan["threads"] == 1:

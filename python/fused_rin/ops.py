@@ -42,7 +42,7 @@ def sweep_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The forward sweep on real tensors: (out, h_n). Arguments as in `reference.recurrence`."""
-    module, _ = backends.select(backend, pre.device, pre.dtype)
+    module, _ = backends.select(backend, pre.device, pre.dtype, pre.shape[-1])
     return module.forward(
         pre.contiguous(), weight.contiguous(), _contiguous(h0), _contiguous(lengths), _contiguous(offsets),
         _contiguous(resets), skip=skip, activation=activation, num_reversed=num_reversed,
@@ -63,7 +63,7 @@ def sweep_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The backward sweep on real tensors: gradients of pre and h0. Arguments as in `reference.backward`."""
-    module, _ = backends.select(backend, out.device, out.dtype)
+    module, _ = backends.select(backend, out.device, out.dtype, out.shape[-1])
     return module.backward(
         _contiguous(grad_out), _contiguous(grad_h_n), weight.contiguous(), out.contiguous(), _contiguous(lengths),
         _contiguous(offsets), _contiguous(resets), skip=skip, activation=activation, num_reversed=num_reversed,

@@ -3,21 +3,15 @@ from fused_rin.experiments.runs import Run
 from fused_rin.experiments.settings import Settings
 
 # Small enough for a run to take well under a second.
-TINY = {
-    "length": 10,
-    "hidden_size": 8,
-    "steps": 24,
-    "log_every": 5,
-    "eval_every": 10,
-    "test_size": 20,
-    "threads": 1,
-}
+TINY = {"length": 10, "hidden_size": 8, "steps": 24, "test_size": 20, "threads": 1}
+TINY |= {"log_every": 5, "eval_every": 10, "checkpoint_every": 7}
+TINY |= {"learning_rate": 1e-3, "schedule": "constant", "warmup": 0.0}
 
 
 @pytest.fixture
 def tiny():
     """Settings of a run of 24 steps; any of them can be changed."""
-    return lambda **changes: Settings.for_task(**{"task": "adding", **TINY, "checkpoint_every": 7, **changes})
+    return lambda task="adding", **changes: Settings.for_task(task, **{**TINY, **changes})
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ def fails(tmp_path, capsys):
         ([*TRAIN, "--batch-size", "two"], "invalid int value: 'two'"),
         ([*TRAIN, "--learning-rate", "nan"], "learning_rate must be finite and not negative, got nan"),
         ([*TRAIN, "--clip", "-1"], "clip must be finite and not negative, got -1.0"),
+        ([*TRAIN, "--warmup", "2"], "warmup must be a share of the steps, between 0 and 1, got 2.0"),
         ([*TRAIN, "--length", "1"], "length must be at least 2"),
         ([*TRAIN, "--no-such-option"], "unrecognized arguments: --no-such-option"),
         ([*TRAIN, "--device", "abacus"], "device 'abacus' cannot be used"),

@@ -14,7 +14,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = (
     ["test_triton_interpreted.py", "test_triton_plan.py"]
     if INTERPRETING
-    else ["test_triton_sweep.py", "test_triton_barrier.py"]
+    else ["test_triton_sweep.py", "test_triton_barrier.py", "test_triton_in_the_package.py"]
 )
 
 

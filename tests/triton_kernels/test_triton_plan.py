@@ -98,6 +98,7 @@ def test_importing_the_package_imports_no_triton() -> None:
 def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_rin import triton_kernels
 
+    monkeypatch.setattr(triton_kernels, "_missing", triton_kernels._missing.__wrapped__)  # without its cache
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(triton_kernels, "_triton_version", lambda: triton_kernels.OLDEST)
     assert unavailable_reason(None) is None

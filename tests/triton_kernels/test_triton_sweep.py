@@ -53,7 +53,7 @@ def test_activations_and_skips(activation: str, skip: float) -> None:
 @pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
 @pytest.mark.parametrize("resets", [False, True])
 def test_lengths_and_resets(dtype: torch.dtype, num_reversed: int, layout: str, resets: bool) -> None:
-    for seed in range(2):
+    for seed in range(1):
         check(make_case(8, 5, 5, 2, dtype=dtype, layout=layout, resets=resets, num_reversed=num_reversed, seed=seed))
 
 

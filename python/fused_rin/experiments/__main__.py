@@ -1,3 +1,4 @@
 from fused_rin.experiments.cli import main
 
-main()
+if __name__ == "__main__":  # the demo's processes import this file again
+    main()

@@ -25,7 +25,7 @@ HELP: dict[str, str] = {
     "num_layers": "recurrent layers",
     "input_std": "rin, irnn: standard deviation of the first input weights",
     "recurrent_std": "rin: standard deviation of the first U",
-    "warmup": "updates over which the learning rate rises",
+    "warmup": "share of the steps over which the learning rate rises",
     "clip": "largest norm of the gradient; 0 does not clip",
     "steps": "updates in all",
     "log_every": "steps between training metrics",

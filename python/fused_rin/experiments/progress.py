@@ -13,7 +13,7 @@ from .runs import Run
 from .training import Diverged, Outcome, Trainer
 
 
-def train_with_progress(folder: Run, *, resume: bool = False, label: str = "") -> Outcome:
+def train_with_progress(folder: Run, *, resume: bool = False, label: str = "", line: int = 0) -> Outcome:
     """Trains and draws the curves, also those of a run that was interrupted or diverged."""
     trainer = Trainer(folder, resume=resume)
     if not trainer.fabric.is_global_zero:
@@ -22,7 +22,7 @@ def train_with_progress(folder: Run, *, resume: bool = False, label: str = "") -
     label = label or f"{settings.task} {settings.model}"
     latest = {record["split"]: record for record in folder.read_metrics()}
     # Without a terminal the lines of the evaluations have to do.
-    with tqdm(total=settings.steps, initial=trainer.step, desc=label, unit="step", disable=None) as bar:
+    with tqdm(total=settings.steps, initial=trainer.step, desc=label, position=line, unit="step", disable=None) as bar:
 
         def report(step: int, record: dict[str, Any] | None) -> None:
             if record is None:

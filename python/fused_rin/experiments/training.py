@@ -252,7 +252,8 @@ def make_fabric(settings: Settings) -> Fabric:
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
-    return kinds[settings.optimizer](model.parameters(), lr=settings.learning_rate)
+    options: dict[str, Any] = {"fused": True} if settings.optimizer != "rmsprop" else {}
+    return kinds[settings.optimizer](model.parameters(), lr=settings.learning_rate, **options)
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""Reads what nvcc compiled out of a binary: registers, stack and shared memory of every kernel, per architecture.
+
+A fat binary that was not compressed (cmake/cuda.cmake sees to that) holds its cubins as plain ELF files; their
+`.nv.info` sections carry the resources. No CUDA tool is needed. Format: elf.h for the containers; the attributes are
+those that `cuobjdump -elf` prints by name (EIATTR_*).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+EM_CUDA = 190
+_REGCOUNT, _FRAME_SIZE, _MIN_STACK_SIZE = 0x2F, 0x11, 0x12
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack: int  # bytes a thread, spills included
+    static_shared: int  # bytes a block, besides what is asked for at launch
+
+
+def images(path: Path) -> Iterator[bytes]:
+    """Every cubin in a file, as what nvdisasm takes (with what follows it in the file)."""
+    data = path.read_bytes()
+    for match in re.finditer(rb"\x7fELF\x02\x01", data):
+        start = match.start()
+        if struct.unpack_from("<H", data, start + 18)[0] == EM_CUDA:
+            headers, _, _, _, _, entry_size, count = struct.unpack_from("<QIHHHHH", data, 40)
+            yield data[start : start + headers + entry_size * count + 64 * 1024]
+
+
+def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
+    """(sm number, {mangled kernel name: resources}) for every cubin in a file."""
+    for image in images(path):
+        yield _parse(image)
+
+
+def readable(mangled: str) -> str:
+    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false>."""
+    kind = re.search(r"(Mma|Fma)ConfigI", mangled)
+    assert kind, f"a kernel that is not a block sweep: {mangled}"
+    numbers = re.findall(r"Li(\d+)E", mangled)
+    found = re.search(r"MathE(\d)E", mangled)
+    math = ("mma", "tf32", "tf32x3")[int(found.group(1))] if found else "fma"
+    dtype = next((n for tag, n in (("8BFloat16", "bfloat16"), ("7Float16", "float16")) if tag in mangled), "float32")
+    direction = "backward" if "ELb1E" in mangled else "forward"
+    return f"{dtype} {math} {numbers[0]}x{numbers[1]} {direction}"
+
+
+def compiler_release(path: Path) -> str:
+    """Of nvcc, e.g. "13.0"; "" where the binary does not say."""
+    match = re.search(rb"Cuda compilation tools, release ([0-9.]+)", path.read_bytes())
+    return match.group(1).decode() if match else ""
+
+
+def _parse(data: bytes) -> tuple[int, dict[str, Resources]]:
+    section_offset, flags = struct.unpack_from("<QI", data, 40)
+    entry_size, count, names_index = struct.unpack_from("<HHH", data, 58)
+    headers = [
+        struct.unpack_from("<IIQQQQIIQQ", data, section_offset + i * entry_size) for i in range(count)
+    ]  # name, type, flags, address, offset, size, link, info, alignment, entry size
+
+    def content(i: int) -> bytes:
+        return data[headers[i][4] : headers[i][4] + headers[i][5]]
+
+    def text(table: bytes, at: int) -> str:
+        return table[at : table.index(b"\0", at)].decode()
+
+    names = content(names_index)
+    section = {text(names, h[0]): i for i, h in enumerate(headers)}
+    symbols, strings = content(section[".symtab"]), content(section[".strtab"])
+    attributes: dict[str, dict[int, int]] = {}
+    info, at = content(section[".nv.info"]), 0
+    while at < len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form != 4:  # only EIFMT_SVAL carries `size` bytes after the header
+            continue
+        if size == 8:
+            symbol, value = struct.unpack_from("<II", info, at)
+            name = text(strings, struct.unpack_from("<I", symbols, symbol * 24)[0])
+            attributes.setdefault(name, {})[attribute] = value
+        at += size
+    kernels = {}
+    for name, values in attributes.items():
+        if f".text.{name}" not in section:
+            continue
+        shared = section.get(f".nv.shared.{name}")
+        kernels[name] = Resources(
+            registers=values[_REGCOUNT],
+            stack=max(values.get(_FRAME_SIZE, 0), values.get(_MIN_STACK_SIZE, 0)),
+            static_shared=headers[shared][5] if shared is not None else 0,
+        )
+    return flags >> 8 & 0xFF, kernels

@@ -1,0 +1,58 @@
+// The table of instances and the launch. The instances themselves are compiled side by side, a file per element type.
+#include <launch.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "block.h"
+
+namespace fused_rin {
+
+void append_bfloat16_instances(std::vector<BlockInstance>& instances);
+void append_float16_instances(std::vector<BlockInstance>& instances);
+void append_float32_fma_instances(std::vector<BlockInstance>& instances);
+void append_float32_tf32x3_instances(std::vector<BlockInstance>& instances);
+void append_float32_tf32_instances(std::vector<BlockInstance>& instances);
+
+const std::vector<BlockInstance>& block_instances() {
+  static const std::vector<BlockInstance> instances = [] {
+    std::vector<BlockInstance> all;
+    append_bfloat16_instances(all);
+    append_float16_instances(all);
+    append_float32_fma_instances(all);
+    append_float32_tf32x3_instances(all);
+    append_float32_tf32_instances(all);
+    return all;
+  }();
+  return instances;
+}
+
+void launch_block(const Problem& problem, Math math, int hidden, int rows, int device, void* stream) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (problem.steps >= kMost || problem.batch >= kMost)
+    throw std::invalid_argument("steps and batch must be below 2^31, got " + std::to_string(problem.steps) + " and " +
+                                std::to_string(problem.batch));
+  uintptr_t addresses = 0;
+  for (const void* p : {problem.weight, problem.in, problem.saved, problem.state_in,
+                        static_cast<const void*>(problem.out), static_cast<const void*>(problem.state_out)})
+    addresses |= reinterpret_cast<uintptr_t>(p);
+  if (problem.hidden % 2 || addresses % (problem.dtype == DType::kFloat32 ? 8 : 4))
+    throw std::invalid_argument("the block kernels need an even hidden size and tensors aligned to two elements");
+  if (problem.batch == 0 || problem.groups == 0 || problem.hidden == 0) return;
+  for (const BlockInstance& instance : block_instances()) {
+    if (instance.dtype != problem.dtype || instance.math != math || instance.backward != problem.backward ||
+        instance.hidden != hidden || instance.rows != rows)
+      continue;
+    if (problem.hidden > hidden)
+      throw std::invalid_argument("hidden size " + std::to_string(problem.hidden) +
+                                  " does not fit the instance compiled for " + std::to_string(hidden));
+    const DeviceGuard guard(device);
+    instance.launch(problem, stream);
+    return;
+  }
+  throw std::invalid_argument("no compiled block kernel for hidden " + std::to_string(hidden) + ", rows " +
+                              std::to_string(rows) + ", math " + std::to_string(static_cast<int>(math)) + ", dtype " +
+                              std::to_string(static_cast<int>(problem.dtype)));
+}
+
+}  // namespace fused_rin

@@ -1,0 +1,32 @@
+// The compiled instances of the `block` plan and their launch; plain data, so that the planner and the tests read it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../problem.h"
+
+namespace fused_rin {
+
+enum class Math : int { kMma = 0, kTf32 = 1, kTf32x3 = 2, kFma = 3 };
+
+struct BlockInstance {
+  DType dtype;
+  Math math;
+  bool backward;
+  int hidden;  // compiled size; any smaller D runs in it
+  int rows;    // batch rows of a CTA
+  int threads;
+  int shared_bytes;  // dynamic
+  void (*launch)(const Problem& problem, void* stream);
+};
+
+// Every instance, in a fixed order.
+const std::vector<BlockInstance>& block_instances();
+
+// Runs `problem` with the instance of exactly this math, hidden and rows. D must be even and every tensor aligned to
+// two elements. `device` is a CUDA ordinal, `stream` a cudaStream_t. Throws std::invalid_argument for what the plan
+// cannot do, std::runtime_error with CUDA's own words.
+void launch_block(const Problem& problem, Math math, int hidden, int rows, int device, void* stream);
+
+}  // namespace fused_rin

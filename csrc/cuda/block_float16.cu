@@ -1,0 +1,5 @@
+#include "block_configs.h"
+
+namespace fused_rin {
+void append_float16_instances(std::vector<BlockInstance>& instances) { MmaConfigs<device::Float16>::append(instances); }
+}  // namespace fused_rin

@@ -1,0 +1,232 @@
+// The machine as the kernels see it: the only file of the CUDA backend that contains PTX.
+//
+// Every kernel includes <device.cuh> with angle brackets and touches threads, shared memory, global memory and tensor
+// cores through these functions alone. csrc/cuda_on_cpu/device.cuh offers the same names on CPU fibres; the include
+// path decides which machine a sweep is compiled for. "PTX n.n" below are sections of the PTX ISA manual, version 9.0.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace fused_rin::device {
+
+struct BFloat16 {};  // tags: the bits travel in uint16_t / uint32_t, so that both machines share one code
+struct Float16 {};
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int thread_idx() { return threadIdx.x; }
+__device__ __forceinline__ int lane_idx() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp_idx() { return threadIdx.x >> 5; }
+__device__ __forceinline__ int64_t block_idx() { return blockIdx.x; }
+
+// barrier.cta.sync 0 (PTX 9.7.13.1): all threads of the block, and their shared memory accesses, in order.
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+// Barriers 1-15 for a subset of the warps (PTX 9.7.13.1); `threads` counts those that sync and those that arrive.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, addressed by byte offsets.
+class SharedMemory {
+ public:
+  __device__ __forceinline__ explicit SharedMemory(char* base) : base_(base) {}
+
+  template <class T>
+  __device__ __forceinline__ T load(uint32_t offset) const {
+    return *reinterpret_cast<const T*>(base_ + offset);
+  }
+  template <class T>
+  __device__ __forceinline__ void store(uint32_t offset, T value) const {
+    *reinterpret_cast<T*>(base_ + offset) = value;
+  }
+  // The .shared state-space address that PTX instructions take.
+  __device__ __forceinline__ uint32_t address(uint32_t offset) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(base_ + offset));
+  }
+
+ private:
+  char* base_;
+};
+
+__device__ __forceinline__ SharedMemory shared_memory() {
+  extern __shared__ __align__(128) char dynamic_shared_memory[];
+  return SharedMemory(dynamic_shared_memory);
+}
+
+template <class T>
+__device__ __forceinline__ T load_global(const T* p) {
+  return *p;
+}
+template <class T>
+__device__ __forceinline__ void store_global(T* p, T value) {
+  *p = value;
+}
+
+// ld.global (PTX 9.7.9.8), predicated, 0 where not wanted: for tensors that are read once, step by step. Not .nc, as
+// the output may lie over the input. A prefetch several steps ahead lives from being issued where it is written: hence
+// volatile. And from not being a branch: then it is scheduled between the mma. Each warp consumes whole 32-byte
+// sectors, so L1 would only be churned; a row is contiguous, so L2 may fetch the neighbouring sectors of 128 bytes.
+__device__ __forceinline__ uint32_t load_streaming_if(bool wanted, const uint32_t* p) {
+  uint32_t value;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0;"
+      " @p ld.global.L1::no_allocate.L2::128B.u32 %0, [%2];}"
+      : "=r"(value)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p));
+  return value;
+}
+__device__ __forceinline__ uint2 load_streaming_if(bool wanted, const uint2* p) {
+  uint2 value;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+      " @p ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%3];}"
+      : "=r"(value.x), "=r"(value.y)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p));
+  return value;
+}
+// ld.global.nc (PTX 9.7.9.9): for what a block reads piecewise and never writes, through L1.
+__device__ __forceinline__ uint32_t load_if(bool wanted, const uint32_t* p) {
+  uint32_t value;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%2];}"
+               : "=r"(value)
+               : "r"(static_cast<uint32_t>(wanted)), "l"(p));
+  return value;
+}
+__device__ __forceinline__ uint2 load_if(bool wanted, const uint2* p) {
+  uint2 value;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+      " @p ld.global.nc.v2.u32 {%0, %1}, [%3];}"
+      : "=r"(value.x), "=r"(value.y)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p));
+  return value;
+}
+__device__ __forceinline__ void store_global_if(bool wanted, uint32_t* p, uint32_t value) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"(static_cast<uint32_t>(wanted)),
+               "l"(p), "r"(value)
+               : "memory");
+}
+__device__ __forceinline__ void store_global_if(bool wanted, uint2* p, uint2 value) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(static_cast<uint32_t>(wanted)),
+      "l"(p), "r"(value.x), "r"(value.y)
+      : "memory");
+}
+
+// cp.async (PTX 9.7.9.25.3): 16 bytes from global to shared memory past the registers, completing by group.
+__device__ __forceinline__ void cp_async_16(const SharedMemory& shared, uint32_t offset, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared.address(offset)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ldmatrix (PTX 9.7.14.5.15): four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const SharedMemory& shared, uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared.address(offset))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&d)[4], const SharedMemory& shared, uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared.address(offset))
+               : "memory");
+}
+
+// ---- tensor cores ------------------------------------------------------------------------------------------------
+
+// mma.sync (PTX 9.7.14.5.14), D += A B, A row-major, B column-major, D in float32. Lane 4g + q holds
+//   A  a[0] (g, word q)   a[1] (g + 8, word q)   a[2] (g, word q + 4)   a[3] (g + 8, word q + 4)
+//   B  b[0] (word q, column g)                   b[1] (word q + 4, column g)
+//   D  d[0], d[1] (g, columns 2q, 2q + 1)        d[2], d[3] (g + 8, columns 2q, 2q + 1)
+// where a word is 4 bytes along k: two 16-bit elements or one tf32. So m16n8k16 and m16n8k8.tf32 look the same here.
+__device__ __forceinline__ void mma_m16n8k16(BFloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_m16n8k16(Float16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- numbers -----------------------------------------------------------------------------------------------------
+
+// cvt (PTX 9.7.9.21), round to nearest even; .rna for tf32: ties away from zero. The low half of a word comes first.
+__device__ __forceinline__ uint32_t pack(BFloat16, float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack(Float16, float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ float2 unpack(BFloat16, uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ __forceinline__ float2 unpack(Float16, uint32_t word) {
+  float2 pair;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(pair.x), "=f"(pair.y)
+      : "r"(word));
+  return pair;
+}
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+  return word;
+}
+// value = big + small, both tf32 (11 significant bits each, so what is lost is below 2^-22 of the value). Dekker's
+// splitting: it runs on the FMA pipe at full rate, rounds to nearest, and keeps a NaN a NaN where adding half a unit
+// to the bits would carry it into the sign. Above 2^114 the product overflows and the result is NaN.
+__device__ __forceinline__ void split_tf32(float value, uint32_t& big, uint32_t& small) {
+  const float scaled = __fmul_rn(value, 8193.f);  // 2^13 + 1; never contracted into an fma
+  const float rounded = __fsub_rn(scaled, __fsub_rn(scaled, value));
+  big = __float_as_uint(rounded);
+  small = (__float_as_uint(__fsub_rn(value, rounded)) + 0x1000u) & 0xffffe000u;
+}
+// The same word, of which the compiler knows nothing: what is computed from it stays in the loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t word) {
+  asm volatile("" : "+r"(word));
+  return word;
+}
+__device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
+__device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }
+
+// max.NaN (PTX 9.7.3.13): unlike fmaxf, a NaN stays one, as in torch.relu.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float value;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+  return value;
+}
+
+}  // namespace fused_rin::device

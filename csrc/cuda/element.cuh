@@ -1,0 +1,67 @@
+// Storage types of the tensors. Kernels move pairs of neighbouring elements: the smallest unit that a thread
+// owns. So D is even and every tensor aligned to a pair; the host pads an odd D.
+#pragma once
+
+#include <device.cuh>
+#include <type_traits>
+
+#include "../problem.h"
+
+namespace fused_rin {
+
+template <class T>
+struct Element {  // 16-bit types
+  using Scalar = uint16_t;
+  using Pair = uint32_t;
+  static constexpr int kBytes = 2;
+  static constexpr DType kDType = std::is_same_v<T, device::BFloat16> ? DType::kBFloat16 : DType::kFloat16;
+
+  static __device__ __forceinline__ Pair pair(Scalar low, Scalar high) {
+    return low | static_cast<uint32_t>(high) << 16;
+  }
+  static __device__ __forceinline__ Scalar low(Pair pair) { return static_cast<Scalar>(pair); }
+  static __device__ __forceinline__ Scalar high(Pair pair) { return static_cast<Scalar>(pair >> 16); }
+  static __device__ __forceinline__ Pair pack(float2 value) { return device::pack(T{}, value.x, value.y); }
+  static __device__ __forceinline__ float2 unpack(Pair pair) { return device::unpack(T{}, pair); }
+};
+
+template <>
+struct Element<float> {
+  using Scalar = uint32_t;
+  using Pair = uint2;
+  static constexpr int kBytes = 4;
+  static constexpr DType kDType = DType::kFloat32;
+
+  static __device__ __forceinline__ Pair pair(Scalar low, Scalar high) { return {low, high}; }
+  static __device__ __forceinline__ Scalar low(Pair pair) { return pair.x; }
+  static __device__ __forceinline__ Scalar high(Pair pair) { return pair.y; }
+  static __device__ __forceinline__ Pair pack(float2 value) {
+    return {device::as_word(value.x), device::as_word(value.y)};
+  }
+  static __device__ __forceinline__ float2 unpack(Pair pair) {
+    return {device::as_float(pair.x), device::as_float(pair.y)};
+  }
+};
+
+// A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from `k`
+// on; zero past `hidden`. Forward multiplies by U (output = row), backward by its transpose; pairs run along memory.
+template <class T, bool kBackward, int K>
+__device__ __forceinline__ void load_weight_block(typename Element<T>::Scalar (&block)[2][K],
+                                                  const typename Element<T>::Pair* weight, int neuron, int k,
+                                                  int hidden) {
+  using E = Element<T>;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {  // K pairs
+    const int row = kBackward ? k + i : neuron + i / (K / 2);
+    const int column = kBackward ? neuron : k + i % (K / 2) * 2;
+    const uint32_t index = row * hidden + column;  // hidden is at most a few hundred
+    const typename E::Pair pair = device::load_if(row < hidden && column < hidden, weight + index / 2);
+    if (kBackward) {
+      block[0][i] = E::low(pair), block[1][i] = E::high(pair);
+    } else {
+      block[i / (K / 2)][i % (K / 2) * 2] = E::low(pair), block[i / (K / 2)][i % (K / 2) * 2 + 1] = E::high(pair);
+    }
+  }
+}
+
+}  // namespace fused_rin

@@ -1,0 +1,238 @@
+// State times matrix on tensor cores: A = U (16 outputs x k, in registers for the whole sequence, what does not fit in
+// shared memory), B = state^T (k x 8 batch rows). A thread ends up owning pairs of neighbouring outputs.
+#pragma once
+
+#include "block.h"
+#include "element.cuh"
+#include "state.cuh"
+
+namespace fused_rin {
+
+template <class Config, bool kBackward>
+class MmaProduct;
+
+// Who keeps what where. kRegisterSteps of the matrix's k-steps (32 bytes of k each) live in registers; each costs
+// 4 * kTilesM registers a thread. kAhead*: how many steps ahead the streamed tensors are read.
+template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kAheadForward_,
+          int kAheadBackward_>
+struct MmaConfig {
+  using T = T_;
+  template <bool kBackward>
+  using Product = MmaProduct<MmaConfig, kBackward>;
+  static constexpr Math kMath = kMath_;
+  static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
+  static constexpr int kAheadForward = kAheadForward_, kAheadBackward = kAheadBackward_;
+  static constexpr int kSteps = kHidden * Element<T>::kBytes / 32;  // k-steps
+  static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;
+  static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
+  // Independent accumulators per output: the dependent chain of mma, not their rate, is what a small tile waits for.
+  static constexpr int kChains = kTilesM * kTilesN < 4 && kMath != Math::kTf32x3 ? 2 : 1;
+  // 3xTF32: keep both halves of the matrix where there is room; else split it anew in every step.
+  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kRegisterSteps == kSteps && kSteps * kTilesM <= 16;
+  static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
+  static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
+  static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
+  static_assert(kHidden == kTilesM * 16 * kWarps, "warps share the outputs evenly");
+  static_assert((kMath == Math::kMma) == (Element<T>::kBytes == 2), "float32 goes through tf32");
+};
+
+template <class Config, bool kBackward>
+class MmaProduct {
+  using T = typename Config::T;
+  using E = Element<T>;
+  using StateT = State<T, Config::kHidden, Config::kRows>;
+  static constexpr int kTilesM = Config::kTilesM, kTilesN = Config::kTilesN, kSteps = Config::kSteps;
+
+ public:
+  static constexpr int kColumns = 2 * kTilesN;       // batch rows of a thread
+  static constexpr int kPairs = kTilesM * kColumns;  // pair p belongs to column p % kColumns
+
+  __device__ __forceinline__ MmaProduct(device::SharedMemory shared, int live_rows) : shared_(shared) {
+    const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
+    // Of a tile of 8, the rows past the batch read the last live one again: a broadcast instead of bank traffic.
+    const int row = kTilesN == 1 && g >= live_rows ? live_rows - 1 : g;
+    lane_offset_ = StateT::row(row) + 16 * q;
+  }
+
+  __device__ __forceinline__ int neuron(int p) const {
+    return (device::warp_idx() * kTilesM + p / kColumns) * 16 + 2 * (device::lane_idx() / 4);
+  }
+  __device__ __forceinline__ int row(int column) const {
+    return column / 2 * 8 + 2 * (device::lane_idx() % 4) + column % 2;
+  }
+  __device__ __forceinline__ bool owner() const { return true; }
+
+  static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
+    if constexpr (Config::kMath == Math::kTf32)
+      return {device::to_tf32(device::as_float(x.x)), device::to_tf32(device::as_float(x.y))};
+    return x;
+  }
+
+  __device__ __forceinline__ void load(const typename E::Pair* weight, int hidden) {
+#pragma unroll
+    for (int step = 0; step < Config::kRegisterSteps; ++step) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        uint32_t a[4];
+        load_fragment(a, weight, hidden, step, m);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Config::kSplitKept)
+            device::split_tf32(device::as_float(a[i]), a_[step][m][i], a_[step][m][4 + i]);
+          else
+            a_[step][m][i] = a[i];
+        }
+      }
+    }
+    // Not unrolled: with all its loads in flight at once this spilled.
+#pragma unroll 1
+    for (int step = Config::kRegisterSteps; step < kSteps; ++step) {
+#pragma unroll 1
+      for (int m = 0; m < kTilesM; ++m) {
+        uint32_t a[4];
+        load_fragment(a, weight, hidden, step, m);
+        shared_.store(fragment(step, m), uint4{a[0], a[1], a[2], a[3]});
+      }
+    }
+  }
+
+  // sum[p] = (x times matrix)[p] for the state at byte `state` of shared memory. `meanwhile` runs while the first
+  // loads are in flight: what is off the critical path goes there.
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
+    // As many as cover their latency, about 33 cycles, but 4 registers each.
+    constexpr int kFirst = kTilesN > 1 || kTilesM > 2 ? 1 : kSteps < 8 ? kSteps / 2 : 4;
+    uint4 first[kFirst][kTilesN];
+#pragma unroll
+    for (int j = 0; j < kFirst; ++j) load_state(state, j, first[j]);
+    meanwhile();
+
+    float d[Config::kChains][kTilesM][kTilesN][4] = {};
+#pragma unroll
+    for (int j = 0; j < kSteps / 2; ++j) {
+      uint4 b[kTilesN];
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n)
+        if (j < kFirst) b[n] = first[j < kFirst ? j : 0][n];
+      if (j >= kFirst) load_state(state, j, b);
+      if constexpr (Config::kMath == Math::kTf32x3) {
+        // The tensor core truncates its accumulator, in one direction, where an FADD rounds: so only 16 of k are summed
+        // there. One accumulator over all of k made 3.4 times the error of torch at D = 128.
+        float partial[1][kTilesM][kTilesN][4] = {};
+        multiply_pair(j, b, partial);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) d[0][m][n][i] += partial[0][m][n][i];
+          }
+        }
+      } else {
+        multiply_pair(j, b, d);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = 1; c < Config::kChains; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) d[0][m][n][i] += d[c][m][n][i];
+        }
+        const int p = m * kColumns + 2 * n;
+        sum[p] = {d[0][m][n][0], d[0][m][n][2]};
+        sum[p + 1] = {d[0][m][n][1], d[0][m][n][3]};
+      }
+    }
+  }
+
+ private:
+  // A-fragment rows g and g + 8 are outputs 2g and 2g + 1 of the tile, so that a thread's outputs are neighbours.
+  static __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const typename E::Pair* weight, int hidden,
+                                                       int step, int m) {
+    constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
+    const int lane = device::lane_idx();
+    const int word = 16 * (step / 2) + 4 * (lane % 4) + 2 * (step % 2);
+    const int output = (device::warp_idx() * kTilesM + m) * 16 + 2 * (lane / 4);
+    typename E::Scalar block[2][2 * kWords];
+    load_weight_block<T, kBackward>(block, weight, output, word * kWords, hidden);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kWords == 2)
+        a[i] = E::pair(block[i % 2][i / 2 * 2], block[i % 2][i / 2 * 2 + 1]);
+      else
+        a[i] =
+            Config::kMath == Math::kTf32 ? device::to_tf32(device::as_float(block[i % 2][i / 2])) : block[i % 2][i / 2];
+    }
+  }
+
+  __device__ __forceinline__ uint32_t fragment(int step, int m) const {
+    return 2 * Config::kStateBytes +
+           (((step - Config::kRegisterSteps) * kTilesM + m) * Config::kThreads + device::thread_idx()) * 16;
+  }
+
+  __device__ __forceinline__ void load_state(uint32_t state, int j, uint4 (&b)[kTilesN]) const {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n)
+      b[n] = shared_.load<uint4>(state + lane_offset_ + n * 8 * StateT::kStride + 64 * j);
+  }
+
+  // The two k-steps that one load of the state feeds.
+  template <int kChains>
+  __device__ __forceinline__ void multiply_pair(int j, const uint4 (&b)[kTilesN],
+                                                float (&d)[kChains][kTilesM][kTilesN][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int step = 2 * j + half;
+      const int kept = step < Config::kRegisterSteps ? step : 0;
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        uint32_t a[4];
+        if (step < Config::kRegisterSteps) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[i] = a_[kept][m][i];
+        } else {
+          const uint4 v = shared_.load<uint4>(fragment(step, m));
+          a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+        }
+        if constexpr (Config::kMath == Math::kTf32x3) {
+          uint32_t small_a[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (Config::kSplitKept)
+              small_a[i] = a_[kept][m][4 + i];
+            else  // opaque: or the compiler moves the splitting out of the loop, and spills what it gets
+              device::split_tf32(device::as_float(device::opaque(a[i])), a[i], small_a[i]);
+          }
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            // (A + a)(B + b) without a b, the small terms first.
+            uint32_t big[2], small[2];
+            device::split_tf32(device::as_float(half ? b[n].z : b[n].x), big[0], small[0]);
+            device::split_tf32(device::as_float(half ? b[n].w : b[n].y), big[1], small[1]);
+            device::mma_m16n8k8_tf32(d[0][m][n], small_a, big[0], big[1]);
+            device::mma_m16n8k8_tf32(d[0][m][n], a, small[0], small[1]);
+            device::mma_m16n8k8_tf32(d[0][m][n], a, big[0], big[1]);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kTilesN; ++n) {
+            const uint32_t b0 = half ? b[n].z : b[n].x, b1 = half ? b[n].w : b[n].y;
+            if constexpr (Config::kMath == Math::kMma)
+              device::mma_m16n8k16(T{}, d[step % kChains][m][n], a, b0, b1);
+            else
+              device::mma_m16n8k8_tf32(d[step % kChains][m][n], a, b0, b1);
+          }
+        }
+      }
+    }
+  }
+
+  device::SharedMemory shared_;
+  uint32_t lane_offset_;
+  uint32_t a_[Config::kRegisterSteps][kTilesM][Config::kSplitKept ? 8 : 4];  // kept split: 4 big, 4 small
+};
+
+}  // namespace fused_rin

@@ -1,0 +1,26 @@
+// The state in shared memory: [batch row][neuron], what every warp reads whole, once a step.
+//
+// A product reads 64 bytes of a row at a time: lane 4g + q takes the q-th 16-byte chunk of row g with one 128-bit
+// load, so one load feeds two k-steps of an mma (or four FFMAs per output). That permutes k, which costs nothing: the
+// matrix is permuted alike when it is loaded. Against ldmatrix.x4 (always 4 wavefronts) a load here touches only the
+// rows that exist: one wavefront for a batch of 1 or 2.
+//
+// Rows start at (g & 1) * 64 + (g >> 1) * 32 modulo 128 bytes. Then the 8 lanes of a 128-bit phase (2 rows x 64 bytes)
+// meet no bank twice, and neither do the lanes of an epilogue, which store 32 bytes of rows 0, 2, 4, 6 (or 1, 3, 5, 7).
+#pragma once
+
+#include <device.cuh>
+
+namespace fused_rin {
+
+template <class T, int kHidden, int kRows>
+struct State {
+  static constexpr int kElementBytes = Element<T>::kBytes;
+  static constexpr int kStride = kHidden * kElementBytes + 128;
+  static constexpr int kBytes = kRows * kStride;  // of one of the two buffers
+  static_assert(kHidden * kElementBytes % 128 == 0, "a row is whole bank lines");
+
+  static __device__ __forceinline__ uint32_t row(int n) { return n * kStride + (((n & 1) * 64 + (n >> 1) * 32) & 127); }
+};
+
+}  // namespace fused_rin

@@ -1,0 +1,68 @@
+// A CUDA block on CPU fibres: every thread of the block has a stack of its own, one runs at a time, and the one that
+// runs next is drawn from a seeded generator, so a schedule can be replayed.
+//
+// What it watches, and reports as an exception with the kernel's coordinates (block, thread, warp, lane):
+//   - accesses outside shared memory or outside every registered tensor, misaligned ones, writes to read-only tensors;
+//   - shared memory read before anything was written there (it also starts as NaN bytes);
+//   - races on shared memory: two accesses of one word, at least one a write, not ordered by barriers (vector clocks
+//     per warp, so the verdict does not depend on the schedule that happened to run);
+//   - warps that diverge around a collective, barriers that not all threads reach, deadlock.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fused_rin::fibres {
+
+constexpr int kWarpSize = 32;
+
+struct KernelError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Tensor {
+  std::string name;
+  const void* data;
+  size_t bytes;
+  bool writable;
+};
+
+struct Launch {
+  std::string kernel;
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  uint64_t seed;
+  std::vector<Tensor> tensors;
+};
+
+// Runs `kernel` for every thread of every block; the blocks one after another, in shuffled order.
+void run(const Launch& launch, const std::function<void()>& kernel);
+
+// ---- called from inside a kernel ---------------------------------------------------------------------------------
+
+int thread_idx();
+int64_t block_idx();
+
+void barrier_sync(int id, int threads);  // threads == 0: all of the block
+void barrier_arrive(int id, int threads);
+void warp_sync();
+
+// Checks an access and notes it; then the caller may touch the bytes.
+char* shared_access(uint32_t offset, size_t bytes, bool write);
+void global_access(const void* p, size_t bytes, bool write);
+
+// All 32 lanes of the warp meet here; `execute` sees the arguments of every lane once, in lane order.
+void warp_collective(const char* name, void* arguments, void (*execute)(void* const (&lanes)[kWarpSize]));
+
+// A copy that lands when its group is waited for, and no sooner: code that forgets to wait reads poison.
+void async_copy(uint32_t offset, const void* global, size_t bytes);
+void async_commit();
+void async_wait(int pending);
+
+}  // namespace fused_rin::fibres

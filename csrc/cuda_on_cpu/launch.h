@@ -1,0 +1,29 @@
+// Starts a kernel on CPU fibres; csrc/cuda/launch.h starts it on a GPU. "Device" is the seed of the schedule.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fibres.h"
+
+namespace fused_rin {
+
+// What a kernel may touch; set by the tests around a launch.
+inline thread_local std::vector<fibres::Tensor> launch_tensors;
+inline thread_local uint64_t launch_seed = 0;
+
+template <class Arguments>
+void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
+                   void*) {
+  fibres::run({"block_sweep", blocks, threads, static_cast<size_t>(shared_bytes), launch_seed, launch_tensors},
+              [&] { kernel(arguments); });
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int seed) { launch_seed = static_cast<uint64_t>(seed); }
+};
+
+}  // namespace fused_rin

@@ -1,0 +1,193 @@
+"""Which compiled CUDA kernel runs a problem: plain Python over a plain `Device` record, so it is tested without a GPU.
+
+Only the `block` plan is here: one CTA holds one recurrence's whole matrix, in registers and, where they do not suffice,
+in shared memory, and sweeps a tile of the batch. The planner estimates the cycles of a step for every kernel that fits
+and takes the fastest. Its constants come from public figures and from counting instructions (benchmarks/NOTES-cuda.md);
+they order the kernels of one device, and are no promise of a speed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fused_rin.backends import Device
+
+# (hidden, batch rows, warps, parts of the matrix in registers); a mirror of csrc/cuda/block_configs.h, checked by
+# tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma" 16 elements.
+_TABLES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "mma": (
+        (64, 8, 4, 4), (64, 32, 4, 4),
+        (128, 8, 4, 8), (128, 16, 4, 8), (128, 32, 8, 8), (128, 64, 8, 8),
+        (192, 8, 4, 9), (192, 16, 12, 12), (192, 32, 12, 10),
+        (256, 8, 8, 16), (256, 16, 8, 15), (256, 32, 8, 7),
+        (384, 8, 8, 12), (384, 16, 8, 8),
+    ),
+    "tf32": (
+        (64, 8, 4, 8), (64, 32, 4, 8),
+        (128, 8, 8, 16), (128, 32, 8, 12),
+        (192, 8, 12, 20), (192, 16, 12, 14),
+        (256, 8, 8, 14),
+    ),
+    "tf32x3": ((64, 16, 4, 8), (128, 16, 8, 16), (192, 16, 12, 9), (256, 8, 8, 8)),
+    "fma": (
+        (64, 1, 4, 4), (64, 2, 4, 4), (64, 4, 4, 4),
+        (128, 1, 4, 8), (128, 2, 4, 8), (128, 4, 4, 8),
+        (192, 1, 12, 12), (192, 2, 12, 12),
+        (256, 1, 8, 8), (256, 2, 8, 8),
+    ),
+}  # fmt: skip
+
+# Cycles that one mma.sync (m16n8k16 of 16-bit types, m16n8k8 of tf32) occupies one of an SM's four tensor cores, by
+# compute capability. sm_80: 1,024 FMA per clock and SM. sm_90: 60% of 2,048, what mma.sync is reported to reach there.
+# GeForce parts (8.6, 8.9, 12.0) run float32 accumulation at 256 FMA per clock and SM.
+_MMA_CYCLES = {(8, 0): 8.0, (8, 6): 32.0, (8, 7): 16.0, (8, 9): 32.0, (9, 0): 6.7, (10, 0): 8.0, (12, 0): 32.0}
+_STEP_LATENCY = 130.0  # cycles: barrier, first load of the state, the mma chain's tail, epilogue, store
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
+
+
+class NoPlan(ValueError):
+    """No compiled kernel can run the problem on the device; says why, and what can."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel (both directions)."""
+
+    math: str  # "mma" for 16-bit types; "fma", "tf32x3", "tf32" for float32
+    hidden: int  # D is padded to it
+    rows: int  # batch rows of a CTA
+    warps: int
+    register_parts: int
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.math == "mma" else 4
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def matrix_shared_bytes(self) -> int:
+        """What of the matrix is not in registers."""
+        parts = self.hidden // 16 if self.math == "fma" else self.hidden * self.element_bytes // 32
+        per_thread = self.hidden // (8 * self.warps) if self.math == "fma" else self.hidden // (16 * self.warps)
+        return (parts - self.register_parts) * per_thread * 16 * self.threads
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.matrix_shared_bytes + 2 * self.rows * (self.hidden * self.element_bytes + 128)
+
+    def work_cycles(self, capability: tuple[int, int]) -> float:
+        """Cycles of one step's product that no overlap hides: tensor cores or FMA pipe, or shared memory if slower."""
+        if self.math == "fma":
+            lanes = 64 if capability == (8, 0) else 128
+            arithmetic = self.hidden**2 * self.rows / lanes
+            readers = self.rows  # four lanes share an output, so one 64-byte line a row and chunk
+            state = float(self.warps * (self.hidden // 16) * readers)
+        else:
+            cycles = _MMA_CYCLES.get(capability) or _MMA_CYCLES.get((capability[0], 0), 32.0)
+            passes = 3 if self.math == "tf32x3" else 1
+            k_steps = self.hidden * self.element_bytes // 32
+            arithmetic = self.hidden // 16 * k_steps * self.rows / 8 * passes * cycles / 4
+            state = self.warps * self.rows * self.hidden * self.element_bytes / 128
+        return max(arithmetic, state + self.matrix_shared_bytes / 128)
+
+
+KERNELS = tuple(Kernel(math, *columns) for math, table in _TABLES.items() for columns in table)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A kernel and how a problem is spread over the device with it."""
+
+    kernel: Kernel
+    device: str
+    blocks: int
+    sms: int
+    resident: int  # CTAs that one SM holds at a time
+    estimated_cycles: float  # of a step, all waves together
+
+    def describe(self) -> str:
+        k = self.kernel
+        arithmetic = {
+            "mma": "tensor cores, float32 sums",
+            "tf32": "tensor cores in TF32 (as torch's setting allows)",
+            "tf32x3": "tensor cores, three TF32 products for float32 accuracy",
+            "fma": "float32 FMA",
+        }[k.math]
+        where = "registers"
+        if k.matrix_shared_bytes:
+            total = k.hidden**2 * k.element_bytes
+            where = f"registers ({100 * (1 - k.matrix_shared_bytes / total):.0f}%) and shared memory"
+        return (
+            f"block plan on {self.device}: {self.blocks} CTA(s) of {k.threads} threads for {self.sms} SMs, "
+            f"{k.rows} batch row(s) each, matrix padded to {k.hidden} x {k.hidden} in {where}, {arithmetic}, one "
+            f"barrier a step; about {self.estimated_cycles:.0f} cycles a step by the model (not a measurement)"
+        )
+
+
+def _resident(kernel: Kernel, device: Device) -> int:
+    by_registers = device.registers_per_sm // (kernel.threads * 256)  # compiled with up to 255 a thread
+    by_shared = device.shared_memory_per_block // kernel.shared_bytes
+    return max(1, min(by_registers, by_shared))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    batch: int, groups: int, hidden: int, dtype: torch.dtype, device: Device, *, allow_tf32: bool = False
+) -> BlockPlan:
+    """The fastest kernel, by the model, for `groups` recurrences of `hidden` units over `batch` rows.
+
+    `allow_tf32`: torch's setting for float32 matrix products; without it float32 means float32 accuracy.
+    Raises NoPlan, with the reason and an alternative, where no kernel fits.
+    """
+    if dtype not in DTYPES:
+        raise NoPlan(
+            f"the CUDA kernels take {', '.join(str(d) for d in DTYPES)}, got {dtype}; backend='reference' takes any"
+        )
+    if device.capability < (8, 0):
+        major, minor = device.capability
+        raise NoPlan(
+            f"the CUDA kernels need compute capability 8.0 or later, {device.name} has {major}.{minor}; "
+            "use backend='triton' or backend='reference'"
+        )
+    if dtype != torch.float32:
+        maths: tuple[str, ...] = ("mma",)
+    else:
+        maths = ("fma", "tf32") if allow_tf32 else ("fma", "tf32x3")
+    wide_enough = [k for k in KERNELS if k.math in maths and k.hidden >= hidden]
+    if not wide_enough:
+        largest = max(k.hidden for k in KERNELS if k.math in maths)
+        raise NoPlan(
+            f"the block plan keeps U in one SM and is compiled for hidden sizes up to {largest} in {dtype}, got "
+            f"{hidden}; use backend='triton', or split the layer into heads of at most {largest} units"
+        )
+    fitting = [
+        k
+        for k in wide_enough
+        if k.shared_bytes <= device.shared_memory_per_block and k.threads * 168 <= device.registers_per_sm
+    ]
+    if not fitting:
+        least = min(k.shared_bytes for k in wide_enough)
+        raise NoPlan(
+            f"hidden size {hidden} in {dtype} takes at least {least / 1024:.0f} KB of shared memory a block, "
+            f"{device.name} offers {device.shared_memory_per_block / 1024:.0f} KB; use backend='triton'"
+        )
+    plans = []
+    for kernel in fitting:
+        blocks = groups * math.ceil(batch / kernel.rows)
+        per_sm = max(1, math.ceil(blocks / device.sms))
+        resident = min(_resident(kernel, device), per_sm)
+        work = kernel.work_cycles(device.capability)
+        cycles = math.ceil(per_sm / resident) * max(_STEP_LATENCY + work, resident * work)
+        plans.append(BlockPlan(kernel, device.name, blocks, device.sms, resident, cycles))
+    return min(plans, key=lambda p: (p.estimated_cycles, p.kernel.hidden, p.kernel.rows))

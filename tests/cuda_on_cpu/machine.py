@@ -1,0 +1,105 @@
+"""The CUDA kernels on CPU fibres: compiles csrc/cuda against csrc/cuda_on_cpu and calls it.
+
+The library is built with the C++ compiler at hand (`CXX`, g++, clang++) into build/cuda_on_cpu, once per content of
+its sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA, CPU, HERE = ROOT / "csrc" / "cuda", ROOT / "csrc" / "cuda_on_cpu", Path(__file__).parent
+
+
+class KernelError(RuntimeError):
+    """What the fibres caught, with the kernel's coordinates."""
+
+
+class Problem(ctypes.Structure):
+    """csrc/problem.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("steps", "batch", "groups", "hidden", "num_reversed")),
+        ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
+        ("backward", ctypes.c_bool),
+        ("skip", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("lengths", "offsets", "resets", "weight", "in_", "saved")),
+        *((name, ctypes.c_void_p) for name in ("state_in", "out", "state_out")),
+    ]
+
+
+class TensorView(ctypes.Structure):
+    """csrc/cuda_on_cpu/emulated.h"""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("writable", ctypes.c_int32),
+    ]
+
+
+def build() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise RuntimeError("the emulation of the CUDA kernels needs a C++17 compiler (g++, clang++ or CXX)")
+    units = [*sorted(CUDA.glob("block*.cu")), *sorted(CPU.glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
+    headers = [path for folder in (ROOT / "csrc", CUDA, CPU) for path in sorted(folder.glob("*.*h"))]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-I", str(CPU), "-I", str(CUDA)]
+    digest = hashlib.sha256(" ".join([compiler, *flags]).encode())
+    for file in [*units, *headers]:
+        digest.update(file.read_bytes())
+    folder = ROOT / "build" / "cuda_on_cpu"
+    library = folder / f"{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_unit(unit: Path) -> Path:
+            target = folder / f"{library.stem}-{os.getpid()}-{unit.stem}.o"
+            subprocess.run([compiler, *flags, "-x", "c++", "-c", str(unit), "-o", str(target)], check=True)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, units))
+        partial = folder / f"{library.stem}-{os.getpid()}.so"
+        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        partial.rename(library)  # atomic: test processes may race
+        for file in objects:
+            file.unlink()
+    return ctypes.CDLL(str(library))
+
+
+class Machine:
+    def __init__(self) -> None:
+        self.library = build()
+
+    def instances(self) -> list[tuple[int, ...]]:
+        """(dtype, math, backward, hidden, rows, threads, shared bytes) of every compiled kernel."""
+        count = self.library.emulated_instances(None, 0)
+        values = (ctypes.c_int32 * (7 * count))()
+        self.library.emulated_instances(values, count)
+        return [tuple(values[7 * i : 7 * i + 7]) for i in range(count)]
+
+    def call(self, function: str, *arguments: object, tensors: dict[str, tuple[int, int, bool]]) -> None:
+        """`function(*arguments, ...)` with tensors {name: (address, bytes, writable)} as all that it may touch.
+
+        Raises KernelError with what the fibres caught.
+        """
+        given = {name: view for name, view in tensors.items() if view[0]}
+        views = (TensorView * len(given))(*(TensorView(name.encode(), *view) for name, view in given.items()))
+        message = ctypes.create_string_buffer(1000)
+        if getattr(self.library, function)(*arguments, views, len(views), message, len(message)):
+            raise KernelError(message.value.decode())
+
+    def run_block(
+        self, problem: Problem, math: int, hidden: int, rows: int, seed: int, tensors: dict[str, tuple[int, int, bool]]
+    ) -> None:
+        self.call("emulate_block", ctypes.byref(problem), math, hidden, rows, seed, tensors=tensors)

@@ -1,0 +1,138 @@
+"""The CUDA planner on Device records: which kernel, and what it says where there is none. No GPU, no native module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fused_rin import cuda
+from fused_rin.backends import Device
+from fused_rin.cuda_plan import KERNELS, NoPlan, plan
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+A100 = Device("A100", (8, 0), 108, 163 * 1024, 65536, 40 << 20, 1)
+RTX4090 = Device("RTX 4090", (8, 9), 128, 99 * 1024, 65536, 72 << 20, 1)
+H100 = Device("H100", (9, 0), 132, 227 * 1024, 65536, 50 << 20, 16)
+H200 = Device("H200", (9, 0), 132, 227 * 1024, 65536, 50 << 20, 16)
+B200 = Device("B200", (10, 0), 148, 227 * 1024, 65536, 126 << 20, 16)
+TINY = Device("tiny", (8, 7), 2, 32 * 1024, 32768, 1 << 20, 1)
+TURING = Device("T4", (7, 5), 40, 64 * 1024, 65536, 4 << 20, 1)
+DEVICES = [A100, RTX4090, H100, H200, B200, TINY]
+
+
+def by_name(device: Device) -> str:
+    return device.name
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=by_name)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("hidden", [1, 32, 100, 128, 192, 256, 384, 1024])
+@pytest.mark.parametrize("batch", [1, 5, 64, 4096])
+def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
+    try:
+        chosen = plan(batch, 2, hidden, dtype, device)
+    except NoPlan:
+        with pytest.raises(NoPlan, match=rf"\b{hidden}\b.*use backend='triton'"):
+            plan(batch, 2, hidden, dtype, device)
+        return
+    kernel = chosen.kernel
+    assert kernel in KERNELS
+    assert kernel.hidden >= hidden
+    assert kernel.shared_bytes <= device.shared_memory_per_block
+    assert kernel.threads <= 1024
+    assert (kernel.math == "mma") == (dtype != FP32)
+    assert chosen.blocks * kernel.rows >= 2 * batch
+    assert chosen.estimated_cycles > 0
+
+
+@pytest.mark.parametrize("device", [A100, H100, H200, B200], ids=by_name)
+@pytest.mark.parametrize(("dtype", "largest"), [(BF16, 384), (FP16, 384), (FP32, 192)])
+def test_the_sizes_that_are_promised(device, dtype, largest):
+    for hidden in range(1, largest + 1):
+        assert plan(8, 1, hidden, dtype, device).kernel.hidden >= hidden
+    with pytest.raises(NoPlan, match=rf"hidden sizes up to \d+ .*, got {largest + 200}"):
+        plan(8, 1, largest + 200, dtype, device)
+
+
+def test_small_batches_take_the_smallest_tile():
+    assert plan(1, 1, 128, BF16, H200).kernel.rows == 8
+    assert plan(8, 1, 128, BF16, H200).blocks == 1
+    assert plan(1, 1, 128, FP32, H200).kernel.math == "fma"
+    assert plan(100, 1, 128, FP32, H200).kernel.rows == 1  # a CTA a row, all at once
+
+
+def test_large_batches_take_large_tiles():
+    """Eight rows a CTA would be several waves over the device; more rows share one pass over the matrix."""
+    assert plan(16384, 1, 128, BF16, H200).kernel.rows > 8
+    assert plan(16384, 1, 128, FP32, A100).kernel.math == "tf32x3"  # 3 x TF32 tensor cores against 64 FMA lanes
+
+
+def test_tf32_only_where_torch_allows_it():
+    assert plan(2048, 1, 128, FP32, H200, allow_tf32=False).kernel.math in ("fma", "tf32x3")
+    assert plan(2048, 1, 128, FP32, H200, allow_tf32=True).kernel.math == "tf32"
+    assert plan(1, 1, 128, FP32, H200, allow_tf32=True).kernel.math == "fma"  # faster and exact
+
+
+def test_torchs_tf32_setting_is_followed(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert not cuda._allow_tf32()
+        torch.set_float32_matmul_precision("high")
+        assert cuda._allow_tf32()
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "ieee"
+            assert not cuda._allow_tf32()
+            matmul.fp32_precision = "none"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_matrix_that_one_architecture_cannot_hold():
+    assert plan(1, 1, 384, BF16, H100).kernel.hidden == 384
+    with pytest.raises(NoPlan, match=r"RTX 4090 offers 99 KB; use backend='triton'"):
+        plan(1, 1, 384, BF16, RTX4090)
+    with pytest.raises(NoPlan, match="tiny"):
+        plan(1, 1, 256, FP32, TINY)
+
+
+def test_what_the_kernels_do_not_take():
+    with pytest.raises(NoPlan, match=r"got torch\.float64; backend='reference' takes any"):
+        plan(1, 1, 10, torch.float64, H100)
+    with pytest.raises(NoPlan, match=r"compute capability 8.0 or later, T4 has 7.5"):
+        plan(1, 1, 10, BF16, TURING)
+    assert issubclass(NoPlan, ValueError)
+
+
+def test_a_plan_in_words():
+    words = plan(16, 2, 100, BF16, H200).describe()
+    for part in ("H200", "4 CTA(s)", "8 batch row(s)", "128 x 128", "registers", "tensor cores", "not a measurement"):
+        assert part in words
+    assert "and shared memory" in plan(1, 1, 384, BF16, H200).describe()
+
+
+def test_a_build_without_the_module_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_import_error", ImportError("no module named _cuda"), raising=False)
+    reason = cuda.unavailable_reason(torch.device("cuda"), BF16)
+    assert "no module named _cuda" in reason
+    assert "nvcc" in reason
+
+
+def test_other_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda", object())
+    assert "CUDA tensors" in cuda.unavailable_reason(torch.device("cpu"), BF16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in cuda.unavailable_reason(torch.device("cuda"), BF16)
+
+
+def test_an_available_device_is_judged_by_the_plan(monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "_record", lambda index: RTX4090)
+    device = torch.device("cuda", 0)
+    assert cuda.unavailable_reason(device, BF16) is None
+    assert cuda.unavailable_reason(device, BF16, 256) is None
+    assert "384" in cuda.unavailable_reason(device, BF16, 384)
+    assert "float64" in cuda.unavailable_reason(device, torch.float64)
+    assert "RTX 4090" in cuda.describe(10, 3, 1, 100, BF16, device)
