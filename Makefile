@@ -20,6 +20,8 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(BIN)/python -m pip install -q tomli
 	$(BIN)/python -m pip install -q -c constraints.txt $$($(BIN)/python tools/extras.py experiments bench test lint)
+	# Triton's interpreter and compiler need no GPU; it has wheels for Linux only. A CPU build of torch does not ask for it.
+	test "$$(uname)" != Linux || $(BIN)/python -m pip install -q --no-deps -c constraints.txt triton
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)

@@ -16,24 +16,27 @@ import torch
 
 from benchmarks.cpu_cases import INFERENCE, TRAINING, inference, make_pair, training
 
-SECONDS = 0.25  # for each side of a point
+SECONDS = 0.5  # for each side of a point
+ROUND = 0.01  # seconds a round lasts at least: the first call after the other's round finds its caches taken
 
 
-def alternate(first, second, seconds: float) -> list[float]:
-    """Durations of `first`, a call of `second` before each; both warmed up."""
-    for _ in range(3):
-        second(), first()
-    durations, theirs = [], []
-    while sum(durations) < seconds / 2 or sum(theirs) < seconds / 2 or len(durations) < 5:
+def alternate(first, second, seconds: float) -> tuple[list[float], list[float]]:
+    """Durations of a call of `first` and of `second`, one figure for each of their alternating rounds."""
+    calls = []
+    for run in (first, second):
+        run(), run()
         start = time.perf_counter()
-        second()
-        middle = time.perf_counter()
-        first()
-        durations.append(time.perf_counter() - middle)
-        theirs.append(middle - start)
-        if sum(durations) + sum(theirs) > 4 * seconds and len(durations) >= 5:
-            break
-    return [durations, theirs]
+        run()
+        calls.append(1 + int(ROUND / (time.perf_counter() - start)))
+    durations: tuple[list[float], list[float]] = ([], [])
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 2 * seconds or len(durations[0]) < 5:
+        for run, count, kept in zip((first, second), calls, durations, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                run()
+            kept.append((time.perf_counter() - start) / count)
+    return durations
 
 
 def point_name(point) -> str:

@@ -50,6 +50,30 @@ void sweep(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int64_t
   sweep_cpu(p, kernels, max_threads);
 }
 
+// One step for inference; called once per arriving sample, so it is as plain as sweep().
+void step(int64_t batch, int64_t inputs, int64_t groups, int64_t hidden, int dtype, int activation, double skip,
+          uintptr_t w_ih, uintptr_t w_hh, uintptr_t b_ih, uintptr_t b_hh, uintptr_t x, uintptr_t h, uintptr_t out,
+          uintptr_t h_n, int max_threads, const std::string& isa) {
+  const Step s{batch,
+               inputs,
+               groups,
+               hidden,
+               static_cast<DType>(dtype),
+               static_cast<Activation>(activation),
+               skip,
+               address<const void>(w_ih),
+               address<const void>(w_hh),
+               address<const void>(b_ih),
+               address<const void>(b_hh),
+               address<const void>(x),
+               address<const void>(h),
+               address<void>(out),
+               address<void>(h_n)};
+  const Kernels& kernels = cpu_kernels(isa);
+  py::gil_scoped_release release;
+  step_cpu(s, kernels, max_threads);
+}
+
 py::dict plan(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int dtype, int max_threads,
               const std::string& isa) {
   const Problem p = make_problem(steps, batch, groups, hidden, 0, dtype, 0, false, 1);
@@ -77,6 +101,7 @@ std::vector<std::string> isas() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU sweeps of fused_rin; see csrc/problem.h for the meaning of the arguments.";
   m.def("sweep", &sweep);
+  m.def("step", &step);
   m.def("plan", &plan, py::arg("steps"), py::arg("batch"), py::arg("groups"), py::arg("hidden"), py::arg("dtype"),
         py::arg("max_threads"), py::arg("isa"));
   m.def("isas", &isas, "Instruction sets built in and usable on this processor, best first.");

@@ -30,9 +30,9 @@ def by_name(device: Device) -> str:
 def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
     try:
         chosen = plan(batch, 2, hidden, dtype, device)
-    except NoPlan as reason:
-        assert str(hidden) in str(reason)
-        assert "backend='triton'" in str(reason)
+    except NoPlan:
+        with pytest.raises(NoPlan, match=rf"\b{hidden}\b.*use backend='triton'"):
+            plan(batch, 2, hidden, dtype, device)
         return
     kernel = chosen.kernel
     assert kernel in KERNELS
@@ -97,7 +97,7 @@ def test_a_matrix_that_one_architecture_cannot_hold():
 
 
 def test_what_the_kernels_do_not_take():
-    with pytest.raises(NoPlan, match="got torch.float64; backend='reference' takes any"):
+    with pytest.raises(NoPlan, match=r"got torch\.float64; backend='reference' takes any"):
         plan(1, 1, 10, torch.float64, H100)
     with pytest.raises(NoPlan, match=r"compute capability 8.0 or later, T4 has 7.5"):
         plan(1, 1, 10, BF16, TURING)
@@ -122,10 +122,13 @@ def test_a_build_without_the_module_says_so(monkeypatch):
 def test_other_devices_are_refused(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", object())
     assert "CUDA tensors" in cuda.unavailable_reason(torch.device("cpu"), BF16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in cuda.unavailable_reason(torch.device("cuda"), BF16)
 
 
 def test_an_available_device_is_judged_by_the_plan(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "_record", lambda index: RTX4090)
     device = torch.device("cuda", 0)
     assert cuda.unavailable_reason(device, BF16) is None

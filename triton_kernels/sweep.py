@@ -153,7 +153,8 @@ def sweep(
 
     b_length = o_b  # only read where there are lengths
     if p_lengths is not None:
-        b_length = tl.load(p_lengths + o_b, mask=o_b < batch, other=0).to(tl.int32)
+        b_length = tl.load(p_lengths + o_b, mask=o_b < batch, other=0)
+        b_length = tl.minimum(b_length, steps).to(tl.int32)
 
     b_x = tl.zeros((TILE_N, TILE_B), tl.float32)
     b_c = tl.zeros((TILE_N, TILE_B), tl.float32)

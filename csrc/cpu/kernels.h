@@ -37,6 +37,20 @@ struct Part {
   int rank;
 };
 
+// Rows of a matrix a step reads side by side: sums enough to hide the latency of a multiply-add.
+constexpr int64_t kStepOutputs = 8;
+
+// One step of a layer for inference, from the weights as torch holds them (step.h). All contiguous.
+struct Step {
+  int64_t batch, inputs, groups, hidden;
+  DType dtype;
+  Activation activation;
+  double skip;
+  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [G * D, inputs], [G, D, D], [G * D] or null
+  const void *x, *h;                      // [B, inputs], [B, G * D] or null: zero
+  void *out, *h_n;                        // [B, G * D], and the same once more or null
+};
+
 struct Kernels {
   const char* name;
   int64_t vector_bytes;
@@ -45,6 +59,7 @@ struct Kernels {
   // Writes panels [block_begin, block_end) of one recurrence; returns whether all they hold is finite.
   bool (*pack)(const Problem&, const Layout&, int64_t group, int64_t block_begin, int64_t block_end, void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
+  void (*step)(const Step&, int64_t output_begin, int64_t output_end);
 };
 
 constexpr int64_t kMaxTileRows = 6;

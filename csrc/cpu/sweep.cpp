@@ -190,4 +190,20 @@ void sweep_cpu(const Problem& p, const Kernels& kernels, int max_threads) {
   if (!done) run_plan(p, kernels, plan_cpu(p, kernels, 1), done);  // the pool is another caller's just now
 }
 
+void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
+  const int64_t outputs = s.groups * s.hidden, scalar = s.dtype == DType::kFloat64 ? 8 : 4;
+  // Waking a thread takes about 10 us, in which one core reads a few hundred KB of weights.
+  const int64_t weight_bytes = outputs * (s.inputs + s.hidden) * scalar;
+  const int64_t rows_bytes = weight_bytes * std::max<int64_t>(s.batch, 1);
+  const int threads = static_cast<int>(
+      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)}));
+  const auto first = [&](int rank) {
+    const int64_t output = rank * outputs / threads;
+    return output - output % s.hidden % kStepOutputs;
+  };
+  const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
+  if (threads > 1 && Pool::instance().try_run(threads, part)) return;
+  kernels.step(s, 0, outputs);
+}
+
 }  // namespace fused_rin

@@ -24,5 +24,6 @@ struct CpuPlan {
 CpuPlan plan_cpu(const Problem&, const Kernels&, int max_threads);
 
 void sweep_cpu(const Problem&, const Kernels&, int max_threads);
+void step_cpu(const Step&, const Kernels&, int max_threads);
 
 }  // namespace fused_rin

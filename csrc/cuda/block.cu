@@ -1,10 +1,10 @@
 // The table of instances and the launch. The instances themselves are compiled side by side, a file per element type.
-#include "block.h"
-
 #include <launch.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "block.h"
 
 namespace fused_rin {
 

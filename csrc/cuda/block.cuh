@@ -1,13 +1,14 @@
 // The `block` plan: one CTA holds one recurrence's whole matrix and sweeps one tile of its batch. No CTA needs another.
 #pragma once
 
+#include <launch.h>
+
 #include <vector>
 
 #include "block.h"
 #include "fma_product.cuh"
 #include "mma_product.cuh"
 #include "sweep.cuh"
-#include <launch.h>
 
 namespace fused_rin {
 
@@ -24,9 +25,14 @@ void launch_block_sweep(const Problem& problem, void* stream) {
 
 template <class Config, bool kBackward>
 BlockInstance block_instance() {
-  return {Element<typename Config::T>::kDType, Config::kMath,           kBackward,
-          Config::kHidden, Config::kRows,          Config::kThreads,
-          Config::kSharedBytes, &launch_block_sweep<Config, kBackward>};
+  return {Element<typename Config::T>::kDType,
+          Config::kMath,
+          kBackward,
+          Config::kHidden,
+          Config::kRows,
+          Config::kThreads,
+          Config::kSharedBytes,
+          &launch_block_sweep<Config, kBackward>};
 }
 
 template <class... Configs>

@@ -14,8 +14,8 @@ struct BlockInstance {
   DType dtype;
   Math math;
   bool backward;
-  int hidden;        // compiled size; any smaller D runs in it
-  int rows;          // batch rows of a CTA
+  int hidden;  // compiled size; any smaller D runs in it
+  int rows;    // batch rows of a CTA
   int threads;
   int shared_bytes;  // dynamic
   void (*launch)(const Problem& problem, void* stream);
@@ -24,9 +24,9 @@ struct BlockInstance {
 // Every instance, in a fixed order.
 const std::vector<BlockInstance>& block_instances();
 
-// Runs `problem` with the instance of exactly this math, hidden and rows. D must be even and every tensor aligned to two
-// elements. `device` is a CUDA ordinal, `stream` a cudaStream_t. Throws std::invalid_argument for what the plan cannot
-// do, std::runtime_error with CUDA's own words.
+// Runs `problem` with the instance of exactly this math, hidden and rows. D must be even and every tensor aligned to
+// two elements. `device` is a CUDA ordinal, `stream` a cudaStream_t. Throws std::invalid_argument for what the plan
+// cannot do, std::runtime_error with CUDA's own words.
 void launch_block(const Problem& problem, Math math, int hidden, int rows, int device, void* stream);
 
 }  // namespace fused_rin

@@ -75,15 +75,15 @@ __device__ __forceinline__ void store_global(T* p, T value) {
   *p = value;
 }
 
-// ld.global.nc (PTX 9.7.9.9), predicated, 0 where not wanted: for tensors that are read once and that this kernel does
-// not write. A prefetch several steps ahead lives from being issued where it is written: hence volatile. And from not
-// being a branch: then it is scheduled between the mma. Each warp consumes whole 32-byte sectors, so L1 would only be
-// churned; a row is contiguous, so L2 may fetch the neighbouring sectors of 128 bytes.
+// ld.global (PTX 9.7.9.8), predicated, 0 where not wanted: for tensors that are read once, step by step. Not .nc, as
+// the output may lie over the input. A prefetch several steps ahead lives from being issued where it is written: hence
+// volatile. And from not being a branch: then it is scheduled between the mma. Each warp consumes whole 32-byte
+// sectors, so L1 would only be churned; a row is contiguous, so L2 may fetch the neighbouring sectors of 128 bytes.
 __device__ __forceinline__ uint32_t load_streaming_if(bool wanted, const uint32_t* p) {
   uint32_t value;
   asm volatile(
       "{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0;"
-      " @p ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%2];}"
+      " @p ld.global.L1::no_allocate.L2::128B.u32 %0, [%2];}"
       : "=r"(value)
       : "r"(static_cast<uint32_t>(wanted)), "l"(p));
   return value;
@@ -92,12 +92,12 @@ __device__ __forceinline__ uint2 load_streaming_if(bool wanted, const uint2* p) 
   uint2 value;
   asm volatile(
       "{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
-      " @p ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%3];}"
+      " @p ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%3];}"
       : "=r"(value.x), "=r"(value.y)
       : "r"(static_cast<uint32_t>(wanted)), "l"(p));
   return value;
 }
-// The same for what a block reads piecewise: through L1.
+// ld.global.nc (PTX 9.7.9.9): for what a block reads piecewise and never writes, through L1.
 __device__ __forceinline__ uint32_t load_if(bool wanted, const uint32_t* p) {
   uint32_t value;
   asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%2];}"
@@ -120,10 +120,10 @@ __device__ __forceinline__ void store_global_if(bool wanted, uint32_t* p, uint32
                : "memory");
 }
 __device__ __forceinline__ void store_global_if(bool wanted, uint2* p, uint2 value) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(
-                   static_cast<uint32_t>(wanted)),
-               "l"(p), "r"(value.x), "r"(value.y)
-               : "memory");
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(static_cast<uint32_t>(wanted)),
+      "l"(p), "r"(value.x), "r"(value.y)
+      : "memory");
 }
 
 // cp.async (PTX 9.7.9.25.3): 16 bytes from global to shared memory past the registers, completing by group.
@@ -164,8 +164,7 @@ __device__ __forceinline__ void mma_m16n8k16(BFloat16, float (&d)[4], const uint
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void mma_m16n8k16(Float16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16(Float16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -2,10 +2,10 @@
 // owns. So D is even and every tensor aligned to a pair; the host pads an odd D.
 #pragma once
 
+#include <device.cuh>
 #include <type_traits>
 
 #include "../problem.h"
-#include <device.cuh>
 
 namespace fused_rin {
 
@@ -16,7 +16,9 @@ struct Element {  // 16-bit types
   static constexpr int kBytes = 2;
   static constexpr DType kDType = std::is_same_v<T, device::BFloat16> ? DType::kBFloat16 : DType::kFloat16;
 
-  static __device__ __forceinline__ Pair pair(Scalar low, Scalar high) { return low | static_cast<uint32_t>(high) << 16; }
+  static __device__ __forceinline__ Pair pair(Scalar low, Scalar high) {
+    return low | static_cast<uint32_t>(high) << 16;
+  }
   static __device__ __forceinline__ Scalar low(Pair pair) { return static_cast<Scalar>(pair); }
   static __device__ __forceinline__ Scalar high(Pair pair) { return static_cast<Scalar>(pair >> 16); }
   static __device__ __forceinline__ Pair pack(float2 value) { return device::pack(T{}, value.x, value.y); }

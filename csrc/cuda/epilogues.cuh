@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <device.cuh>
 
 #include "../problem.h"
-#include <device.cuh>
 
 namespace fused_rin {
 
@@ -22,7 +22,7 @@ class Epilogue<false> {
   // x = act(a)
   template <int n>
   __device__ __forceinline__ void apply(float2 (&a)[n], const float2 (&)[n]) const {
-    if (tanh_) {
+    if (__builtin_expect(tanh_, 0)) {
 #pragma unroll
       for (int p = 0; p < n; ++p) a[p] = {::tanhf(a[p].x), ::tanhf(a[p].y)};
     } else {
@@ -46,7 +46,7 @@ class Epilogue<true> {
   // x = g * act'(h), from h = act(a) alone
   template <int n>
   __device__ __forceinline__ void apply(float2 (&g)[n], const float2 (&h)[n]) const {
-    if (tanh_) {
+    if (__builtin_expect(tanh_, 0)) {
 #pragma unroll
       for (int p = 0; p < n; ++p) g[p] = {g[p].x * (1.f - h[p].x * h[p].x), g[p].y * (1.f - h[p].y * h[p].y)};
     } else {

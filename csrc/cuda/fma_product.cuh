@@ -1,8 +1,8 @@
 // State times matrix without tensor cores, for float32 and one to four batch rows, where an mma would compute eight.
 //
-// Per step and SM, D * D * rows / 128 cycles of FFMA stand against 3 * D * D * 8 / 1,024 * (about 6.5 / 4) of 3xTF32 mma
-// (D = 128: 128 cycles a row against 620 for up to 8), and the result is plain float32. For 16-bit types mma wins at
-// any batch: 105 cycles at D = 128, and the FFMAs would need their operands unpacked first.
+// Per step and SM, D * D * rows / 128 cycles of FFMA stand against 3 * D * D * 8 / 1,024 * (about 6.5 / 4) of 3xTF32
+// mma (D = 128: 128 cycles a row against 620 for up to 8), and the result is plain float32. For 16-bit types mma wins
+// at any batch: 105 cycles at D = 128, and the FFMAs would need their operands unpacked first.
 //
 // Four lanes (q) share an output and split k: lane q takes the same 16-byte chunks of the state as in mma_product.cuh.
 // Eight groups (g) of four lanes own kOutputs outputs each. Two shuffles scatter the sums over the four lanes.
@@ -49,9 +49,7 @@ class FmaProduct {
   __device__ __forceinline__ int neuron(int p) const { return first_output() + group_pair(p) / kRows * 2; }
   __device__ __forceinline__ int row(int column) const { return group_pair(column) % kRows; }
   // Fewer pairs than lanes: several lanes hold the same pair, one speaks.
-  __device__ __forceinline__ bool owner() const {
-    return device::lane_idx() % 4 < (kGroupPairs < 4 ? kGroupPairs : 4);
-  }
+  __device__ __forceinline__ bool owner() const { return device::lane_idx() % 4 < (kGroupPairs < 4 ? kGroupPairs : 4); }
 
   static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }
 

@@ -16,13 +16,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 template <class Arguments>
-void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
-                   int shared_bytes, void* stream) {
+void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
+                   void* stream) {
   if (blocks > std::numeric_limits<int>::max())
     throw std::invalid_argument("batch tiles x recurrences must be below 2^31, got " + std::to_string(blocks));
-  // More than 48 KB of shared memory has to be asked for, on each device. It is a host-side note, allowed in a capture.
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "cudaFuncSetAttribute");
+  // More than 48 KB of shared memory has to be asked for, on each device; a note on the host, allowed in a capture.
+  if (shared_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+               "cudaFuncSetAttribute");
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   check_cuda(cudaGetLastError(), "kernel launch");
 }
@@ -32,8 +33,10 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ == device) previous_ = -1;
-    else check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    if (previous_ == device)
+      previous_ = -1;
+    else
+      check_cuda(cudaSetDevice(device), "cudaSetDevice");
   }
   ~DeviceGuard() {
     if (previous_ >= 0) cudaSetDevice(previous_);

@@ -44,8 +44,8 @@ class MmaProduct {
   static constexpr int kTilesM = Config::kTilesM, kTilesN = Config::kTilesN, kSteps = Config::kSteps;
 
  public:
-  static constexpr int kColumns = 2 * kTilesN;          // batch rows of a thread
-  static constexpr int kPairs = kTilesM * kColumns;     // pair p belongs to column p % kColumns
+  static constexpr int kColumns = 2 * kTilesN;       // batch rows of a thread
+  static constexpr int kPairs = kTilesM * kColumns;  // pair p belongs to column p % kColumns
 
   __device__ __forceinline__ MmaProduct(device::SharedMemory shared, int live_rows) : shared_(shared) {
     const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
@@ -163,8 +163,8 @@ class MmaProduct {
       if constexpr (kWords == 2)
         a[i] = E::pair(block[i % 2][i / 2 * 2], block[i % 2][i / 2 * 2 + 1]);
       else
-        a[i] = Config::kMath == Math::kTf32 ? device::to_tf32(device::as_float(block[i % 2][i / 2]))
-                                            : block[i % 2][i / 2];
+        a[i] =
+            Config::kMath == Math::kTf32 ? device::to_tf32(device::as_float(block[i % 2][i / 2])) : block[i % 2][i / 2];
     }
   }
 

@@ -47,8 +47,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 
   const int64_t row_bytes = problem.groups * hidden * E::kBytes;
   const int64_t my_row = first_row + product.row(0);
-  const int64_t mine = my_row * row_bytes +
-                       (group * hidden + product.neuron(0)) * E::kBytes;
+  const int64_t mine = my_row * row_bytes + (group * hidden + product.neuron(0)) * E::kBytes;
   const auto offset = [&](int p) {
     return (product.row(p % kColumns) - product.row(0)) * row_bytes +
            (product.neuron(p) - product.neuron(0)) * E::kBytes;
@@ -60,19 +59,20 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   };
 
   // Pair p is active at times t < limit[p]: none past the batch, past the hidden size, or past the row's length.
+  const auto length = [&](int row) {  // clamped: values on a device are not checked, that would stall it
+    const int64_t steps = problem.lengths ? device::load_global(problem.lengths + first_row + row) : problem.steps;
+    return static_cast<int>(min(max(steps, int64_t{0}), problem.steps));
+  };
   uint32_t limit[kPairs];
   int stop = static_cast<int>(problem.steps);  // steps of the block's longest row
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const int row = product.row(p % kColumns);
-    limit[p] = 0;
-    if (row < live_rows && product.neuron(p) < hidden)
-      limit[p] = problem.lengths ? device::load_global(problem.lengths + first_row + row) : problem.steps;
+    limit[p] = row < live_rows && product.neuron(p) < hidden ? length(row) : 0;
   }
   if (problem.lengths) {
     stop = 0;
-    for (int row = 0; row < live_rows; ++row)
-      stop = max(stop, static_cast<int>(device::load_global(problem.lengths + first_row + row)));
+    for (int row = 0; row < live_rows; ++row) stop = max(stop, length(row));
   }
   const int first_time = down ? stop - 1 : 0, direction = down ? -1 : 1;
   // As unsigned, so that the times before the first and after the last step are at no limit's left.
@@ -131,9 +131,9 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     if (!product.owner()) return;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
-      shared.template store<Pair>(buffer * Config::kStateBytes + StateT::row(product.row(p % kColumns)) +
-                                      product.neuron(p) * E::kBytes,
-                                  Product::to_state(x[p]));
+      shared.template store<Pair>(
+          buffer * Config::kStateBytes + StateT::row(product.row(p % kColumns)) + product.neuron(p) * E::kBytes,
+          Product::to_state(x[p]));
   };
   const auto is_mine = [&](int p) {  // in the batch, in the hidden size, and no other lane's
     return product.owner() && product.row(p % kColumns) < live_rows && product.neuron(p) < hidden;

@@ -59,7 +59,7 @@ inline float shuffle_xor(float value, int lane_mask) {
     float value, result;
     int mask;
   } mine{value, 0, lane_mask};
-  fibres::warp_collective("shuffle_xor", &mine, [](void* const (&lanes)[32]) {
+  fibres::warp_collective("shuffle_xor", &mine, [](void* const(&lanes)[32]) {
     for (int i = 0; i < 32; ++i) {
       auto* lane = static_cast<Arguments*>(lanes[i]);
       lane->result = static_cast<Arguments*>(lanes[(i ^ lane->mask) & 31])->value;
@@ -243,12 +243,11 @@ void mma_m16n8(void* const (&lanes)[32]) {
     const auto* lane = static_cast<const MmaArguments*>(lanes[i]);
     const int g = i / 4, q = i % 4;
     for (int r = 0; r < 4; ++r)
-      widen_word(T{}, (*lane->a)[r], *reinterpret_cast<float(*)[2]>(&a[g + r % 2 * 8][2 * (q + r / 2 * 4)]));
-    for (int r = 0; r < 2; ++r)
-      widen_word(T{}, lane->b[r], *reinterpret_cast<float(*)[2]>(&b[g][2 * (q + r * 4)]));
+      widen_word(T{}, (*lane->a)[r], *reinterpret_cast<float (*)[2]>(&a[g + r % 2 * 8][2 * (q + r / 2 * 4)]));
+    for (int r = 0; r < 2; ++r) widen_word(T{}, lane->b[r], *reinterpret_cast<float (*)[2]>(&b[g][2 * (q + r * 4)]));
   }
   for (int i = 0; i < 32; ++i) {
-    float(&d)[4] = *static_cast<MmaArguments*>(lanes[i])->d;
+    float (&d)[4] = *static_cast<MmaArguments*>(lanes[i])->d;
     for (int r = 0; r < 4; ++r) {
       const float* row = a[i / 4 + r / 2 * 8];
       const float* column = b[i % 4 * 2 + r % 2];

@@ -142,8 +142,8 @@ class Block {
     const char* verb = write ? "write" : "read";
     if (offset % bytes) fail("misaligned shared " + describe(verb, bytes, offset));
     if (offset + bytes > launch_.shared_bytes)
-      fail("shared " + describe(verb, bytes, offset) + ", outside the block's " +
-           std::to_string(launch_.shared_bytes) + " bytes");
+      fail("shared " + describe(verb, bytes, offset) + ", outside the block's " + std::to_string(launch_.shared_bytes) +
+           " bytes");
     occasional_yield();
     for (size_t word = offset / kWord; word * kWord < offset + bytes; ++word) note(word, write);
     return shared_.data() + offset;
@@ -152,14 +152,13 @@ class Block {
   void global_access(const void* p, size_t bytes, bool write) {
     const auto at = reinterpret_cast<uintptr_t>(p);
     if (at % bytes) fail(std::string("misaligned global ") + (write ? "write" : "read"));
-    std::string nearest = "no tensor";
+    std::string nearest = "no tensor", read_only;
     uintptr_t distance = ~uintptr_t{0};
     for (const Tensor& tensor : launch_.tensors) {
       const auto begin = reinterpret_cast<uintptr_t>(tensor.data), end = begin + tensor.bytes;
       if (at >= begin && at + bytes <= end) {
-        if (write && !tensor.writable) fail("write to the read-only tensor " + tensor.name);
-        occasional_yield();
-        return;
+        if (!write || tensor.writable) return occasional_yield();
+        read_only = tensor.name;  // another tensor may lie over it
       }
       const uintptr_t gap = at < begin ? begin - at : at + bytes - end;
       if (gap < distance) {
@@ -168,6 +167,7 @@ class Block {
                   (at < begin ? "before " : "past the end of ") + tensor.name;
       }
     }
+    if (!read_only.empty()) fail("write to the read-only tensor " + read_only);
     fail(std::string("global ") + (write ? "write" : "read") + " of " + std::to_string(bytes) +
          " bytes outside every tensor: it " + nearest);
   }
@@ -320,20 +320,18 @@ void warp_collective(const char* name, void* arguments, void (*execute)(void* co
 }
 
 void warp_sync() {
-  warp_collective("sync_warp", nullptr, [](void* const (&)[kWarpSize]) { current->sync_warp_memory(); });
+  warp_collective("sync_warp", nullptr, [](void* const(&)[kWarpSize]) { current->sync_warp_memory(); });
 }
 
 void barrier_arrive(int id, int threads) {
   int arguments[] = {id, threads};
-  warp_collective("barrier_arrive", arguments, [](void* const (&lanes)[kWarpSize]) {
+  warp_collective("barrier_arrive", arguments, [](void* const(&lanes)[kWarpSize]) {
     const int* first = static_cast<const int*>(lanes[0]);
     current->barrier_arrive(first[0], first[1]);
   });
 }
 
-char* shared_access(uint32_t offset, size_t bytes, bool write) {
-  return current->shared_access(offset, bytes, write);
-}
+char* shared_access(uint32_t offset, size_t bytes, bool write) { return current->shared_access(offset, bytes, write); }
 void global_access(const void* p, size_t bytes, bool write) { current->global_access(p, bytes, write); }
 
 void async_copy(uint32_t offset, const void* global, size_t bytes) {

@@ -15,8 +15,8 @@ inline thread_local std::vector<fibres::Tensor> launch_tensors;
 inline thread_local uint64_t launch_seed = 0;
 
 template <class Arguments>
-void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads,
-                   int shared_bytes, void*) {
+void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
+                   void*) {
   fibres::run({"block_sweep", blocks, threads, static_cast<size_t>(shared_bytes), launch_seed, launch_tensors},
               [&] { kernel(arguments); });
 }

@@ -4,9 +4,22 @@ h_t = act(W x_t + b + U h_{t-1} + s * h_{t-1})     (Hu, Huber, Anumula, Liu: arX
 """
 
 from fused_rin.backends import BackendError, Choice, Device, explain, use_backend
+from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn
 from fused_rin.functional import recurrence
 from fused_rin.modules import RIN, RINCell
 
 __version__ = "0.1.0"
 
-__all__ = ["RIN", "BackendError", "Choice", "Device", "RINCell", "explain", "recurrence", "use_backend"]
+__all__ = [
+    "RIN",
+    "BackendError",
+    "Choice",
+    "Device",
+    "RINCell",
+    "Replaced",
+    "explain",
+    "load_rnn_state_dict",
+    "recurrence",
+    "replace_rnn",
+    "use_backend",
+]

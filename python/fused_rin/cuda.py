@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fused_rin import cuda_plan
+
+if TYPE_CHECKING:
+    from fused_rin.backends import Device
 
 try:
     from fused_rin import _cuda  # type: ignore[attr-defined]
@@ -30,6 +34,8 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | N
         return f"it runs on CUDA tensors, got {device}"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs, this PyTorch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device here"
     try:
         _plan(1, 1, hidden or 1, dtype, device)
     except cuda_plan.NoPlan as reason:
@@ -38,7 +44,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | N
 
 
 @functools.cache
-def _record(index: int) -> cuda_plan.Device:
+def _record(index: int) -> Device:
     from fused_rin.backends import Device  # here: backends imports the backends
 
     properties = torch.cuda.get_device_properties(index)
@@ -57,7 +63,7 @@ def _record(index: int) -> cuda_plan.Device:
     )
 
 
-def _place(tensor: Tensor) -> tuple[cuda_plan.Device, int, int]:
+def _place(tensor: Tensor) -> tuple[Device, int, int]:
     """The device that a tensor is on: its record, its ordinal, and its current stream."""
     index = tensor.device.index
     return _record(index), index, torch.cuda.current_stream(index).cuda_stream

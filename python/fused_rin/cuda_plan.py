@@ -11,9 +11,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from fused_rin.backends import Device
 
 # (hidden, batch rows, warps, parts of the matrix in registers); a mirror of csrc/cuda/block_configs.h, checked by
 # tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma" 16 elements.
@@ -48,16 +51,6 @@ _STEP_LATENCY = 130.0  # cycles: barrier, first load of the state, the mma chain
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
-
-
-class Device(Protocol):
-    """What is read of a device; `fused_rin.backends.Device` is one."""
-
-    name: str
-    capability: tuple[int, int]
-    sms: int
-    shared_memory_per_block: int
-    registers_per_sm: int
 
 
 class NoPlan(ValueError):
@@ -99,7 +92,7 @@ class Kernel:
             lanes = 64 if capability == (8, 0) else 128
             arithmetic = self.hidden**2 * self.rows / lanes
             readers = self.rows  # four lanes share an output, so one 64-byte line a row and chunk
-            state = self.warps * (self.hidden // 16) * readers
+            state = float(self.warps * (self.hidden // 16) * readers)
         else:
             cycles = _MMA_CYCLES.get(capability) or _MMA_CYCLES.get((capability[0], 0), 32.0)
             passes = 3 if self.math == "tf32x3" else 1
@@ -109,9 +102,7 @@ class Kernel:
         return max(arithmetic, state + self.matrix_shared_bytes / 128)
 
 
-KERNELS = tuple(
-    Kernel(math, *columns) for math, table in _TABLES.items() for columns in table
-)
+KERNELS = tuple(Kernel(math, *columns) for math, table in _TABLES.items() for columns in table)
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,14 @@ def recurrence(
     if batch_sizes is not None:
         if lengths is not None:
             raise ValueError("lengths and batch_sizes exclude each other, got both")
-        lengths, offsets = _unpack_batch_sizes(batch_sizes, pre)
+        lengths, offsets = unpack_batch_sizes(batch_sizes, pre)
         batch = lengths.numel()
         rows: tuple[int, ...] = (pre.shape[0],)
     else:
         steps, batch = pre.shape[:2]
         rows = (steps, batch)
         if lengths is not None:
-            lengths = _check_lengths(lengths, steps, batch, pre.device)
+            lengths = check_lengths(lengths, steps, batch, pre.device)
     if h0 is not None:
         _check("h0", h0, (batch, groups, hidden), pre)
     if resets is not None:
@@ -118,7 +118,7 @@ def _check_device(name: str, tensor: Tensor, pre: Tensor) -> None:
         raise RuntimeError(f"{name} must be on the device of pre, {pre.device}, got {tensor.device}")
 
 
-def _check_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device) -> Tensor:
+def check_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device) -> Tensor:
     if not isinstance(lengths, Tensor):
         lengths = torch.tensor(list(lengths), dtype=torch.int64)
     if lengths.dtype not in (torch.int64, torch.int32):
@@ -133,7 +133,7 @@ def _check_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, devi
     return lengths.to(device=device, dtype=torch.int64)
 
 
-def _unpack_batch_sizes(batch_sizes: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_batch_sizes(batch_sizes: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Steps of each sequence and first row of each step."""
     if batch_sizes.device.type != "cpu" or batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         raise RuntimeError(

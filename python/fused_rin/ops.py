@@ -227,13 +227,15 @@ class Recurrence(torch.autograd.Function):
     The backward is differentiable again: asked for a graph, it is computed by the reference.
     """
 
+    # The context is an argument of forward: with a setup_context of its own, torch inspects forward's signature at
+    # every call, for some 50 us. Transforms that need it never come here (see recurrence below).
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return torch.ops.fused_rin.sweep_forward(*inputs)
-        return sweep_forward(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        sweep = torch.ops.fused_rin.sweep_forward if torch.compiler.is_compiling() else sweep_forward
+        output = sweep(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
 

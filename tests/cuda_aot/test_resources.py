@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -20,16 +19,15 @@ from pathlib import Path
 import pytest
 from fused_rin import cuda_plan
 
-from tests.cuda_aot.cubins import Resources, compiler_release, cubins
+from benchmarks.gpu.cubins import Resources, compiler_release, cubins, readable
 
 TABLE = Path(__file__).with_name("resources.json")
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a block may opt in to
 DEFAULT_ARCHS = {80, 90}
-MATHS = {value: name for name, value in cuda_plan.MATH.items()}
 
 
 def module() -> Path:
-    """The built CUDA module; skips where there is neither it nor an nvcc, fails where there is an nvcc and no module."""
+    """The built CUDA module; skips where there is neither it nor an nvcc, fails where there is only an nvcc."""
     spec = importlib.util.find_spec("fused_rin._cuda")
     if spec is not None and spec.origin:
         return Path(spec.origin)
@@ -37,17 +35,6 @@ def module() -> Path:
     if nvcc and os.environ.get("FUSED_RIN_CUDA", "auto").lower() != "off":
         pytest.fail(f"there is {nvcc}, but fused_rin._cuda was not built; install again (or set FUSED_RIN_CUDA=off)")
     pytest.skip("no nvcc here and no CUDA module: nothing was compiled to look at")
-
-
-def readable(mangled: str) -> str:
-    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false>."""
-    kind = re.search(r"(Mma|Fma)ConfigI", mangled)
-    assert kind, f"a kernel that is not a block sweep: {mangled}"
-    numbers = re.findall(r"Li(\d+)E", mangled)
-    math = MATHS[int(re.search(r"MathE(\d)E", mangled).group(1))] if kind.group(1) == "Mma" else "fma"
-    dtype = next((n for tag, n in (("8BFloat16", "bfloat16"), ("7Float16", "float16")) if tag in mangled), "float32")
-    direction = "backward" if "ELb1E" in mangled else "forward"
-    return f"{dtype} {math} {numbers[0]}x{numbers[1]} {direction}"
 
 
 def compiled() -> dict[int, dict[str, Resources]]:

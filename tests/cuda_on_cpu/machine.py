@@ -25,7 +25,7 @@ class KernelError(RuntimeError):
 class Problem(ctypes.Structure):
     """csrc/problem.h"""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ("steps", "batch", "groups", "hidden", "num_reversed")),
         ("dtype", ctypes.c_int),
         ("activation", ctypes.c_int),
@@ -39,7 +39,7 @@ class Problem(ctypes.Structure):
 class TensorView(ctypes.Structure):
     """csrc/cuda_on_cpu/emulated.h"""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_char_p),
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),

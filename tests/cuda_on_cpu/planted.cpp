@@ -1,7 +1,8 @@
 // Small kernels with a bug planted in each, to show that the fibres catch it; kBug == kNone is the same kernel without.
 // They are written as the sweeps are: through <device.cuh> alone.
-#include <device.cuh>
 #include <launch.h>
+
+#include <device.cuh>
 
 #include "../../csrc/cuda_on_cpu/emulated.h"
 
@@ -80,8 +81,7 @@ void multiply(const Arguments a) {
   if (a.bug == kWrongFragment) std::swap(fa[1], fa[2]);
   float d[4] = {};
   device::mma_m16n8k16(device::BFloat16{}, d, fa, fb[0], fb[1]);
-  for (int i = 0; i < 4; ++i)
-    device::store_global(a.out + (g + i / 2 * 8) * 8 + 2 * q + i % 2, device::as_word(d[i]));
+  for (int i = 0; i < 4; ++i) device::store_global(a.out + (g + i / 2 * 8) * 8 + 2 * q + i % 2, device::as_word(d[i]));
 }
 
 // Warp 0 produces, warp 1 consumes, on named barriers: the producer only arrives.
@@ -107,7 +107,6 @@ extern "C" int emulate_planted(int kernel, int bug, const uint32_t* in, uint32_t
   void (*const kernels[])(Arguments) = {exchange, exchange_async, multiply<false>, multiply<true>, handover};
   const int threads = kernel == 2 || kernel == 3 ? 32 : kThreads;
   const int shared_bytes = kernel == 2 || kernel == 3 ? (16 + 8) * 32 : 4 * kThreads;
-  return emulate(tensors, count, message, message_bytes, [&] {
-    launch_kernel(kernels[kernel], arguments, 1, threads, shared_bytes, nullptr);
-  });
+  return emulate(tensors, count, message, message_bytes,
+                 [&] { launch_kernel(kernels[kernel], arguments, 1, threads, shared_bytes, nullptr); });
 }

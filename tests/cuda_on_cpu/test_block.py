@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
@@ -173,7 +175,7 @@ def test_a_lying_size_is_caught_with_coordinates(native, small, monkeypatch):
     """The guard around the tensors is real: told of one row too many, a kernel reads outside and is stopped."""
     case = make_case(4, 2, 10, dtype=small, h0=False)
     monkeypatch.setattr(type(native), "rows_of", staticmethod(lambda steps, batch, *_: steps * batch - 1))
-    with pytest.raises(KernelError, match=r"block 0, thread \d+ \(warp \d+, lane \d+\): global .* outside every tensor"):
+    with pytest.raises(KernelError, match=r"thread \d+ \(warp \d+, lane \d+\): global .* outside every tensor"):
         cuda.forward(*case.tensors, **case.constants)
 
 
@@ -182,3 +184,33 @@ def test_the_planner_picks_the_kernel_that_runs(native):
     cuda.forward(*case.tensors, **case.constants)
     assert native.kernels == {(MATH["mma"], 128, 8)}
     assert "128 x 128" in cuda_plan.plan(3, 1, 100, BF16, cuda._place(case.pre)[0]).describe()
+
+
+def test_the_output_may_lie_over_the_input(native, small, monkeypatch):
+    """As problem.h promises: the same result when every sweep writes where it reads."""
+    case = make_case(6, 5, 30, 2, dtype=small, layout="lengths", resets=True, num_reversed=1)
+    apart = cuda.forward(*case.tensors, **case.constants)
+    sweep_block = native.sweep_block
+    size = case.pre.numel() * case.pre.element_size()
+
+    def in_place(*arguments):
+        changed = list(arguments)
+        in_, out = changed[13], changed[16]
+        changed[16] = in_
+        sweep_block(*changed)
+        ctypes.memmove(out, in_, size)
+
+    monkeypatch.setattr(native, "sweep_block", in_place)
+    over = cuda.forward(*case.to(small).tensors, **case.constants)
+    assert all(torch.equal(a, b) for a, b in zip(apart, over, strict=True))
+
+
+def test_lengths_out_of_range_are_clamped(native, small):
+    """On a GPU nobody has looked at them."""
+    case = make_case(4, 3, 10, dtype=small)
+    case.lengths = torch.tensor([9, -2, 4])
+    out, h_n = cuda.forward(*case.tensors, **case.constants)
+    case.lengths = torch.tensor([4, 0, 4])
+    expected = cuda.forward(*case.tensors, **case.constants)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(h_n, expected[1])

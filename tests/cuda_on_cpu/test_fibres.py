@@ -80,7 +80,7 @@ def test_diverged_warp(machine):
 
 
 def test_barrier_that_a_thread_misses(machine):
-    with pytest.raises(RuntimeError, match="barrier 0 has 63 of 64 threads|race|nothing has written"):
+    with pytest.raises(RuntimeError, match=r"barrier 0 has 63 of 64 threads|race|nothing has written"):
         exchange(machine, "barrier not reached by all", 0)
 
 

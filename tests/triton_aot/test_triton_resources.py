@@ -1,7 +1,7 @@
 """What the compiled kernels cost on GPUs that are not here, against a committed table (resources.json).
 
 The limits are the larger of what Triton 3.6 and the newest release make. A rise is either a regression or, after a
-look at it, a new line of the table (`python tests/triton_aot/triton_aot_compile.py --write`).
+look at it, a new line of the table (`python -m tests.triton_aot.triton_aot_compile --write`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,24 @@ TABLE = json.loads((HERE / "resources.json").read_text())
 CLOSE = 1.05  # other releases of Triton schedule a little differently
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def script(name: str) -> dict:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    module = f"tests.triton_aot.{name}"
     run = subprocess.run(
-        [sys.executable, str(HERE / "triton_aot_compile.py")], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", module], cwd=HERE.parent.parent, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    return script("triton_aot_compile")
+
+
+@pytest.fixture(scope="module")
+def called() -> dict:
+    return script("triton_jit_calls")
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -57,6 +67,27 @@ def test_u_stays_on_chip(compiled: dict) -> None:
         found = compiled["found"][f"{arch} 128 bfloat16 forward"]
         assert found["global_loads"] == 1  # pre
         assert found["shared_loads"] <= 16  # the exchange of the state's fragments between warps
+
+
+def test_no_batch_and_no_length_compiles_again(called: dict) -> None:
+    """T and B of 1, of multiples of 16 and of none, which Triton would tell apart; T beyond 65,535."""
+    for name, counts in called["kernels"].items():
+        assert counts["first"] == 2, name  # forward and backward
+        assert counts["later"] == 0, name
+
+
+def test_a_first_call_compiles_in_less_than_3_s(called: dict) -> None:
+    for name, counts in called["kernels"].items():
+        assert counts["seconds"] < 3, name
+
+
+def test_every_kind_of_input_compiles(called: dict) -> None:
+    assert called["kinds"] == 6 + 4 * 4  # those above; forward, and backward with both gradients or either
+
+
+def test_waves_leave_every_program_an_sm(called: dict) -> None:
+    """18 tiles of 32 slices on 132 SMs: four tiles at a time, forward and backward."""
+    assert called["waves"] == [[4, 32], [4, 32], [4, 32], [4, 32], [2, 32]] * 2
 
 
 def test_the_barrier_releases_and_acquires(compiled: dict) -> None:

@@ -1,7 +1,7 @@
 """Compiles the sweep for GPUs that are not here and reads what it costs from the cubin. Run as a script, prints JSON.
 
-    python triton_aot_compile.py            what this Triton makes of every instance
-    python triton_aot_compile.py --write    raise the limits in resources.json to it
+    python -m tests.triton_aot.triton_aot_compile            what this Triton makes of every instance
+    python -m tests.triton_aot.triton_aot_compile --write    raise the limits in resources.json to it
 
 A process of its own, because the tests of the kernels make Triton interpret. Per instance: registers a thread, bytes of
 stack (spilled registers and local arrays live there), bytes of shared memory, and what one pass through the time

@@ -24,14 +24,32 @@ class Resources:
     static_shared: int  # bytes a block, besides what is asked for at launch
 
 
-def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
-    """(sm number, {mangled kernel name: resources}) for every cubin in a file."""
+def images(path: Path) -> Iterator[bytes]:
+    """Every cubin in a file, as what nvdisasm takes (with what follows it in the file)."""
     data = path.read_bytes()
     for match in re.finditer(rb"\x7fELF\x02\x01", data):
         start = match.start()
-        machine = struct.unpack_from("<H", data, start + 18)[0]
-        if machine == EM_CUDA:
-            yield _parse(data, start)
+        if struct.unpack_from("<H", data, start + 18)[0] == EM_CUDA:
+            headers, _, _, _, _, entry_size, count = struct.unpack_from("<QIHHHHH", data, 40)
+            yield data[start : start + headers + entry_size * count + 64 * 1024]
+
+
+def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
+    """(sm number, {mangled kernel name: resources}) for every cubin in a file."""
+    for image in images(path):
+        yield _parse(image)
+
+
+def readable(mangled: str) -> str:
+    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false>."""
+    kind = re.search(r"(Mma|Fma)ConfigI", mangled)
+    assert kind, f"a kernel that is not a block sweep: {mangled}"
+    numbers = re.findall(r"Li(\d+)E", mangled)
+    found = re.search(r"MathE(\d)E", mangled)
+    math = ("mma", "tf32", "tf32x3")[int(found.group(1))] if found else "fma"
+    dtype = next((n for tag, n in (("8BFloat16", "bfloat16"), ("7Float16", "float16")) if tag in mangled), "float32")
+    direction = "backward" if "ELb1E" in mangled else "forward"
+    return f"{dtype} {math} {numbers[0]}x{numbers[1]} {direction}"
 
 
 def compiler_release(path: Path) -> str:
@@ -40,15 +58,15 @@ def compiler_release(path: Path) -> str:
     return match.group(1).decode() if match else ""
 
 
-def _parse(data: bytes, start: int) -> tuple[int, dict[str, Resources]]:
-    section_offset, flags = struct.unpack_from("<QI", data, start + 40)
-    entry_size, count, names_index = struct.unpack_from("<HHH", data, start + 58)
+def _parse(data: bytes) -> tuple[int, dict[str, Resources]]:
+    section_offset, flags = struct.unpack_from("<QI", data, 40)
+    entry_size, count, names_index = struct.unpack_from("<HHH", data, 58)
     headers = [
-        struct.unpack_from("<IIQQQQIIQQ", data, start + section_offset + i * entry_size) for i in range(count)
+        struct.unpack_from("<IIQQQQIIQQ", data, section_offset + i * entry_size) for i in range(count)
     ]  # name, type, flags, address, offset, size, link, info, alignment, entry size
 
     def content(i: int) -> bytes:
-        return data[start + headers[i][4] : start + headers[i][4] + headers[i][5]]
+        return data[headers[i][4] : headers[i][4] + headers[i][5]]
 
     def text(table: bytes, at: int) -> str:
         return table[at : table.index(b"\0", at)].decode()

@@ -1,0 +1,383 @@
+// The latencies that the kernels and the plans to come stand on, in cycles of one SM, as JSON on standard output.
+//
+//   nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -I csrc/cuda benchmarks/gpu/latencies.cu -o latencies
+//
+// Every figure is the median over launches of (cycles of a chain of kRepeat dependent operations) / kRepeat. The PTX of
+// clusters and wgmma is here until a kernel uses it; then it moves to csrc/cuda/device.cuh.
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <device.cuh>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace cg = cooperative_groups;
+using namespace fused_rin;
+
+constexpr int kRepeat = 256, kLaunches = 15;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+long long* results;  // managed by main; kernels write the cycles of their chain to [0]
+bool first_row = true;
+
+void report(const char* name, const std::string& detail, const std::string& value) {
+  std::printf("%s\n  {\"name\": \"%s\", \"detail\": \"%s\", %s}", first_row ? "" : ",", name, detail.c_str(),
+              value.c_str());
+  std::fflush(stdout);  // should a later kernel hang, what came before is kept
+  first_row = false;
+}
+
+// Median cycles per operation over launches; a launch that the device refuses is reported as such and not measured.
+template <class Launch>
+void measure(const char* name, const std::string& detail, double operations, const Launch& launch) {
+  std::vector<double> cycles;
+  for (int i = 0; i < kLaunches; ++i) {
+    cudaError_t error = launch();
+    if (error == cudaSuccess) error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return report(name, detail, std::string("\"not_measured\": \"") + cudaGetErrorString(error) + "\"");
+    }
+    long long value = 0;
+    check(cudaMemcpy(&value, results, sizeof value, cudaMemcpyDeviceToHost), "copy of a result");
+    cycles.push_back(value / operations);
+  }
+  std::sort(cycles.begin(), cycles.end());
+  report(name, detail, "\"cycles\": " + std::to_string(cycles[cycles.size() / 2]));
+}
+
+__global__ void block_barrier(long long* out) {
+  __syncthreads();
+  const long long start = clock64();
+  for (int i = 0; i < kRepeat; ++i) __syncthreads();
+  if (threadIdx.x == 0) *out = clock64() - start;
+}
+
+// Store to shared memory, barrier, load what another warp stored: the exchange of one step without its arithmetic.
+__global__ void block_exchange(long long* out) {
+  extern __shared__ uint32_t state[];
+  uint32_t value = threadIdx.x;
+  __syncthreads();
+  const long long start = clock64();
+  for (int i = 0; i < kRepeat; ++i) {
+    state[(i & 1) * blockDim.x + threadIdx.x] = value;
+    __syncthreads();
+    value = state[(i & 1) * blockDim.x + (threadIdx.x + 32) % blockDim.x];
+  }
+  if (threadIdx.x == 0) *out = clock64() - start + (value == 12345);
+}
+
+// ---- loads of the state: 128 bits a lane from `rows` rows, against ldmatrix.x4
+template <bool kLdmatrix>
+__global__ void state_load(long long* out, int rows) {
+  extern __shared__ __align__(128) char bytes[];
+  for (int i = threadIdx.x; i < 8192; i += blockDim.x) bytes[i] = 0;
+  __syncthreads();
+  const device::SharedMemory shared(bytes);
+  const int lane = threadIdx.x & 31;
+  uint32_t at = kLdmatrix ? lane % 8 * 144 + lane / 8 * 16 : min(lane / 4, rows - 1) * 192 + lane % 4 * 16;
+  const long long start = clock64();
+#pragma unroll 8
+  for (int i = 0; i < kRepeat; ++i) {
+    uint32_t d[4];
+    if (kLdmatrix) {
+      device::ldmatrix_x4(d, shared, at);
+    } else {
+      const uint4 v = shared.load<uint4>(at);
+      d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+    }
+    at += d[0] | d[1] | d[2] | d[3];  // zero: the next load depends on this one
+  }
+  if (threadIdx.x == 0) *out = clock64() - start + (at == 1);
+}
+
+// ---- mma.sync: a dependent chain over k of m16 x (8 * kTilesN), A in registers
+template <int kTilesN>
+__global__ void mma_chain(long long* out, uint32_t word) {
+  const uint32_t a[4] = {word, word, word, word};
+  float d[kTilesN][4] = {};
+  __syncthreads();
+  const long long start = clock64();
+#pragma unroll 16
+  for (int i = 0; i < kRepeat; ++i) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) device::mma_m16n8k16(device::BFloat16{}, d[n], a, word, word);
+  }
+  const long long end = clock64();
+  float sum = 0;
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) sum += d[n][0] + d[n][1] + d[n][2] + d[n][3];
+  if (threadIdx.x == 0) *out = end - start + (sum == 1.5f);
+}
+
+template <int kTilesN>
+__global__ void mma_tf32_chain(long long* out, uint32_t word) {
+  const uint32_t a[4] = {word, word, word, word};
+  float d[kTilesN][4] = {};
+  const long long start = clock64();
+#pragma unroll 16
+  for (int i = 0; i < kRepeat; ++i) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) device::mma_m16n8k8_tf32(d[n], a, word, word);
+  }
+  const long long end = clock64();
+  float sum = 0;
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) sum += d[n][0] + d[n][1] + d[n][2] + d[n][3];
+  if (threadIdx.x == 0) *out = end - start + (sum == 1.5f);
+}
+
+// ---- global memory
+// Two blocks pass a number to and fro; a hop is half a round trip. Release and acquire at device scope, through L2.
+__global__ void flag_hop(long long* out, int* flags) {
+  if (threadIdx.x) return;
+  int* const mine = flags + 64 * blockIdx.x;
+  int* const theirs = flags + 64 * (1 - blockIdx.x);
+  const long long start = clock64();
+  for (int i = 1; i <= kRepeat; ++i) {
+    int seen = 0;
+    if (blockIdx.x == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(theirs), "r"(i) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(mine) : "memory");
+    } while (seen != i);
+    if (blockIdx.x == 1) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(theirs), "r"(i) : "memory");
+  }
+  if (blockIdx.x == 0) *out = clock64() - start;
+  *mine = 0;
+}
+
+__global__ void grid_sync(long long* out) {
+  cg::grid_group grid = cg::this_grid();
+  grid.sync();
+  const long long start = clock64();
+  for (int i = 0; i < kRepeat; ++i) grid.sync();
+  if (grid.thread_rank() == 0) *out = clock64() - start;
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define HAS_CLUSTERS 1
+#else
+#define HAS_CLUSTERS 0
+#endif
+
+// ---- clusters (PTX 9.7.13.3, 9.7.9.13, 9.7.13.15)
+__global__ void cluster_barrier(long long* out) {
+#if HAS_CLUSTERS
+  const long long start = clock64();
+  for (int i = 0; i < kRepeat; ++i) {
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) *out = clock64() - start;
+#endif
+}
+
+// CTA 0 pushes 16 bytes a thread (one warp) into CTA 1's shared memory, completing on CTA 1's mbarrier; CTA 1 answers.
+// A push is half a round trip: st.async, the transaction count, the wait.
+__global__ void cluster_push(long long* out) {
+#if HAS_CLUSTERS
+  __shared__ __align__(16) uint32_t inbox[2][128];
+  __shared__ __align__(8) uint64_t barrier[2];
+  const uint32_t rank = blockIdx.x & 1;
+  const auto local = [](const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); };
+  const auto remote = [&](const void* p) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local(p)), "r"(rank ^ 1));
+    return address;
+  };
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(local(&barrier[i])));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int i = 0; i < 2; ++i)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 512;" ::"r"(local(&barrier[i])) : "memory");
+  }
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  uint32_t value = threadIdx.x;
+  const long long start = clock64();
+  for (int i = 0; i < kRepeat; ++i) {
+    const int slot = i & 1;
+    const auto push = [&] {
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %1, %1, %1}, [%2];" ::"r"(
+              remote(&inbox[slot][4 * threadIdx.x])),
+          "r"(value), "r"(remote(&barrier[slot]))
+          : "memory");
+    };
+    if (rank == 0) push();
+    uint32_t done = 0;
+    while (!done)
+      asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                   : "=r"(done)
+                   : "r"(local(&barrier[slot])), "r"(i >> 1 & 1)
+                   : "memory");
+    value = inbox[slot][4 * threadIdx.x];
+    __syncwarp();
+    if (threadIdx.x == 0)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 512;" ::"r"(local(&barrier[slot])) : "memory");
+    __syncwarp();
+    if (rank == 1) push();
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) *out = clock64() - start + (value == 12345);
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// ---- wgmma (PTX 9.7.15): m64 x kN x k16, A in registers, a chain of `kDepth` k-steps accumulating in place, then the
+// wait that a recurrence needs in every step. B's contents do not matter here; its layout is "no swizzle".
+template <int kN, int kDepth>
+__global__ void wgmma_chain(long long* out, uint32_t word) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  __shared__ __align__(128) uint32_t b[16 * 32 / 2];
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) b[i] = 0;
+  __syncthreads();
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(b)) >> 4;
+  const uint64_t descriptor = address | uint64_t{8} << 16 | uint64_t{16} << 32;  // leading and stride offsets, 16 bytes
+  float d[16] = {};
+  // Four registers of their own: shared ones would be moved before every wgmma, and each move waited for.
+  const uint32_t a[4] = {device::opaque(word), device::opaque(word), device::opaque(word), device::opaque(word)};
+  const long long start = clock64();
+  for (int i = 0; i < kRepeat / kDepth; ++i) {
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");  // for A's registers; ptxas would put it here otherwise
+      if constexpr (kN == 8)
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+      else if constexpr (kN == 16)
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+            "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+      else
+        asm volatile(
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+            "%11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+              "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  }
+  const long long end = clock64();
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum += d[i];
+  if (threadIdx.x == 0) *out = end - start + (sum == 1.5f);
+#endif
+}
+
+template <int kN, int kDepth>
+void measure_wgmma() {
+  measure("wgmma m64k16, A in registers, a k-step",
+          "N = " + std::to_string(kN) + ", a wait every " + std::to_string(kDepth), kRepeat, [] {
+            wgmma_chain<kN, kDepth><<<1, 128>>>(results, 0);
+            return cudaGetLastError();
+          });
+}
+
+cudaError_t launch_cluster(void (*kernel)(long long*), int size, int threads) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = size;
+  config.blockDim = threads;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = size;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, results);
+}
+
+}  // namespace
+
+int main() {
+  cudaDeviceProp device{};
+  check(cudaGetDeviceProperties(&device, 0), "no device");
+  check(cudaMalloc(&results, sizeof(long long)), "cudaMalloc");
+  int* flags = nullptr;
+  check(cudaMalloc(&flags, 1024), "cudaMalloc");
+  check(cudaMemset(flags, 0, 1024), "cudaMemset");
+  std::printf("{\"device\": \"%s\", \"sms\": %d, \"rows\": [", device.name, device.multiProcessorCount);
+
+  for (const int threads : {128, 256, 384, 512}) {
+    const std::string detail = std::to_string(threads) + " threads";
+    measure("block barrier", detail, kRepeat, [=] {
+      block_barrier<<<1, threads>>>(results);
+      return cudaGetLastError();
+    });
+    measure("store, block barrier, load", detail, kRepeat, [=] {
+      block_exchange<<<1, threads, 8 * threads>>>(results);
+      return cudaGetLastError();
+    });
+  }
+  for (const int warps : {1, 4, 8}) {
+    const std::string of = ", " + std::to_string(warps) + " warps";
+    for (const int rows : {1, 2, 8})
+      measure("128-bit load of the state", std::to_string(rows) + " rows" + of, kRepeat, [=] {
+        state_load<false><<<1, 32 * warps, 8192>>>(results, rows);
+        return cudaGetLastError();
+      });
+    measure("ldmatrix.x4 of the state", "8 rows" + of, kRepeat, [=] {
+      state_load<true><<<1, 32 * warps, 8192>>>(results, 8);
+      return cudaGetLastError();
+    });
+  }
+  for (const int warps : {1, 4, 8}) {
+    const std::string of = ", " + std::to_string(warps) + " warps";
+    const auto chain = [&](const char* name, void (*kernel)(long long*, uint32_t), int n) {
+      measure(name, "N = " + std::to_string(n) + of, kRepeat, [=] {
+        kernel<<<1, 32 * warps>>>(results, 0);
+        return cudaGetLastError();
+      });
+    };
+    chain("mma.sync m16k16 bf16, a k-step of a dependent chain", mma_chain<1>, 8);
+    chain("mma.sync m16k16 bf16, a k-step of a dependent chain", mma_chain<2>, 16);
+    chain("mma.sync m16k16 bf16, a k-step of a dependent chain", mma_chain<4>, 32);
+    chain("mma.sync m16k8 tf32, a k-step of a dependent chain", mma_tf32_chain<1>, 8);
+    chain("mma.sync m16k8 tf32, a k-step of a dependent chain", mma_tf32_chain<4>, 32);
+  }
+  measure("flag hop through L2", "release, acquire, two CTAs", 2.0 * kRepeat, [=] {
+    void* arguments[] = {&results, const_cast<int**>(&flags)};
+    return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(flag_hop), 2, 32, arguments, 0, nullptr);
+  });
+  measure("grid sync", std::to_string(device.multiProcessorCount) + " CTAs of 256 threads", kRepeat, [=] {
+    void* arguments[] = {&results};
+    return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_sync), device.multiProcessorCount, 256, arguments,
+                                       0, nullptr);
+  });
+  if (device.major >= 9 && device.major < 12) {
+    for (const int size : {2, 4, 8, 16})
+      measure("cluster barrier", std::to_string(size) + " CTAs of 256 threads", kRepeat,
+              [=] { return launch_cluster(cluster_barrier, size, 256); });
+    measure("push to a peer's shared memory", "st.async of 512 bytes, mbarrier, wait", 2.0 * kRepeat,
+            [=] { return launch_cluster(cluster_push, 2, 32); });
+  }
+  if (device.major == 9) {
+    measure_wgmma<8, 8>();
+    measure_wgmma<8, 16>();
+    measure_wgmma<16, 8>();
+    measure_wgmma<16, 16>();
+    measure_wgmma<32, 8>();
+    measure_wgmma<32, 16>();
+  }
+  std::printf("\n]}\n");
+  return 0;
+}

@@ -1,0 +1,168 @@
+"""The CUDA backend on a GPU. Nothing here runs without one: tests/cuda_on_cpu runs the same kernels on CPU fibres."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fused_rin import cuda, cuda_plan, recurrence
+from torch import Tensor
+
+from tests.conftest import Case, check_sweeps, make_case
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [BF16, FP16, FP32]
+
+
+def test_the_backend_is_there():
+    """So that a build without it is a failure here and not a page of skips."""
+    for dtype in DTYPES:
+        assert cuda.unavailable_reason(torch.device("cuda"), dtype, 128) is None
+
+
+def on_gpu(function, device: torch.device | str = "cuda"):
+    """A sweep on CPU tensors that runs on the GPU; outputs hold NaN before."""
+
+    def run(*tensors: Tensor | None, **constants: object) -> tuple[Tensor, ...]:
+        moved = [None if t is None else t.to(device) for t in tensors]
+        return tuple(t.cpu() for t in function(*moved, **constants))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+
+
+def check(case: Case, device: torch.device | str = "cuda") -> None:
+    check_sweeps(on_gpu(cuda.forward, device), on_gpu(cuda.backward, device), case)
+
+
+def fits(kernel: cuda_plan.Kernel) -> bool:
+    return kernel.shared_bytes <= cuda._record(torch.cuda.current_device()).shared_memory_per_block
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in cuda_plan.KERNELS if k.math != "tf32"], ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}"
+)
+@pytest.mark.parametrize("odd", [False, True], ids=["full", "odd"])
+def test_every_kernel(monkeypatch, kernel, odd):
+    if not fits(kernel):
+        pytest.skip(f"needs {kernel.shared_bytes} bytes of shared memory a block")
+    chosen = cuda_plan.BlockPlan(kernel, "forced", 1, 1, 1, 0.0)
+    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+    hidden, batch = (kernel.hidden - 27, kernel.rows + 1) if odd else (kernel.hidden, kernel.rows)
+    for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
+        check(make_case(33, batch, hidden, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 17, 100, 129])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 33), (257, 3)])
+def test_sizes(dtype, hidden, steps, batch):
+    check(make_case(steps, batch, hidden, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
+@pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
+@pytest.mark.parametrize(("groups", "num_reversed"), [(1, 0), (3, 1)])
+def test_layouts(dtype, layout, resets, groups, num_reversed):
+    check(make_case(37, 19, 70, groups, dtype=dtype, layout=layout, resets=resets, num_reversed=num_reversed))
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "tanh"])
+@pytest.mark.parametrize("skip", [0.0, 1.0, -0.7])
+def test_activations_and_skips(activation, skip):
+    check(make_case(20, 9, 100, 2, dtype=FP32, activation=activation, skip=skip, num_reversed=1))
+
+
+def leaves(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    assert case.h0 is not None
+    return tuple(t.cuda().requires_grad_() for t in (case.pre, case.weight, case.h0))  # type: ignore[return-value]
+
+
+def step(pre: Tensor, weight: Tensor, h0: Tensor) -> tuple[Tensor, ...]:
+    out, h_n = recurrence(pre, weight, h0, backend="cuda")
+    loss = out.float().square().mean() + h_n.float().sum()
+    return out, h_n, *torch.autograd.grad(loss, (pre, weight, h0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bit_for_bit_the_same_from_run_to_run(dtype):
+    inputs = leaves(make_case(200, 40, 100, 2, dtype=dtype))
+    first = step(*inputs)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_graph_capture_and_replay(dtype, monkeypatch):
+    """Forward and backward in one CUDA graph, replayed on new inputs."""
+    monkeypatch.undo()  # filling with NaN would be captured too
+    pre, weight, h0 = leaves(make_case(50, 9, 100, dtype=dtype))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(pre, weight, h0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(pre, weight, h0)
+    for seed in range(3):
+        other = make_case(50, 9, 100, dtype=dtype, seed=seed + 1)
+        with torch.no_grad():
+            for tensor, value in zip((pre, weight, h0), (other.pre, other.weight, other.h0), strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = step(pre, weight, h0)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_runs_on_the_current_stream():
+    """Behind work on a second stream, and without waiting for the first."""
+    inputs = leaves(make_case(100, 8, 64))
+    expected = step(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # about 10 ms
+        late = inputs[0].detach() * 2
+        got = step(late.div(2).requires_grad_(), *inputs[1:])
+        assert not stream.query(), "the sweep waited for its stream on the host"
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_second_device():
+    for dtype in DTYPES:
+        check(make_case(20, 5, 100, dtype=dtype), "cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
+def test_more_steps_than_fit_in_16_bits_and_offsets_that_need_64():
+    """2.3e9 elements: the second half, started from the first one's last state, must come out the same."""
+    steps, batch, hidden = 70_000, 256, 128
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of free memory")
+    weight = torch.randn(1, hidden, hidden, device="cuda") * 1e-4
+    pre = torch.randn(steps, batch, 1, hidden, device="cuda")
+    pre *= 0.01
+    out, h_n = recurrence(pre, weight, skip=0.9, backend="cuda")
+    half = steps // 2
+    again, _ = recurrence(pre[half:], weight, out[half - 1], skip=0.9, backend="cuda")
+    assert torch.equal(again, out[half:])
+    assert torch.equal(out[-1], h_n)
+    assert out.isfinite().all()
+
+
+def test_what_has_no_plan_says_so():
+    pre, weight = torch.zeros(2, 1, 1, 1000, device="cuda"), torch.zeros(1, 1000, 1000, device="cuda")
+    with pytest.raises(RuntimeError, match="hidden sizes up to"):
+        recurrence(pre, weight, backend="cuda")

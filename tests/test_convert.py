@@ -1,0 +1,247 @@
+"""Conversion from and to torch.nn.RNN: modules, models, state dicts."""
+
+from __future__ import annotations
+
+import copy
+
+import fused_rin
+import pytest
+import torch
+from fused_rin import RIN, RINCell
+from torch import nn
+
+OPTIONS = [
+    {},
+    {"nonlinearity": "relu", "bias": False},
+    {"num_layers": 3, "dropout": 0.5, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True, "nonlinearity": "relu"},
+]
+
+
+def _rnn(options, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.RNN(5, 7, **options, dtype=dtype).eval()
+
+
+def _snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _assert_untouched(module, before):
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("skip", [1.0, 0.0, 0.5])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_from_rnn_keeps_outputs(options, skip, dtype):
+    rnn = _rnn(options, dtype)
+    rnn.weight_hh_l0.requires_grad_(False)
+    before = _snapshot(rnn)
+    rin = RIN.from_rnn(rnn, skip=skip)
+    x, h0 = torch.randn(4, 4, 5, dtype=dtype), torch.randn(rnn(torch.zeros(4, 4, 5, dtype=dtype))[1].shape, dtype=dtype)
+    for ours, theirs in zip(rin(x, h0), rnn(x, h0), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not rin.weight_hh_l0.requires_grad
+    assert rin.weight_ih_l0.requires_grad
+    assert not rin.training
+    torch.testing.assert_close(rin.weight_hh_l0, rnn.weight_hh_l0 - skip * torch.eye(7, dtype=dtype))
+    _assert_untouched(rnn, before)
+
+
+def test_from_rnn_forms_the_difference_in_float32():
+    """1 + 2^-16 has no place in a bfloat16 V; off the diagonal nothing may be lost."""
+    rnn = _rnn({"nonlinearity": "relu"}).bfloat16()
+    rin = RIN.from_rnn(rnn)
+    wanted = (rnn.weight_hh_l0.float() - torch.eye(7)).bfloat16()
+    assert torch.equal(rin.weight_hh_l0, wanted)
+    tiny = RIN(5, 7, dtype=torch.bfloat16)
+    with torch.no_grad():
+        tiny.weight_hh_l0.fill_(2.0**-16)
+    off_diagonal = tiny.to_rnn().weight_hh_l0[0, 1]
+    assert off_diagonal == 2.0**-16
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_there_and_back(options):
+    rnn = _rnn(options)
+    back = RIN.from_rnn(rnn).to_rnn()
+    assert type(back) is nn.RNN
+    assert repr(back) == repr(rnn)
+    assert not back.training
+    for name, value in rnn.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[name], value, rtol=0, atol=1e-7)
+    assert back.state_dict().keys() == rnn.state_dict().keys()
+
+
+def test_to_rnn_of_heads_is_block_diagonal():
+    torch.manual_seed(0)
+    rin = RIN(5, 6, num_heads=3)
+    nn.init.normal_(rin.weight_hh_l0, std=0.3)
+    x = torch.randn(9, 2, 5)
+    rnn = rin.to_rnn()
+    torch.testing.assert_close(rnn(x)[0], rin(x)[0])
+    assert torch.count_nonzero(rnn.weight_hh_l0) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_cell_there_and_back(bias):
+    torch.manual_seed(0)
+    cell = nn.RNNCell(5, 7, bias=bias, nonlinearity="relu")
+    before = _snapshot(cell)
+    ours = RINCell.from_rnn(cell)
+    x, h = torch.randn(3, 5), torch.randn(3, 7)
+    torch.testing.assert_close(ours(x, h), cell(x, h))
+    torch.testing.assert_close(ours.to_rnn()(x, h), cell(x, h))
+    assert type(ours.to_rnn()) is nn.RNNCell
+    _assert_untouched(cell, before)
+
+
+def test_from_rnn_refuses_other_modules():
+    class MyRNN(nn.RNN):
+        pass
+
+    weight_normed = nn.RNN(2, 3)
+    torch.nn.utils.parametrizations.weight_norm(weight_normed, "weight_hh_l0")
+    for module, text in [
+        (nn.LSTM(2, 3), "takes a torch.nn.RNN, got .*LSTM.*has gates"),
+        (nn.GRU(2, 3), "has gates"),
+        (nn.RNNCell(2, 3), "takes a torch.nn.RNN, got .*RNNCell"),
+        (MyRNN(2, 3), "MyRNN is a subclass of torch.nn.RNN"),
+        (weight_normed, "parametrizations"),
+        (nn.Linear(2, 3), "Linear is not a torch.nn.RNN"),
+    ]:
+        before = _snapshot(module)
+        with pytest.raises(TypeError, match=text):
+            RIN.from_rnn(module)
+        _assert_untouched(module, before)
+    with pytest.raises(TypeError, match=r"RINCell.from_rnn takes a torch.nn.RNNCell, got .*nn.RNN"):
+        RINCell.from_rnn(nn.RNN(2, 3))
+
+
+class Model(nn.Module):
+    """Everything a walk can meet: nesting, one module under two names, a tied matrix, cells, what must stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 5)
+        self.encoder = nn.ModuleDict({"rnn": nn.RNN(5, 5, num_layers=2, batch_first=True)})
+        self.again = self.encoder["rnn"]
+        self.relu = nn.RNN(5, 5, nonlinearity="relu", bidirectional=True, batch_first=True)
+        self.relu.weight_hh_l0_reverse = self.relu.weight_hh_l0
+        self.cell = nn.RNNCell(10, 5)
+        self.lstm = nn.LSTM(5, 5, batch_first=True)
+
+    def forward(self, x):
+        x, _ = self.encoder["rnn"](self.embed(x))
+        x, _ = self.again(x)
+        x, _ = self.relu(x)
+        h = None
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return self.lstm(h[:, None])[0]
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_replace_rnn_keeps_the_model(skip):
+    torch.manual_seed(0)
+    model = Model()
+    calls = []
+    model.cell.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 6, 4)
+    expected, before = model(x), copy.deepcopy(model)
+    calls.clear()
+    report = fused_rin.replace_rnn(model, skip=skip)
+    assert report.model is model
+    assert sorted(report.replaced) == ["again", "cell", "encoder.rnn", "relu"]
+    assert list(report.left_alone) == ["lstm"]
+    assert "has gates" in report.left_alone["lstm"]
+    assert "left alone 'lstm'" in str(report)
+    assert model.again is model.encoder["rnn"]
+    assert model.relu.weight_hh_l0 is model.relu.weight_hh_l0_reverse
+    assert not any(type(m) in (nn.RNN, nn.RNNCell) for m in model.modules())
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 6
+    # A few steps of training with weights that differ by a constant matrix take the same path (no decay).
+    losses = []
+    for net in (model, before):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        run = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            run.append(loss.item())
+        losses.append(run)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_replace_rnn_with_skip_0_keeps_the_parameters():
+    """An optimizer and a checkpoint made before stay valid."""
+    model = Model()
+    before = dict(model.named_parameters())
+    state = _snapshot(model)
+    fused_rin.replace_rnn(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+    model.load_state_dict(state)
+
+
+def test_replace_rnn_of_a_bare_module_and_of_nothing():
+    assert type(fused_rin.replace_rnn(nn.RNN(2, 3)).model) is RIN
+    nothing = fused_rin.replace_rnn(nn.Linear(2, 2))
+    assert (nothing.replaced, nothing.left_alone) == ([], {})
+    assert "none" in str(nothing)
+    done = fused_rin.replace_rnn(nn.Sequential(RIN(2, 3)))
+    assert (done.replaced, done.left_alone) == ([], {})
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(RIN, nn.RNN), (RINCell, nn.RNNCell)])
+def test_a_foreign_state_dict_is_refused_and_changes_nothing(ours, theirs):
+    module, foreign = ours(5, 7), theirs(5, 7).state_dict()
+    before = _snapshot(module)
+    with pytest.raises(RuntimeError, match=r"state of a torch.nn.RNN.*V = U \+ 1 I.*load_rnn_state_dict.*from_rnn"):
+        module.load_state_dict(foreign)
+    _assert_untouched(module, before)
+    plain = ours(5, 7, skip=0)
+    plain.load_state_dict(foreign)
+    _assert_untouched(plain, {**foreign, "skip": torch.tensor(0.0)})
+    with pytest.raises(RuntimeError, match=r"the checkpoint has skip=0, this RIN.* was made with skip=1"):
+        module.load_state_dict(plain.state_dict())
+    _assert_untouched(module, before)
+
+
+@pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16, torch.float16])
+def test_own_state_dict_survives_a_cast(cast):
+    module = RIN(2, 3, skip=0.1).to(cast)
+    fresh = RIN(2, 3, skip=0.1)
+    fresh.load_state_dict(module.state_dict())
+    assert fresh.skip_factor == 0.1
+
+
+def test_load_rnn_state_dict_converts_where_needed():
+    torch.manual_seed(0)
+    old = nn.ModuleDict(
+        {"a": nn.RNN(3, 4, nonlinearity="relu", num_layers=2), "b": nn.RNNCell(3, 4), "c": nn.Linear(2, 2)}
+    )
+    new = nn.ModuleDict(
+        {"a": RIN(3, 4, num_layers=2), "b": RINCell(3, 4, nonlinearity="tanh", skip=0.5), "c": nn.Linear(2, 2)}
+    )
+    state = old.state_dict()
+    copied = {name: value.clone() for name, value in state.items()}
+    result = fused_rin.load_rnn_state_dict(new, state)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert all(torch.equal(state[name], copied[name]) for name in copied)
+    x, h = torch.randn(5, 2, 3), torch.randn(2, 4)
+    torch.testing.assert_close(new["a"](x)[0], old["a"](x)[0])
+    torch.testing.assert_close(new["b"](x[0], h), old["b"](x[0], h))
+    fused_rin.load_rnn_state_dict(new, new.state_dict())  # a checkpoint of RINs is loaded as it is
+    torch.testing.assert_close(new["a"](x)[0], old["a"](x)[0])
+    with pytest.raises(ValueError, match="num_heads=2"):
+        fused_rin.load_rnn_state_dict(RIN(3, 4, num_heads=2), nn.RNN(3, 4).state_dict())

@@ -1,0 +1,440 @@
+"""RIN and RINCell as modules: everything around the forward call that code written for torch.nn.RNN relies on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import pickle
+
+import pytest
+import torch
+from fused_rin import RIN, RINCell, recurrence
+from torch import nn
+from torch.nn.utils import rnn as rnn_utils
+
+MODES = [
+    {},
+    {"num_layers": 2},
+    {"bidirectional": True},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
+]
+
+
+def _pair(options=None, dtype=torch.float32, nonlinearity="relu", seed=0):
+    """A RIN with skip=0 and the torch.nn.RNN whose weights it has."""
+    torch.manual_seed(seed)
+    theirs = nn.RNN(5, 7, nonlinearity=nonlinearity, dtype=dtype, **(options or {}))
+    ours = RIN(5, 7, nonlinearity=nonlinearity, dtype=dtype, skip=0, **(options or {}))
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def _same(ours, theirs, **tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(b, rnn_utils.PackedSequence):
+            assert isinstance(a, rnn_utils.PackedSequence)
+            assert torch.equal(a.batch_sizes, b.batch_sizes)
+            for i, j in zip(a[2:], b[2:], strict=True):
+                assert (i is None and j is None) or torch.equal(i, j)
+            a, b = a.data, b.data
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+# ---- construction, attributes ----
+
+
+def test_signature_extends_torchs():
+    ours = list(inspect.signature(RIN.__init__).parameters)
+    documented = ["self", "input_size", "hidden_size", "num_layers", "nonlinearity", "bias", "batch_first", "dropout"]
+    assert ours[:8] == documented
+    assert ours[8:11] == ["bidirectional", "device", "dtype"]
+    kinds = inspect.signature(RIN.__init__).parameters
+    assert all(kinds[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours[11:])
+    torch_cell = list(inspect.signature(nn.RNNCell.__init__).parameters)
+    assert list(inspect.signature(RINCell.__init__).parameters)[: len(torch_cell)] == torch_cell
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_attributes_and_parameters_are_torchs(options):
+    ours, theirs = _pair(options)
+    assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
+    for name in (*nn.RNNBase.__constants__, "nonlinearity"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert [[w.shape for w in ws] for ws in ours.all_weights] == [[w.shape for w in ws] for ws in theirs.all_weights]
+    assert all(a is b for a, b in zip(ours._flat_weights, ours.parameters(), strict=True))
+    assert ours.flatten_parameters() is None
+    assert repr(ours) == repr(theirs).replace("RNN(", "RIN(").replace(")", ", nonlinearity=?, skip=0)").replace(
+        ", nonlinearity=?", ""
+    )
+    assert isinstance(ours, nn.RNNBase)
+
+
+def test_repr_names_what_differs():
+    module = RIN(2, 4, nonlinearity="tanh", skip=0.5, num_heads=2, backend="reference")
+    assert repr(module) == "RIN(2, 4, nonlinearity=tanh, skip=0.5, num_heads=2, backend=reference)"
+    assert repr(RINCell(2, 4, bias=False)) == "RINCell(2, 4, bias=False)"
+
+
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    for module in (RIN(300, 400), RINCell(300, 400)):
+        for name, parameter in module.state_dict().items():
+            if name == "skip":
+                continue
+            if name.startswith("bias"):
+                assert torch.count_nonzero(parameter) == 0
+            else:
+                assert parameter.mean().abs() < 1e-5
+                assert parameter.std() == pytest.approx(1e-3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"nonlinearity": "gelu"}, ValueError, "Unknown nonlinearity 'gelu'. Select from 'tanh' or 'relu'."),
+        ({"dropout": 1.5}, ValueError, r"dropout should be a number in range \[0, 1\]"),
+        ({"dropout": True}, ValueError, r"dropout should be a number in range \[0, 1\]"),
+        ({"skip": "1"}, TypeError, "skip should be a number, got: str"),
+        ({"num_heads": 2}, ValueError, "hidden_size must be divisible by num_heads, got 7 and 2"),
+        ({"num_heads": 0}, ValueError, "num_heads must be greater than zero, got 0"),
+        ({"num_heads": 1.0}, TypeError, "num_heads should be of type int, got: float"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of .* got 'gpu'"),
+    ],
+)
+def test_bad_construction(arguments, error, text):
+    with pytest.raises(error, match=text):
+        RIN(5, 7, **arguments)
+
+
+@pytest.mark.parametrize(("sizes", "name"), [((0, 3), "input_size"), ((3, -1), "hidden_size")])
+def test_bad_cell_sizes(sizes, name):
+    with pytest.raises(ValueError, match=f"{name} must be greater than zero"):
+        RINCell(*sizes)
+
+
+# ---- forward ----
+
+
+@pytest.mark.parametrize("nonlinearity", ["relu", "tanh"])
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3), (1, 1), (4, 0)])
+@pytest.mark.parametrize("options", MODES)
+def test_forward_is_torchs(options, shape, nonlinearity):
+    ours, theirs = _pair(options, nonlinearity=nonlinearity)
+    steps, batch = shape
+    x = torch.randn(batch, steps, 5) if ours.batch_first else torch.randn(steps, batch, 5)
+    expected = theirs(x)
+    h0 = torch.randn_like(expected[1])
+    for hx in (None, h0):
+        out, wanted = ours(x, hx), theirs(x, hx)
+        _same(out, wanted)
+        assert out[1].is_contiguous()
+        with torch.no_grad():
+            _same(ours(x, hx), wanted)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_unbatched_is_torchs(options):
+    ours, theirs = _pair(options)
+    for steps in (1, 4):
+        x = torch.randn(steps, 5)
+        h0 = torch.randn(theirs(x)[1].shape)
+        for hx in (None, h0):
+            _same(ours(x, hx), theirs(x, hx))
+            with torch.no_grad():
+                _same(ours(x, hx), theirs(x, hx))
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("with_hx", [True, False])
+@pytest.mark.parametrize("options", MODES)
+def test_packed_is_torchs(options, with_hx, enforce_sorted):
+    ours, theirs = _pair(options, torch.float64)
+    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4]
+    rows = [torch.randn(n, 5, dtype=torch.float64) for n in lengths]
+    states = ours.num_layers * (2 if ours.bidirectional else 1)
+    hx = torch.randn(states, 4, 7, dtype=torch.float64) if with_hx else None
+    results = []
+    for module in (ours, theirs):
+        leaves = [row.clone().requires_grad_() for row in rows]
+        state = None if hx is None else hx.clone().requires_grad_()
+        packed = rnn_utils.pack_sequence(leaves, enforce_sorted=enforce_sorted)
+        out, h_n = module(packed, state)
+        (out.data.sin().sum() + h_n.cos().sum()).backward()
+        grads = [leaf.grad for leaf in leaves] + ([] if state is None else [state.grad])
+        results.append([out, h_n, *grads, *(p.grad for p in module.parameters())])
+    _same(*results)
+
+
+def test_packed_computes_no_padding(monkeypatch):
+    """One sequence of 1,000 steps and 63 of one: 1,063 rows reach the sweep, not 64,000."""
+    from fused_rin import ops
+
+    seen = []
+    original = ops.sweep_forward
+    monkeypatch.setattr(ops, "sweep_forward", lambda pre, *rest: (seen.append(pre.shape), original(pre, *rest))[1])
+    packed = rnn_utils.pack_sequence([torch.randn(n, 3) for n in [1000] + [1] * 63])
+    with torch.no_grad():
+        RIN(3, 4, num_layers=2)(packed)
+    assert seen == [(1063, 1, 4)] * 2
+
+
+def test_packed_with_wrong_arguments():
+    ours, theirs = _pair()
+    packed = rnn_utils.pack_sequence([torch.randn(3, 5), torch.randn(2, 5)])
+    for hx in (torch.zeros(1, 3, 7), torch.zeros(2, 7), torch.zeros(1, 2, 6)):
+        messages = []
+        for module in (ours, theirs):
+            with pytest.raises(RuntimeError, match="Expected hidden size") as caught:
+                module(packed, hx)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+    with pytest.raises(ValueError, match="lengths cannot be given with a PackedSequence"):
+        ours(packed, lengths=[3, 2])
+    with pytest.raises(RuntimeError, match=r"resets must have shape \(5,\), got \(3, 2\)"):
+        ours(packed, resets=torch.zeros(3, 2, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="Expected 5, got 4"):
+        ours(rnn_utils.pack_sequence([torch.randn(3, 4)]))
+    with pytest.raises(ValueError, match="does not match weight dtype"):
+        ours(rnn_utils.pack_sequence([torch.randn(3, 5).double()]))
+
+
+def test_dropout_draws_torchs_masks():
+    ours, theirs = _pair({"num_layers": 3, "dropout": 0.5})
+    x = torch.randn(6, 4, 5)
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(3)
+        results.append(module(x))
+    _same(*results)
+    assert not torch.equal(ours(x)[0], ours(x)[0])
+    _same(ours.eval()(x), theirs.eval()(x))
+    assert torch.equal(ours(x)[0], ours(x)[0])
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
+        RIN(2, 3, dropout=0.5)
+
+
+@pytest.mark.parametrize("bad", ["rank", "features", "dtype", "hx rank", "hx size", "hx unbatched", "steps"])
+def test_errors_are_torchs(bad):
+    ours, theirs = _pair()
+    x, hx = torch.randn(4, 3, 5), torch.zeros(1, 3, 7)
+    if bad == "rank":
+        x = x[None]
+    elif bad == "features":
+        x = torch.randn(4, 3, 6)
+    elif bad == "dtype":
+        x = x.double()
+    elif bad == "hx rank":
+        hx = hx[0]
+    elif bad == "hx size":
+        hx = torch.zeros(1, 2, 7)
+    elif bad == "hx unbatched":
+        x = x[:, 0]
+    elif bad == "steps":
+        x = x[:0]
+    caught = []
+    for module in (theirs, ours):
+        with pytest.raises((RuntimeError, ValueError)) as info:
+            module(x, hx)
+        caught.append((info.type, str(info.value)))
+    assert caught[0] == caught[1]
+
+
+def test_mixed_dtypes_and_devices_are_named():
+    module, x = RIN(5, 7), torch.randn(4, 3, 5)
+    with pytest.raises(RuntimeError, match=r"hx must have the dtype of input, torch.float32, got torch.float64"):
+        module(x, torch.zeros(1, 3, 7).double())
+    with pytest.raises(RuntimeError, match="input must be on the device of the weights, cpu, got meta"):
+        module(x.to("meta"))
+    with pytest.raises(RuntimeError, match="hx must be on the device of input, cpu, got meta"):
+        module(x, torch.zeros(1, 3, 7, device="meta"))
+    module.weight_hh_l0.data = module.weight_hh_l0.data.double()
+    with pytest.raises(RuntimeError, match=r"weight_hh_l0 must have dtype torch.float32, got torch.float64"):
+        module(x)
+    cell = RINCell(5, 7)
+    cell.weight_hh.data = cell.weight_hh.data.double()
+    with pytest.raises(RuntimeError, match=r"weight_hh must have dtype torch.float32, got torch.float64"):
+        cell(x[0], torch.zeros(3, 7))
+
+
+def test_skip_and_heads_against_the_formula():
+    torch.manual_seed(0)
+    module = RIN(5, 6, num_heads=2, skip=0.7, nonlinearity="tanh", dtype=torch.float64)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, h = torch.randn(5, 3, 5, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    u = torch.block_diag(*module.weight_hh_l0.chunk(2))
+    expected, state = [], h
+    for t in range(5):
+        state = torch.tanh(
+            x[t] @ module.weight_ih_l0.T + module.bias_ih_l0 + state @ u.T + module.bias_hh_l0 + 0.7 * state
+        )
+        expected.append(state)
+    torch.testing.assert_close(module(x, h[None])[0], torch.stack(expected))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x[:1], h[None])[0][0], expected[0])
+
+
+# ---- carrying modules around ----
+
+
+@pytest.mark.parametrize("module", [RIN(5, 6, 2, bidirectional=True, num_heads=2, skip=0.5), RINCell(5, 6, skip=0.5)])
+def test_deepcopy_pickle_and_setstate(module):
+    x = torch.randn(3, 5) if isinstance(module, RINCell) else torch.randn(4, 3, 5)
+    expected = module(x)
+    old = pickle.loads(pickle.dumps(module))
+    old.__setstate__(module.__getstate__())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), old):
+        assert other.skip_factor == 0.5
+        assert repr(other) == repr(module)
+        for a, b in zip(_tuple(other(x)), _tuple(expected), strict=True):
+            assert torch.equal(a, b)
+
+
+def _tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def test_functional_call_uses_the_given_weights():
+    torch.manual_seed(0)
+    for module, x in (
+        (RIN(5, 7), torch.randn(4, 3, 5)),
+        (RIN(5, 7), torch.randn(1, 1, 5)),
+        (RINCell(5, 7), torch.randn(1, 5)),
+    ):
+        other = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+        before = {name: p.clone() for name, p in module.named_parameters()}
+        changed = copy.deepcopy(module)
+        changed.load_state_dict({**module.state_dict(), **other})
+        with torch.no_grad():
+            _same(_tuple(torch.func.functional_call(module, other, (x,))), _tuple(changed(x)), rtol=0, atol=0)
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_parametrizations_and_weight_norm(steps):
+    x = torch.randn(steps, 1, 5)
+    for normed in (torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm):
+        results = []
+        for module in _pair():
+            torch.manual_seed(1)
+            normed(module, "weight_hh_l0").eval()
+            loss = module(x)[0].square().sum()
+            loss.backward()
+            gradient = next(module.parametrizations.weight_hh_l0.parameters()).grad
+            with torch.no_grad():
+                results.append((*module(x), gradient))
+        _same(*results)
+
+
+def test_old_weight_norm():
+    ours, theirs = (torch.nn.utils.weight_norm(module, "weight_hh_l0") for module in _pair())
+    for steps in (1, 4):
+        x = torch.randn(steps, 1, 5)
+        with torch.no_grad():
+            for module in (ours, theirs):
+                module.weight_hh_l0_g.mul_(1.5)
+            _same(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_tied_weights(steps):
+    ours, theirs = _pair({"num_layers": 2})
+    for module in (ours, theirs):
+        module.weight_hh_l1 = module.weight_hh_l0
+    x = torch.randn(steps, 1, 5)
+    results = []
+    for module in (ours, theirs):
+        out, h_n = module(x)
+        results.append((out, h_n, torch.autograd.grad(out.square().sum(), module.weight_hh_l0)[0]))
+    _same(*results)
+    with torch.no_grad():
+        _same(ours(x), theirs(x))
+    assert len(list(ours.parameters())) == len(list(theirs.parameters())) == 7
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_casts(steps, cast):
+    module = RIN(5, 7)
+    cell = RINCell(5, 7)
+    x = torch.randn(steps, 1, 5)
+    expected, expected_cell = module(x)[0], cell(x[0])
+    for move in (
+        lambda m: m.to(cast),
+        lambda m: getattr(m, {torch.float16: "half", torch.float64: "double"}.get(cast, "bfloat16"))(),
+    ):
+        cast_module, cast_cell = move(copy.deepcopy(module)), move(copy.deepcopy(cell))
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                out, h_n = cast_module(x.to(cast))
+                assert out.dtype == h_n.dtype == cast
+                torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=1e-4)
+                torch.testing.assert_close(cast_cell(x[0].to(cast)).float(), expected_cell, rtol=0.02, atol=1e-4)
+
+
+def test_shared_memory_and_data_parallel_replicas():
+    module = RIN(5, 7).share_memory()
+    assert all(p.is_shared() for p in module.parameters())
+    x = torch.randn(1, 1, 5)
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], copy.deepcopy(module)(x)[0])
+    replica = module._replicate_for_data_parallel()
+    for name in module._flat_weights_names:  # what torch.nn.parallel.replicate does
+        setattr(replica, name, getattr(module, name).detach() * 2)
+    doubled = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in doubled.parameters():
+            p.mul_(2)
+        torch.testing.assert_close(replica(x)[0], doubled(x)[0])
+
+
+def test_hooks_run_once():
+    module, calls = RIN(5, 7), []
+    module.register_forward_pre_hook(lambda *_: calls.append("before"))
+    module.register_forward_hook(lambda *_: calls.append("after"))
+    with torch.no_grad():
+        module(torch.randn(1, 1, 5))
+    assert calls == ["before", "after"]
+
+
+def test_deferred_initialisation_restores_the_mark():
+    with torch.device("meta"):
+        module = RIN(3, 4, skip=0.25)
+        cell = RINCell(3, 4, skip=0.25)
+    for made in (module, cell):
+        made.to_empty(device="cpu")
+        made.skip.fill_(float("nan"))
+        made.reset_parameters()
+        assert made.skip == 0.25
+
+
+def test_module_and_function_agree():
+    """RIN is recurrence() over W x + b, whatever the layout."""
+    torch.manual_seed(0)
+    module = RIN(5, 7, dtype=torch.float64)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(6, 3, 5, dtype=torch.float64)
+    pre = nn.functional.linear(x, module.weight_ih_l0, module.bias_ih_l0 + module.bias_hh_l0)
+    out, h_n = recurrence(pre[:, :, None], module.weight_hh_l0[None])
+    torch.testing.assert_close(module(x)[0], out[:, :, 0])
+    torch.testing.assert_close(module(x)[1][0], h_n[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("bias", "nonlinearity", "batched"), list(itertools.product([True, False], ["relu", "tanh"], [True, False]))
+)
+def test_cell_is_torchs(bias, nonlinearity, batched):
+    torch.manual_seed(0)
+    theirs = nn.RNNCell(5, 7, bias=bias, nonlinearity=nonlinearity)
+    ours = RINCell(5, 7, bias=bias, nonlinearity=nonlinearity, skip=0)
+    ours.load_state_dict(theirs.state_dict())
+    for batch in (1, 3, 9):
+        x, h = torch.randn(batch, 5), torch.randn(batch, 7)
+        if not batched:
+            x, h = x[0], h[0]
+        for state in (h, None):
+            torch.testing.assert_close(ours(x, state), theirs(x, state))
+            with torch.no_grad():
+                torch.testing.assert_close(ours(x, state), theirs(x, state))

@@ -1,0 +1,254 @@
+"""One step at a time with the state carried by the caller: the way that reads the weights as they lie (step.py)."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from fused_rin import RIN, RINCell, cpu, step, use_backend
+from torch import nn
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def _randomize(module, std=0.2, seed=0):
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module.requires_grad_(False)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many native steps were taken: a test of the direct way must not pass by the general one."""
+    calls = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(native, name)
+
+        def step(self, *arguments):
+            calls.append(arguments)
+            return native.step(*arguments)
+
+    native = cpu._native
+    monkeypatch.setattr(cpu, "_native", Counting())
+    return calls
+
+
+def _formula(module, x, h, dtype):
+    """One step in plain PyTorch in `dtype`: what torch.nn.RNNCell would do, plus the skip."""
+    w_ih, w_hh, *biases = (p.to(dtype) for p in module.parameters())
+    w_hh = torch.block_diag(*w_hh.chunk(getattr(module, "num_heads", 1)))
+    x, h = x.to(dtype), h.to(dtype)
+    a = x @ w_ih.T + h @ w_hh.T + sum(biases) + module.skip_factor * h
+    return torch.relu(a) if module.nonlinearity == "relu" else torch.tanh(a)
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 17), (16, 8), (100, 100), (7, 129), (130, 33)])
+def test_a_step_by_the_tolerance_rule(sizes, dtype, isa, counted):
+    inputs, hidden = sizes
+    for batch, nonlinearity, bias in ((1, "relu", True), (4, "tanh", True), (3, "relu", False)):
+        module = _randomize(RINCell(inputs, hidden, bias, nonlinearity, dtype=dtype, skip=0.7))
+        x, h = torch.randn(batch, inputs, dtype=dtype), torch.randn(batch, hidden, dtype=dtype)
+        with cpu.use_instruction_set(isa):
+            ours = module(x, h)
+        exact = _formula(module, x, h, torch.float64)
+        plain = (_formula(module, x, h, dtype).double() - exact).abs().max()
+        # In float64 the formula is itself rounded: a sum of 260 terms.
+        atol = (32 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps * exact.abs().max()
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).abs().max() <= 2 * plain + atol
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_stream_equals_the_whole_sequence(batch, layers, heads, counted):
+    module = _randomize(RIN(5, 8, layers, num_heads=heads, dtype=torch.float64))
+    x = torch.randn(20, batch, 5, dtype=torch.float64)
+    expected, expected_h = module(x)
+    assert not counted
+    out, h = [], None
+    for t in range(20):
+        step_out, h = module(x[t : t + 1], h)
+        out.append(step_out)
+    assert len(counted) == 20 * layers
+    torch.testing.assert_close(torch.cat(out), expected)
+    torch.testing.assert_close(h, expected_h)
+    assert out[-1].untyped_storage().data_ptr() != h.untyped_storage().data_ptr()
+
+
+def test_layouts_of_a_single_step(counted):
+    ours = _randomize(RIN(5, 7, 2, skip=0, batch_first=True))
+    theirs = nn.RNN(5, 7, 2, nonlinearity="relu", batch_first=True)
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "skip"})
+    for shape, state in (((3, 1, 5), (2, 3, 7)), ((1, 5), (2, 7))):
+        x = torch.randn(shape)
+        for hx in (None, torch.randn(state)):
+            for a, b in zip(ours(x, hx), theirs(x, hx), strict=True):
+                torch.testing.assert_close(a, b)
+    assert len(counted) == 2 * 2 * 2
+
+
+def test_nan_and_inf_pass_as_in_torch(counted):
+    ours = _randomize(RINCell(20, 20, skip=0))
+    theirs = nn.RNNCell(20, 20, nonlinearity="relu")
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "skip"})
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for position in (0, 16, 19):
+            x, h = torch.rand(2, 20), torch.rand(2, 20)
+            h[0, position] = bad
+            torch.testing.assert_close(ours(x, h), theirs(x, h), equal_nan=True)
+            ours.weight_hh[3, position] = theirs.weight_hh.data[3, position] = bad
+            torch.testing.assert_close(ours(x, h), theirs(x, h), equal_nan=True)
+            ours.weight_hh[3, position] = theirs.weight_hh.data[3, position] = 0.1
+    assert len(counted) == 18
+
+
+def _edit_data(module):
+    module.weight_hh_l0.data.copy_(torch.randn_like(module.weight_hh_l0))
+
+
+def _edit_in_place(module):
+    module.weight_hh_l0.add_(1)
+
+
+def _replace_data(module):
+    module.weight_hh_l0.data = torch.randn_like(module.weight_hh_l0)
+
+
+def _replace_parameter(module):
+    module.weight_hh_l0 = nn.Parameter(torch.randn(7, 7), requires_grad=False)
+
+
+def _load(module):
+    module.load_state_dict(_randomize(RIN(5, 7), seed=9).state_dict())
+
+
+def _optimize(module):
+    module.requires_grad_(True)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    module(torch.randn(3, 1, 5))[0].sum().backward()
+    optimizer.step()
+    module.requires_grad_(False)
+
+
+def _transpose(module):
+    """The same memory read otherwise: whoever trusted an address would compute with V^T."""
+    module.weight_hh_l0.data = module.weight_hh_l0.data.t()
+
+
+def _through_numpy(module):
+    module.weight_hh_l0.numpy()[...] = 0.25
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_edit_data, _edit_in_place, _replace_data, _replace_parameter, _load, _optimize, _transpose, _through_numpy],
+)
+def test_a_change_of_the_weights_is_seen_at_once(change):
+    module = _randomize(RIN(5, 7))
+    x, h = torch.rand(1, 1, 5), torch.rand(1, 1, 7)
+    before = module(x, h)[0]
+    change(module)
+    out = module(x, h)[0]
+    assert not torch.equal(out, before)
+    u, b = module.weight_hh_l0, module.bias_ih_l0 + module.bias_hh_l0
+    torch.testing.assert_close(out, torch.relu(x @ module.weight_ih_l0.T + b + h @ u.T + h))
+
+
+def test_a_forked_child_streams_too():
+    module = _randomize(RIN(5, 700))
+    x, h = torch.rand(1, 1, 5), torch.rand(1, 1, 700)
+    expected = module(x, h)[0]
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if torch.equal(module(x, h)[0], expected) else 1)
+    for _ in range(300):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        pytest.fail("the child hung")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_results_do_not_depend_on_threads(counted):
+    module = _randomize(RIN(300, 1100))
+    x, h = torch.rand(1, 1, 300), torch.rand(1, 1, 1100)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(module(x, h)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(counted) == 3
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_general_way_is_taken_where_operators_must_be_seen(counted):
+    module = _randomize(RIN(5, 7))
+    x = torch.randn(1, 1, 5)
+    module(x)
+    assert len(counted) == 1
+    counted.clear()
+    with use_backend("reference"):
+        module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x)[0].dtype == torch.bfloat16
+    module(x, resets=torch.ones(1, 1, dtype=torch.bool))
+    module(x, lengths=[1])
+    module(x.clone().requires_grad_())[0].sum().backward()
+    torch.func.vmap(module)(x.expand(3, 1, 1, 5))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent is not None
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(module(x)[0], torch._subclasses.FakeTensor)
+    module(torch.randn(1, step.MAX_ROWS + 1, 5))
+    module(torch.randn(1, 2, 10)[..., ::2])
+    module.to("meta")(x.to("meta"))
+    assert not counted
+
+
+def test_a_weight_of_a_wrong_shape_is_refused_not_read():
+    module = _randomize(RIN(5, 7))
+    module.weight_hh_l0.data = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="shape"):
+        module(torch.randn(1, 1, 5), torch.zeros(1, 1, 7))
+
+
+def _median_us(call, rounds=15, calls=40):
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - begin) / calls)
+    return 1e6 * sorted(times)[len(times) // 2]
+
+
+def test_overhead_of_a_step():
+    """Guards the order of magnitude only: the target, half of torch.nn.RNN's time, is `make bench-cpu`'s to show."""
+    x, h = torch.randn(1, 1, 128), torch.rand(1, 1, 128)
+    rin, rnn = RIN(128, 128), nn.RNN(128, 128, nonlinearity="relu")
+    cell, rnn_cell = RINCell(128, 128), nn.RNNCell(128, 128, nonlinearity="relu")
+    with torch.inference_mode():
+        for _ in range(5):  # a machine that is busy for a moment is not a slow path
+            ours, theirs = _median_us(lambda: rin(x, h)), _median_us(lambda: rnn(x, h))
+            ours_cell, theirs_cell = _median_us(lambda: cell(x[0], h[0])), _median_us(lambda: rnn_cell(x[0], h[0]))
+            if ours < 0.9 * theirs and ours_cell < 1.2 * theirs_cell:
+                return
+    pytest.fail(f"RIN {ours:.1f} us, nn.RNN {theirs:.1f}; RINCell {ours_cell:.1f} us, nn.RNNCell {theirs_cell:.1f}")
