@@ -39,6 +39,10 @@ class DeepTransitionRIN(nn.Module):
         self.weight_hh = nn.Parameter(torch.empty(2, hidden_size, hidden_size))  # U1, U2
         self.bias = nn.Parameter(torch.empty(2, hidden_size))
 
+    def identity_weights(self) -> list[Tensor]:
+        """What `fused_rin.identity_prior` pulls to zero, that is, V to the identity."""
+        return [self.weight_hh]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, B, input_size] -> (h [T, B, hidden_size], h_T [1, B, hidden_size]), as torch.nn.RNN."""
         steps, batch, _ = x.shape
