@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_the_planner_leaves_out_what_an_architecture_cannot_hold():
                 except cuda_plan.NoPlan:
                     continue
                 assert kernel.shared_bytes <= kilobytes * 1024
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_latency_program_compiles(tmp_path, arch):
+    """It runs in `make gpu` alone; wgmma, clusters and their PTX are only checked by the compiler here."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        pytest.skip("no nvcc here")
+    root = TABLE.parents[2]
+    command = [nvcc, "-std=c++17", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-I", str(root / "csrc/cuda")]
+    command += ["-cubin", "-o", str(tmp_path / "latencies.cubin"), str(root / "benchmarks/gpu/latencies.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "serialized" not in done.stderr  # ptxas says so where wgmma would not overlap, and the figures mean nothing
 
 
 def table(found: dict[int, dict[str, Resources]]) -> dict[str, dict[str, int]]:
