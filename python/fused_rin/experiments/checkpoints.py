@@ -13,7 +13,7 @@ from lightning_fabric.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from .errors import UserError
-from .runs import reporting, write_atomically
+from .files import reporting, write_atomically
 
 FORMAT = "fused-rin checkpoint"
 VERSION = 1

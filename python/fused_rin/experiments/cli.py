@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .data import data_folder, download
 from .errors import INTERRUPTED, UserError
 from .models import MODELS
 from .runs import Run
@@ -18,8 +19,10 @@ from .settings import MAY_DIFFER, OPTIMIZERS, PRECISIONS, SCHEDULES, TASK_DEFAUL
 
 HELP: dict[str, str] = {
     "length": "sequence length of the adding problem",
-    "permute": "digits: read the pixels in one fixed random order",
-    "noise": "digits: standard deviation of noise on the training pixels (0..1)",
+    "permute": "digits, mnist: read the pixels in one fixed random order",
+    "noise": "digits, mnist: standard deviation of noise on the training pixels (0..1)",
+    "babi_task": "babi: which of the 20 tasks",
+    "data_dir": "where mnist and babi lie (default: $FUSED_RIN_DATA, else data)",
     "test_size": "adding: sequences of the test set",
     "hidden_size": "units of each layer",
     "num_layers": "recurrent layers",
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_demo(commands)
+    _add_download(commands)
     options = parser.parse_args(arguments)
     try:
         sys.exit(options.run(options))
@@ -84,8 +88,9 @@ def _add_train(commands: Any) -> None:
             option["action"] = "store_true"
         else:
             option["type"] = type(default)
-            option["metavar"] = {int: "N", float: "X"}.get(type(default))
-            option["help"] += f" (default: {default})" if option["help"] else f"default: {default}"
+            option["metavar"] = {int: "N", float: "X"}.get(type(default), "NAME")
+            if default != "":
+                option["help"] += f" (default: {default})" if option["help"] else f"default: {default}"
         if name in CHOICES:
             option["help"] = f"{', '.join(CHOICES[name])} (default: {default})"
         parser.add_argument("--" + name.replace("_", "-"), **option)
@@ -127,6 +132,24 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import demo
 
     return demo(options.out)
+
+
+def _add_download(commands: Any) -> None:
+    parser = commands.add_parser(
+        "download",
+        help="fetch MNIST or bAbI from their public home",
+        description="Fetch a data set from its public home into the data folder, and check it.",
+    )
+    parser.set_defaults(run=_download)
+    parser.add_argument("name", choices=("mnist", "babi"))
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+
+
+def _download(options: argparse.Namespace) -> int:
+    folder = data_folder(options.data_dir)
+    written = download(options.name, folder)
+    print("\n".join(map(str, written)) or f"{options.name} is in {folder} already, and sound")
+    return 0
 
 
 def _reopen(path: Path, given: dict[str, Any]) -> Run:

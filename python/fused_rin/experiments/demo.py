@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from .errors import INTERRUPTED, UserError
+from .files import reporting, write_atomically
 from .models import count_parameters
 from .plots import draw_curves, save_figure
 from .progress import train_with_progress
-from .runs import Run, reporting, write_atomically
+from .runs import Run
 from .settings import Settings
 from .timing import Timing, compare
 from .training import Diverged

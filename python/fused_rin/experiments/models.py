@@ -8,11 +8,54 @@ which it does not have, get the LSTM's. The reading layer is torch.nn.Linear as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fused_rin import RIN
+from fused_rin import RIN, recurrence
 
-MODELS = ("rin", "irnn", "rnn", "lstm", "gru")
+# "tanh" is the function of "rnn" on our kernels; the others but "rnn", "lstm" and "gru" run on them, too.
+MODELS = ("rin", "rin-dt", "irnn", "tanh", "rnn", "lstm", "gru")
+
+
+class DeepTransitionRIN(nn.Module):
+    """RIN-DT, two transitions a step (arXiv 1801.06105 after 1312.6026; the equations are inferred from the
+    text):
+
+        h'_t = ReLU(W x_t + (U1 + I) h_{t-1} + b1),    h_t = ReLU((U2 + I) h'_t + b2)
+
+    Runs as one recurrence of 2T steps over the state [h', h], with V = [[0, U1 + I], [U2 + I, 0]] and no
+    skip: the even steps write h', the odd ones h. The other half of the state is zero throughout, as its
+    inputs are. That is four times the arithmetic that is needed, on kernels that are fast.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__()
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(2, hidden_size, hidden_size))  # U1, U2
+        self.bias = nn.Parameter(torch.empty(2, hidden_size))
+
+    def identity_weights(self) -> list[Tensor]:
+        """What `fused_rin.identity_prior` pulls to zero, that is, V to the identity."""
+        return [self.weight_hh]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, B, input_size] -> (h [T, B, hidden_size], h_T [1, B, hidden_size]), as torch.nn.RNN."""
+        steps, batch, _ = x.shape
+        first, second = self.weight_hh + torch.eye(self.hidden_size, device=x.device, dtype=self.weight_hh.dtype)
+        zero = torch.zeros_like(first)
+        weight = torch.cat([torch.cat([zero, first], 1), torch.cat([second, zero], 1)])
+        into_first = F.linear(x, self.weight_ih, self.bias[0])
+        into_second = self.bias[1].to(x.dtype).expand(steps, batch, -1)
+        # [T, 2 (even, odd), B, 2 (h', h), D]: diagonal in the two pairs.
+        pre = torch.stack([F.pad(into_first, (0, self.hidden_size)), F.pad(into_second, (self.hidden_size, 0))], 1)
+        out, _ = recurrence(pre.reshape(2 * steps, batch, 1, 2 * self.hidden_size), weight[None], skip=0.0)
+        output = out[1::2, :, 0, self.hidden_size :]
+        return output, output[-1:]
 
 
 class SequenceModel(nn.Module):
@@ -20,35 +63,67 @@ class SequenceModel(nn.Module):
     state.
     """
 
-    def __init__(self, rnn: nn.RNNBase, output_size: int):
+    def __init__(self, rnn: nn.Module, output_size: int):
         super().__init__()
         self.rnn = rnn
         self.head = nn.Linear(rnn.hidden_size, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        state = self.rnn(x)[1]
-        return self.head((state[0] if isinstance(state, tuple) else state)[-1])
+        return self.head(last_state(self.rnn(x)))
 
 
-def build_model(
+class QuestionModel(nn.Module):
+    """The paper's network for bAbI: an RNN over the story and one over the question; a third one reads both
+    outputs.
+
+    "Both outputs are concatenated" is read as: in time, the story's states, then the question's.
+
+    Args:
+        make_rnn: (input_size) -> a recurrent network with the signature of torch.nn.RNN.
+        vocabulary: words, the padding 0 included.
+    """
+
+    EMBEDDING = 200
+
+    def __init__(self, make_rnn: Callable[[int], nn.Module], vocabulary: int, output_size: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, self.EMBEDDING, padding_idx=0)
+        self.story, self.question = make_rnn(self.EMBEDDING), make_rnn(self.EMBEDDING)
+        self.reader = make_rnn(self.story.hidden_size)
+        self.head = nn.Linear(self.story.hidden_size, output_size)
+
+    def forward(self, story: Tensor, question: Tensor) -> Tensor:
+        """story [T, B] and question [Q, B], word numbers -> [B, output_size]."""
+        read = [rnn(self.embedding(words))[0] for rnn, words in ((self.story, story), (self.question, question))]
+        return self.head(last_state(self.reader(torch.cat(read))))
+
+
+def last_state(result: tuple[Tensor, Any]) -> Tensor:
+    """The last layer's last state, [B, hidden_size], of what a recurrent network returns."""
+    state = result[1]
+    return (state[0] if isinstance(state, tuple) else state)[-1]
+
+
+def make_rnn(
     name: str,
     input_size: int,
-    output_size: int,
     hidden_size: int,
     num_layers: int = 1,
     *,
     input_std: float = 1e-3,
     recurrent_std: float = 1e-3,
-) -> SequenceModel:
-    """A model by its name in `MODELS`, drawn from torch's global generator.
+) -> nn.Module:
+    """A recurrent network by its name in `MODELS`, its weights drawn from torch's global generator.
 
     Args:
-        input_std: standard deviation of the input weights of `rin` and `irnn`.
-        recurrent_std: standard deviation of U, `rin` only.
+        input_std: standard deviation of the input weights of RIN, RIN-DT and IRNN.
+        recurrent_std: standard deviation of U.
     """
-    makers = {
+    makers: dict[str, Callable[[], nn.Module]] = {
         "rin": lambda: RIN(input_size, hidden_size, num_layers),
+        "rin-dt": lambda: DeepTransitionRIN(input_size, hidden_size),
         "irnn": lambda: RIN(input_size, hidden_size, num_layers, skip=0.0),
+        "tanh": lambda: RIN(input_size, hidden_size, num_layers, nonlinearity="tanh", skip=0.0),
         "rnn": lambda: nn.RNN(input_size, hidden_size, num_layers, nonlinearity="tanh"),
         "lstm": lambda: nn.LSTM(input_size, hidden_size, num_layers),
         "gru": lambda: nn.GRU(input_size, hidden_size, num_layers),
@@ -59,16 +134,16 @@ def build_model(
             nn.init.zeros_(parameter)
             continue
         recurrent = parameter_name.startswith("weight_hh")
-        for gate in parameter.chunk(parameter.shape[0] // hidden_size):
+        for gate in parameter.view(-1, hidden_size, parameter.shape[-1]):
             if name == "irnn" and recurrent:
                 nn.init.eye_(gate)
-            elif name in ("rin", "irnn"):
+            elif name in ("rin", "rin-dt", "irnn"):
                 nn.init.normal_(gate, std=recurrent_std if recurrent else input_std)
             elif recurrent:
                 nn.init.orthogonal_(gate)
             else:
                 nn.init.xavier_uniform_(gate)
-    return SequenceModel(rnn, output_size)
+    return rnn
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .runs import reporting, write_atomically
+from .files import reporting, write_atomically
 
 Records = list[dict[str, Any]]
 

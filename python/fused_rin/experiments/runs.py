@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import UserError
+from .files import reporting, write_atomically
 from .settings import Settings
 
 FORMAT = "fused-rin run"
@@ -98,28 +96,6 @@ class Run:
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         with reporting(self.path, "write to the run folder"):
             write_atomically(self.metrics_path, "".join(_to_json(record) + "\n" for record in kept).encode())
-
-
-@contextmanager
-def reporting(path: Path, action: str) -> Iterator[None]:
-    """Turns an OSError into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot {action}: {error.strerror or error}") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that, whatever happens, `path` holds either the old content or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_json(record: dict[str, Any]) -> str:

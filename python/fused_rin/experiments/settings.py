@@ -6,16 +6,20 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from torch import nn
+
 from . import tasks
+from .babi import Babi
+from .data import data_folder
 from .errors import UserError
-from .models import MODELS, SequenceModel, build_model
+from .models import MODELS, QuestionModel, SequenceModel, make_rnn
 from .seeding import fork_seeded
 
-TASKS = ("adding", "digits")
+TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-MAY_DIFFER = ("steps", "device", "threads")  # between a run and the run that goes on with its checkpoint
+MAY_DIFFER = ("steps", "device", "threads", "data_dir")  # between a run and the run that goes on with its checkpoint
 # What a task is trained with where nothing else is asked for; everything else as in `Settings`.
 # Adding: in its first thousand steps a network that still answers at random is easily driven over the edge. One Adam
 # step of 1e-3 can add 0.1 to the spectral radius of 100 units, and 1.1^200 is 2e8; hence the long warm-up. The
@@ -26,6 +30,9 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         **{"input_std": 1.0, "recurrent_std": 0.03, "noise": 0.1},
         **{"schedule": "cosine", "steps": 2400, "batch_size": 64},
     },
+    "mnist": {"batch_size": 128, "steps": 4680, "eval_every": 468, "learning_rate": 1e-4},
+    "mnist-rows": {"batch_size": 128, "steps": 2340, "eval_every": 468},
+    "babi": {"steps": 620, "eval_every": 31},
 }
 
 
@@ -41,8 +48,10 @@ class Settings:
     task: str
     model: str = "rin"
     length: int = 200  # of the adding problem
-    permute: bool = False  # digits: one fixed random order of the pixels
-    noise: float = 0.0  # digits: standard deviation of Gaussian noise on the training pixels (0..1)
+    permute: bool = False  # digits, mnist: one fixed random order of the pixels
+    noise: float = 0.0  # digits, mnist: standard deviation of Gaussian noise on the training pixels (0..1)
+    babi_task: int = 1  # which of the 20
+    data_dir: str = ""  # see `data.data_folder`
     test_size: int = 1000  # adding: sequences of the fixed test set
     hidden_size: int = 100
     num_layers: int = 1
@@ -82,6 +91,8 @@ class Settings:
         for name in ("input_std", "recurrent_std", "noise", "warmup", "clip", "learning_rate", "seed", "threads"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.model == "rin-dt" and self.num_layers > 1:
+            raise UserError(f"num_layers must be 1 for the model 'rin-dt', got {self.num_layers}")
         if self.warmup > 1:
             raise UserError(f"warmup must be a share of the steps, between 0 and 1, got {self.warmup}")
 
@@ -118,17 +129,29 @@ class Settings:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
 
     def build_task(self, device: Any = "cpu") -> tasks.Task:
+        """The task, its data on `device`. Raises UserError when the data are missing or damaged."""
         if self.task == "adding":
             return tasks.Adding(self.length, self.test_size, self.seed, device)
-        return tasks.digits(self.permute, self.noise, self.seed, device)
+        if self.task == "digits":
+            return tasks.digits(self.permute, self.noise, self.seed, device)
+        folder = data_folder(self.data_dir)
+        if self.task == "babi":
+            return Babi(self.babi_task, folder, self.seed, device)
+        return tasks.mnist(folder, self.task == "mnist-rows", self.permute, self.noise, self.seed, device)
 
-    def build_model(self, task: tasks.Task) -> SequenceModel:
+    def build_model(self, task: tasks.Task) -> nn.Module:
         """The model with its first weights, a function of `seed`; leaves torch's global generators alone."""
-        with fork_seeded(self.seed, "weights"):
-            return build_model(
-                self.model, task.input_size, task.output_size, self.hidden_size, self.num_layers,
+
+        def make(input_size: int) -> nn.Module:
+            return make_rnn(
+                self.model, input_size, self.hidden_size, self.num_layers,
                 input_std=self.input_std, recurrent_std=self.recurrent_std,
             )  # fmt: skip
+
+        with fork_seeded(self.seed, "weights"):
+            if isinstance(task, Babi):
+                return QuestionModel(make, task.vocabulary, task.output_size)
+            return SequenceModel(make(task.input_size), task.output_size)
 
 
 _EXAMPLE = Settings("adding")

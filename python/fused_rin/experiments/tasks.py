@@ -7,18 +7,22 @@ the seed and n alone (see `seeding`), and `part` of a batch is what one of sever
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .data import read_mnist
 from .errors import UserError
 from .seeding import generator
 
+Device = torch.device | str
+
 
 class Batch(NamedTuple):
-    inputs: tuple[Tensor, ...]  # what the model is called with; the first is [T, B, input_size]
+    inputs: tuple[Tensor, ...]  # what the model is called with, time first
     target: Tensor  # [B, ...]
 
 
@@ -68,7 +72,7 @@ class Adding(Task):
     input_size, output_size = 2, 1
     baseline = 1 / 6
 
-    def __init__(self, length: int, test_size: int = 1000, seed: int = 0, device: torch.device | str = "cpu"):
+    def __init__(self, length: int, test_size: int = 1000, seed: int = 0, device: Device = "cpu"):
         if length < 2:
             raise UserError(f"length must be at least 2 for the task 'adding' (two marked positions), got {length}")
         self.length, self.seed, self.device = length, seed, device
@@ -101,14 +105,50 @@ class Adding(Task):
         return ((output - target).abs() < 0.04)[:, 0]
 
 
-class PixelSequences(Task):
-    """Classification of images read as sequences, over a fixed set of training and test images.
+class Classification(Task):
+    """Classes over a fixed set of training and test samples; subclasses say how samples become a batch."""
+
+    train_size: int
+
+    def __init__(self, train: tuple[Tensor, ...], test: tuple[Tensor, ...], classes: int, seed: int, device: Device):
+        """The last tensor of `train` and `test` holds the labels; all have the samples first."""
+        self._train = tuple(values.to(device) for values in train)
+        self._test = tuple(values.to(device) for values in test)
+        self.output_size, self.seed, self.train_size = classes, seed, len(train[-1])
+        self.baseline = float(torch.special.entr(torch.bincount(train[-1]) / self.train_size).sum())
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def train_batch(self, number: int, batch_size: int, part: Part = WHOLE) -> Batch:
+        """Epochs are whole: the samples that do not fill a last batch are left out of that epoch."""
+        epoch, index = divmod(number, max(1, self.train_size // batch_size))
+        if epoch != self._epoch:
+            order = torch.randperm(self.train_size, generator=generator(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, order.to(self._train[0].device)
+        rows = self._order[index * batch_size : (index + 1) * batch_size]
+        return self._batch(self._train, rows[part.rank :: part.world])
+
+    def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
+        for rows in _chunks(len(self._test[-1]), batch_size, part):
+            yield self._batch(self._test, rows)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+    def correct(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.argmax(-1) == target
+
+    def _batch(self, data: tuple[Tensor, ...], rows: Tensor | slice) -> Batch:
+        raise NotImplementedError
+
+
+class PixelSequences(Classification):
+    """Images read as sequences.
 
     Args:
-        train, test: (images [N, T, input_size] in 0..255 as uint8, labels [N]).
+        train, test: (images [N, T, input_size] in 0..scale as uint8, labels [N]).
         scale: what a pixel is divided by.
         noise: standard deviation of Gaussian noise on the scaled pixels of a training batch.
-        permute: read the pixels of every image in one fixed random order, drawn from `order_seed`.
+        permute: read every image in one fixed random order of its steps, the same for every seed.
     """
 
     def __init__(
@@ -120,55 +160,31 @@ class PixelSequences(Task):
         scale: float,
         noise: float = 0.0,
         permute: bool = False,
-        order_seed: int = 0,
         seed: int = 0,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ):
         length, self.input_size = train[0].shape[1:]
-        self.output_size, self.scale, self.noise, self.seed = classes, scale, noise, seed
-        self.train_size = len(train[0])
-        self.baseline = float(torch.tensor(float(classes)).log())
-        order = torch.arange(length)
+        self.scale, self.noise = scale, noise
         if permute:
-            order = torch.randperm(length, generator=generator(order_seed, "pixel order"))
+            order = torch.randperm(length, generator=generator(0, "pixel order"))
+            train, test = ((images[:, order], labels) for images, labels in (train, test))
         # Kept as bytes and [N, T, I]: a batch gathers whole images, and only the batch is turned time-major.
-        self._train = (train[0][:, order].to(device), train[1].to(device))
-        self._test = (test[0][:, order].to(device), test[1].to(device))
-        self._epoch = -1
-        self._samples = torch.empty(0, dtype=torch.long)
-
-    def _batch(self, data: tuple[Tensor, Tensor], rows: Tensor | slice) -> Batch:
-        images = data[0][rows].to(torch.float32).div_(self.scale)
-        return Batch((images.transpose(0, 1).contiguous(),), data[1][rows])
+        super().__init__(train, test, classes, seed, device)
 
     def train_batch(self, number: int, batch_size: int, part: Part = WHOLE) -> Batch:
-        """Epochs are whole: the samples that do not fill a last batch are left out of that epoch."""
-        assert self.train_size is not None
-        epoch, index = divmod(number, max(1, self.train_size // batch_size))
-        if epoch != self._epoch:
-            order = torch.randperm(self.train_size, generator=generator(self.seed, "epoch", epoch))
-            self._epoch, self._samples = epoch, order.to(self._train[0].device)
-        rows = self._samples[index * batch_size : (index + 1) * batch_size]
-        (x,), labels = self._batch(self._train, rows[part.rank :: part.world])
+        (x,), labels = super().train_batch(number, batch_size, part)
         if self.noise:
-            noise = torch.randn(*x.shape[:1], len(rows), x.shape[2], generator=generator(self.seed, "noise", number))
+            source = generator(self.seed, "noise", number)
+            noise = torch.randn(len(x), len(labels) * part.world, self.input_size, generator=source)
             x = x + self.noise * noise[:, part.rank :: part.world].to(x.device)
         return Batch((x,), labels)
 
-    def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
-        for rows in _chunks(len(self._test[0]), batch_size, part):
-            yield self._batch(self._test, rows)
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target)
-
-    def correct(self, output: Tensor, target: Tensor) -> Tensor:
-        return output.argmax(-1) == target
+    def _batch(self, data: tuple[Tensor, ...], rows: Tensor | slice) -> Batch:
+        images = data[0][rows].to(torch.float32).div_(self.scale)
+        return Batch((images.transpose(0, 1).contiguous(),), data[1][rows])
 
 
-def digits(
-    permute: bool = False, noise: float = 0.0, seed: int = 0, device: torch.device | str = "cpu"
-) -> PixelSequences:
+def digits(permute: bool = False, noise: float = 0.0, seed: int = 0, device: Device = "cpu") -> PixelSequences:
     """Sequential digits: scikit-learn's 1,797 scans of handwritten digits, 8x8 pixels, read pixel by pixel.
 
     The scans come with scikit-learn (UCI "Optical Recognition of Handwritten Digits", pixels 0..16). A
@@ -192,3 +208,17 @@ def _chunks(size: int, chunk: int, part: Part) -> Iterator[slice]:
     for number, start in enumerate(range(0, size, chunk)):
         if number % part.world == part.rank:
             yield slice(start, start + chunk)
+
+
+def mnist(
+    folder: Path,
+    rows: bool = False,
+    permute: bool = False,
+    noise: float = 0.0,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> PixelSequences:
+    """MNIST pixel by pixel, T=784, or, as a quick variant, row by row: 28 steps of 28 pixels."""
+    shape = (-1, 28, 28) if rows else (-1, 784, 1)
+    train, test = ((images.reshape(shape), labels) for images, labels in read_mnist(folder))
+    return PixelSequences(train, test, classes=10, scale=255.0, noise=noise, permute=permute, seed=seed, device=device)

@@ -1,0 +1,162 @@
+"""The pull towards identity: a Gaussian prior N(I, sigma^2) on the recurrent matrix V = U + I, as decay or
+as penalty.
+
+Writing V = U + I changes no function; what it changes is where anything that keeps weights small pulls:
+decay of U pulls to identity, to remembering, decay of V pulls to zero, to forgetting. With a loss that is a
+mean over N samples, the maximum a posteriori estimate under V ~ N(I, sigma^2) adds strength / 2 * ||V -
+I||^2 with strength = 1 / (sigma^2 N): a *constant* strength is a prior that grows with the data, and a
+fixed prior is a strength that vanishes.
+
+    strength = prior_strength(sigma=0.1, samples=50_000)                # or any constant
+    groups = param_groups(model, identity_decay=strength, weight_decay=1e-4)
+    optimizer = decoupled(torch.optim.RMSprop(groups, lr=1e-3))         # AdamW needs no `decoupled`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fused_rin.modules import RIN, RINCell
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+
+def prior_strength(sigma: float, samples: int) -> float:
+    """1 / (sigma^2 N): the strength a prior of standard deviation `sigma` has against a mean loss over N
+    samples.
+
+    Raises ValueError unless both are positive.
+    """
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be positive and finite, got {sigma}")
+    if samples <= 0:
+        raise ValueError(f"samples must be positive, got {samples}")
+    return 1.0 / (sigma * sigma * samples)
+
+
+def param_groups(model: nn.Module, *, identity_decay: float = 0.0, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer: U with `identity_decay`, other weights with `weight_decay`.
+
+    Every trainable parameter is in exactly one of the three groups: the recurrent matrices whose identity
+    is fixed (`weight_hh` of a RIN or RINCell with skip != 0, and what a module lists in a method
+    `identity_weights()`), all others of two dimensions or more, and the rest (biases, gains), which do not
+    decay. Recurrent matrices in the V form (torch.nn.RNN, skip = 0) are other weights: their decay pulls to
+    zero.
+
+    How an optimizer decays is its own affair: AdamW and SGD without momentum shrink the weight by lr * decay,
+    Adam and RMSprop add decay * weight to the gradient they normalise; see `decoupled`.
+
+    Raises ValueError for a negative decay, and for an identity_decay on a model without such a matrix.
+    """
+    for name, value in (("identity_decay", identity_decay), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    identity = {id(weight): weight for weight in _identity_weights(model) if weight.requires_grad}
+    if identity_decay and not identity:
+        raise ValueError("identity_decay needs a RIN with skip != 0 in the model, there is none")
+    others: dict[int, Tensor] = {}
+    rest: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in identity:
+            (others if parameter.dim() >= 2 else rest)[id(parameter)] = parameter
+    groups = ((identity, identity_decay), (others, weight_decay), (rest, 0.0))
+    return [{"params": list(group.values()), "weight_decay": decay} for group, decay in groups if group]
+
+
+def decoupled(optimizer: Optimizer) -> Optimizer:
+    """Takes the weight decay of every group out of the optimizer's hands: before a step, weight *= 1 - lr *
+    decay.
+
+    So it acts the same in every optimizer (Loshchilov and Hutter, arXiv 1711.05101). Learning rate
+    schedules are followed. Changes the optimizer in place and returns it; a second call changes nothing.
+    """
+    if not any("decoupled_decay" in group for group in optimizer.param_groups):
+        optimizer.register_step_pre_hook(_decay)
+    for group in optimizer.param_groups:
+        group["decoupled_decay"] = group.get("decoupled_decay", 0.0) + group.get("weight_decay", 0.0)
+        group["weight_decay"] = 0.0
+    return optimizer
+
+
+@torch.no_grad()
+def _decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("decoupled_decay"):
+            factor = 1.0 - float(group["lr"]) * group["decoupled_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(factor)
+
+
+def identity_penalty(model: nn.Module, strength: float = 1.0) -> Tensor:
+    """strength / 2 * sum of ||V - I||^2 over the recurrent matrices of the model: a differentiable 0-dim
+    term.
+
+    Its gradient is strength * (V - I), which for a RIN is strength * U. Works on V forms as well.
+
+    Raises ValueError when the model has no recurrent matrix with a ReLU or tanh.
+    """
+    squares = [_square(difference) for _, difference in _differences(model)]
+    return 0.5 * strength * torch.stack(squares).sum()
+
+
+@torch.no_grad()
+def identity_distance(model: nn.Module) -> dict[str, float]:
+    """||V - I|| (Frobenius) of every recurrent matrix of the model, by parameter name.
+
+    V = U + skip * I for RIN and RINCell, `weight_hh` itself for torch.nn.RNN and torch.nn.RNNCell.
+
+    Raises ValueError as `identity_penalty` does.
+    """
+    return {name: _square(difference).sqrt().item() for name, difference in _differences(model)}
+
+
+def recurrent_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(parameter name, V) of every plain recurrent matrix, V of shape [heads, D, D], differentiable.
+
+    Raises ValueError as `identity_penalty` does.
+    """
+    found = []
+    for path, module in model.named_modules():
+        for name, weight, skip in _plain_weights(module):
+            heads = weight.reshape(-1, weight.shape[-1], weight.shape[-1])
+            eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+            found.append((f"{path}.{name}" if path else name, heads + skip * eye if skip else heads))
+    if not found:
+        raise ValueError("the model has no recurrent matrix of a RIN, RINCell, torch.nn.RNN or torch.nn.RNNCell")
+    return found
+
+
+def _differences(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, matrix in recurrent_matrices(model):
+        yield name, matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def _square(difference: Tensor) -> Tensor:
+    return (difference * difference).sum()
+
+
+def _plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
+    """(name, weight_hh, skip) of every recurrent matrix that is this module's own."""
+    identity_weights = getattr(module, "identity_weights", None)
+    if callable(identity_weights):
+        own = {id(weight): name for name, weight in module.named_parameters(recurse=False)}
+        for weight in identity_weights():
+            yield own[id(weight)], weight, 1.0
+    elif isinstance(module, (RIN, RINCell, nn.RNN, nn.RNNCell)):
+        skip = float(module.skip) if isinstance(module, (RIN, RINCell)) else 0.0
+        for name, weight in module.named_parameters(recurse=False):
+            if name.startswith("weight_hh"):
+                yield name, weight, skip
+
+
+def _identity_weights(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for _, weight, skip in _plain_weights(module):
+            if skip:
+                yield weight
