@@ -13,10 +13,15 @@ def metrics(folder):
 
 def fused_rin(*arguments, **options):
     """Runs the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fused_rin.experiments", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
+    return _run("fused_rin.experiments", *arguments, **options)
+
+
+def torchrun(processes, *arguments, **options):
+    """Runs the command line in several processes that train together."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m", "fused_rin.experiments"]
+    return _run(*launcher, *arguments, **options)
+
+
+def _run(*arguments, **options):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .errors import INTERRUPTED
 from .plots import draw_curves, save_figure
-from .runs import Run
+from .runs import Run, is_main_process
 from .training import Diverged, Outcome, Trainer
 
 
@@ -57,6 +57,8 @@ def train_command(folder: Run, *, resume: bool) -> int:
     except Diverged as error:
         print(f"fused-rin: training diverged: {error}", file=sys.stderr)
         return 1
+    if not is_main_process():
+        return INTERRUPTED if outcome.interrupted else 0
     if outcome.interrupted:
         hint = f"go on with: fused-rin train --resume {folder.path}"
         print(f"interrupted after step {outcome.step}; {hint}", file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ class Run:
 
     @classmethod
     def new(cls, path: Path | str, settings: Settings) -> Run:
-        """A run in a folder that does not exist yet or is empty; touches nothing."""
+        """A run in a folder that does not exist yet or is empty; touches nothing.
+
+        Of several processes only the first one looks: the others may find what it has made already.
+        """
         path = Path(path)
+        if not is_main_process():
+            return cls(path, settings)
         with reporting(path, "use the run folder"):
             if path.exists() and any(path.iterdir()):
                 hint = "holds a run already; go on with --resume, or name another folder"
@@ -96,6 +102,11 @@ class Run:
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         with reporting(self.path, "write to the run folder"):
             write_atomically(self.metrics_path, "".join(_to_json(record) + "\n" for record in kept).encode())
+
+
+def is_main_process() -> bool:
+    """True but in the second and further processes that torchrun has started."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _to_json(record: dict[str, Any]) -> str:

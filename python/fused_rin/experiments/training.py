@@ -207,7 +207,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "step": self.step,
             "seconds": self.seconds,
-            "totals": self.totals,
+            "totals": self.fabric.all_reduce(self.totals.clone(), reduce_op="sum"),
         }
         self.fabric.save(self.folder.checkpoint_path, state)
 
@@ -225,7 +225,8 @@ class Trainer:
             check_model_state(checkpoint["model"], self.model)
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.totals.copy_(checkpoint["totals"])
+            if self.fabric.is_global_zero:  # they are the sums of all processes
+                self.totals.copy_(checkpoint["totals"])
             self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
         except (UserError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit this run: {error}") from error

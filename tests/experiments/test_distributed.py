@@ -1,0 +1,44 @@
+"""Two processes under torchrun walk the path of one: the same batches, shared between them."""
+
+import pytest
+from experiment_helpers import metrics, torchrun
+from fused_rin.experiments.checkpoints import read_checkpoint
+from fused_rin.experiments.runs import Run
+from fused_rin.experiments.training import Trainer
+
+
+def test_two_processes_train_as_one_and_resume(tiny_run, tmp_path):
+    settings = ["--task", "adding", "--length", "10", "--hidden-size", "8", "--test-size", "1003", "--log-every", "5"]
+    settings += ["--eval-every", "10", "--learning-rate", "1e-3", "--schedule", "constant", "--warmup", "0"]
+    settings += ["--threads", "1", "--checkpoint-every", "7"]
+    two = tmp_path / "two"
+    result = torchrun(2, "train", *settings, "--steps", "13", "--out", two)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("curves:") == 1
+    assert read_checkpoint(two / "checkpoint.pt")["step"] == 13
+
+    one = tiny_run("one", steps=20, test_size=1003)
+    Trainer(one).run()
+    together = {(record["step"], record["split"]): record for record in metrics(one.path)}
+    # The steps after 13 on one process: how many there are is no part of the run.
+    folder = Run.open(two)
+    Trainer(Run(two, one.settings), resume=True).run()
+    assert folder.settings.steps == 13
+    compared = 0
+    for record in metrics(two):
+        expected = together.get((record["step"], record["split"]))
+        if expected and record["step"] <= 10:
+            for name in ("loss", "accuracy"):
+                assert record[name] == pytest.approx(expected[name], rel=1e-4)
+            compared += 1
+    assert compared == 3
+    last = [record for record in metrics(two) if record["split"] == "test"][-1]
+    assert last["step"] == 20
+    assert last["loss"] == pytest.approx(together[20, "test"]["loss"], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    result = torchrun(2, "train", "--task", "adding", "--batch-size", "33", "--out", tmp_path / "run")
+    assert result.returncode != 0
+    assert "batch_size must be a multiple of the number of processes, 2, got 33" in result.stderr
+    assert not (tmp_path / "run").exists()
