@@ -49,11 +49,11 @@ class CMakeBuild(build_ext):
             *(f"-D{name}={os.environ[name]}" for name in CMAKE_OPTIONS if name in os.environ),
             *shlex.split(os.environ.get("FUSED_RIN_CMAKE_ARGS", "")),
         ]  # fmt: skip
-        generator = (
-            ["-GNinja"] if shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent) else []
-        )
         env = dict(os.environ)
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+        # By its path: one remembered from an isolated build before this one is gone with that build's environment.
+        ninja = shutil.which("ninja", path=env["PATH"])
+        generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         cmake = cmake_executable()
         subprocess.run([cmake, "-S", ROOT, "-B", build, *generator, *options], check=True, env=env)
         subprocess.run([cmake, "--build", build, "--parallel"], check=True, env=env)
