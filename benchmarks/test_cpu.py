@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cpu_cases import INFERENCE, TRAINING, inference, make_pair, training
 
-SECONDS = 0.5  # for each side of a point
+SECONDS = 0.25  # for each side of a point
 ROUND = 0.01  # seconds a round lasts at least: the first call after the other's round finds its caches taken
 
 
