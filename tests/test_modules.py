@@ -255,6 +255,9 @@ def test_mixed_dtypes_and_devices_are_named():
     cell.weight_hh.data = cell.weight_hh.data.double()
     with pytest.raises(RuntimeError, match=r"weight_hh must have dtype torch.float32, got torch.float64"):
         cell(x[0], torch.zeros(3, 7))
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(RuntimeError, match=f"hx must have the dtype of input, {dtype}, got torch.float64"):
+            RINCell(5, 7, dtype=dtype)(x[0].to(dtype), torch.zeros(3, 7).double())
 
 
 def test_skip_and_heads_against_the_formula():
