@@ -1,12 +1,12 @@
 # Everything starts from a fresh checkout: Python 3.10+, a C++17 compiler, and the network for the first `pip install`.
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
+#   make gpu    on a machine with a GPU, offline: everything that needs one; RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RESULTS ?= benchmarks/results/cpu.json
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
@@ -45,7 +45,11 @@ lint: $(VENV)/.deps
 bench-cpu: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-enable --benchmark-disable-gc -q \
 	    --benchmark-json=build/bench-cpu.json --benchmark-columns=median,rounds --benchmark-quiet
-	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(RESULTS)
+	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(or $(RESULTS),benchmarks/results/cpu.json)
+
+# On a machine with a GPU, with the Python that has its torch: build, tests, sanitizer, latencies, benchmark, table, plot.
+gpu:
+	$(PYTHON) -m benchmarks.gpu.run $(RESULTS)
 
 clean:
 	rm -rf build demo $(VENV) *.egg-info python/*.egg-info python/fused_rin/*.so

@@ -1,6 +1,6 @@
 """Turns pytest-benchmark's JSON of benchmarks/test_cpu.py into a small results file and a table.
 
-python -m benchmarks.table RAW.json RESULTS.json
+python -m benchmarks.table RAW.json RESULTS.json     writes RESULTS.json and RESULTS.md beside it, prints the table
 """
 
 from __future__ import annotations
@@ -57,8 +57,19 @@ def render(rows: list[dict[str, object]]) -> str:
 
 def main(raw: str, results: str) -> None:
     rows = [entry["extra_info"] for entry in json.loads(Path(raw).read_text())["benchmarks"]]
-    Path(results).write_text(json.dumps({"machine": machine(), "points": rows}, indent=1) + "\n")
-    print(render(rows))
+    about = machine()
+    table = render(rows)
+    Path(results).write_text(json.dumps({"machine": about, "points": rows}, indent=1) + "\n")
+    heading = (
+        "# RIN against torch.nn.RNN(relu) on the CPU\n\nThe same function, the same weights, float32; `make bench-cpu`."
+    )
+    sets = ", ".join(about["instruction_sets"])
+    where = (
+        f'{about["cpu"]} ({sets}), torch {about["torch"]}. `start` is the initialisation: "rnn" leaves about half of '
+    )
+    where += 'the states at 0, "rin" few.'
+    Path(results).with_suffix(".md").write_text(f"{heading}\n{where}\n\n```text\n{table}\n```\n")
+    print(table)
 
 
 if __name__ == "__main__":

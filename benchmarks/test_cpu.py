@@ -60,8 +60,9 @@ def test_step(benchmark, what, point, threads, start):
     grad = torch.randn(steps, batch, hidden)
     ours, theirs = ((inference(m, x) if what == "inference" else training(m, x, grad)) for m in (rin, rnn))
 
+    # A unit that stops at 1e-8 in one rounding and not in the other moves gradients by about 1e-3.
     a, b = ours(), theirs()
-    assert (a - b).norm() <= 1e-3 * b.norm(), "not the same function"
+    assert (a - b).norm() <= (1e-4 if what == "inference" else 1e-2) * b.norm(), "not the same function"
 
     if benchmark.disabled:
         benchmark(ours)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from fused_rin import RIN, RINCell
@@ -75,7 +77,7 @@ def test_resets_equal_separate_episodes(options):
     one_way = not module.bidirectional and module.num_layers == 1
     for b, where in enumerate(starts):
         bounds = sorted({0, *where, steps})
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             keeps_hx = begin == 0 and 0 not in where
             state = hx[:, b] if keeps_hx else torch.zeros_like(hx[:, b])
             if not one_way and module.bidirectional and end == steps and begin > 0:
@@ -89,7 +91,7 @@ def test_resets_equal_separate_episodes(options):
     without = _layout(module, module(_layout(module, x), resets=_layout(module, resets))[0])
     for b, where in enumerate(starts):
         bounds = sorted({0, *where, steps})
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             torch.testing.assert_close(without[begin:end, b], module(x[begin:end, b])[0])
 
 
@@ -112,7 +114,11 @@ def test_resets_of_unbatched_and_packed_input():
         ({"lengths": [1, 2, 6]}, ValueError, r"lengths must be in \[0, 5\], got values from 1 to 6"),
         ({"lengths": [1, -2, 5]}, ValueError, r"lengths must be in \[0, 5\], got values from -2 to 5"),
         ({"lengths": torch.tensor([1.0, 2, 3])}, ValueError, "lengths must be integers"),
-        ({"resets": torch.zeros(3, 5, dtype=torch.bool)}, RuntimeError, r"resets must have shape \(5, 3\), got \(3, 5\)"),
+        (
+            {"resets": torch.zeros(3, 5, dtype=torch.bool)},
+            RuntimeError,
+            r"resets must have shape \(5, 3\), got \(3, 5\)",
+        ),
         ({"resets": torch.zeros(5, 3)}, ValueError, r"resets must have dtype torch.bool, got torch.float32"),
         ({"resets": torch.zeros(5, 3, dtype=torch.bool, device="meta")}, RuntimeError, "resets must be on the device"),
     ],
@@ -123,8 +129,8 @@ def test_bad_lengths_and_resets(arguments, error, text):
 
 
 def test_resets_are_named_in_the_callers_layout():
+    module = _rin({"batch_first": True})
     with pytest.raises(RuntimeError, match=r"resets must have shape \(3, 5\), got \(5, 3\)"):
-        module = _rin({"batch_first": True})
         module(torch.randn(3, 5, 4, dtype=torch.float64), resets=torch.zeros(5, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="lengths is for batched 3-D input"):
         _rin({})(torch.randn(5, 4, dtype=torch.float64), lengths=[5])

@@ -1,14 +1,19 @@
 """Reads what nvcc compiled out of a binary: registers, stack and shared memory of every kernel, per architecture.
 
-A fat binary that was not compressed (cmake/cuda.cmake sees to that) holds its cubins as plain ELF files; their
-`.nv.info` sections carry the resources. No CUDA tool is needed. Format: elf.h for the containers; the attributes are
-those that `cuobjdump -elf` prints by name (EIATTR_*).
+A fat binary that was not compressed (cmake/cuda.cmake sees to that, but for all architectures at once) holds its
+cubins as plain ELF files; their `.nv.info` sections carry the resources. No CUDA tool is needed then. Format: elf.h for
+the containers; the attributes are those that `cuobjdump -elf` prints by name (EIATTR_*).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shutil
 import struct
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +29,37 @@ class Resources:
     static_shared: int  # bytes a block, besides what is asked for at launch
 
 
-def images(path: Path) -> Iterator[bytes]:
-    """Every cubin in a file, as what nvdisasm takes (with what follows it in the file)."""
+def find_tool(name: str) -> str:
+    """The path of one of CUDA's tools: on the PATH, under CUDA_HOME, in Triton's package. Or FileNotFoundError."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if not found:
+        raise FileNotFoundError(f"{name} is not in {', '.join(places)}")
+    return found
+
+
+def images(path: Path) -> list[bytes]:
+    """Every cubin in a file, as what nvdisasm takes (with what follows it in the file).
+
+    Those of a compressed binary (FUSED_RIN_CUDA_ARCHS=all) are unpacked by cuobjdump; FileNotFoundError without it.
+    """
     data = path.read_bytes()
+    found = []
     for match in re.finditer(rb"\x7fELF\x02\x01", data):
         start = match.start()
         if struct.unpack_from("<H", data, start + 18)[0] == EM_CUDA:
-            headers, _, _, _, _, entry_size, count = struct.unpack_from("<QIHHHHH", data, 40)
-            yield data[start : start + headers + entry_size * count + 64 * 1024]
+            headers, _, _, _, _, entry_size, count = struct.unpack_from("<QIHHHHH", data, start + 40)
+            found.append(data[start : start + headers + entry_size * count + 64 * 1024])
+    if found:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        command = [find_tool("cuobjdump"), "-xelf", "all", str(path.resolve())]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return [file.read_bytes() for file in sorted(Path(folder).glob("*.cubin"))]
 
 
 def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:

@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import importlib.util
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
@@ -28,7 +26,7 @@ from pathlib import Path
 
 from fused_rin import cuda_plan
 
-from benchmarks.gpu.cubins import cubins, images, readable
+from benchmarks.gpu.cubins import cubins, find_tool, images, readable
 
 BARRIER = 30.0  # arrive, and be released: figures in public microbenchmarks lie between 20 and 40
 LOAD = 33.0  # a 128-bit load from shared memory
@@ -46,19 +44,6 @@ class Step:
     after: int  # the last product
     loads: int  # 128-bit loads from shared memory
     kind: str  # "HMMA" or "FFMA"
-
-
-def find_nvdisasm() -> str:
-    """The path of nvdisasm. Raises FileNotFoundError, saying where it was looked for."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    found = shutil.which("nvdisasm", path=os.pathsep.join(places))
-    if not found:
-        raise FileNotFoundError(f"nvdisasm is not in {', '.join(places)}")
-    return found
 
 
 def functions(disassembly: str) -> dict[str, list[str]]:
@@ -94,7 +79,8 @@ def shortest_step(code: list[str]) -> list[str]:
             yield i + 1
 
     best: list[int] = []
-    for start in sorted(barriers)[1:]:  # the first may still belong to the way in
+    starts = sorted(barriers)
+    for start in starts[1:] or starts:  # the first may belong to the way in, unless it is the only one
         distance, origin, queue = {start: 0}, {}, [(0, start)]
         while queue:
             steps, i = heapq.heappop(queue)
@@ -159,7 +145,9 @@ def table(module: Path, arch: int) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(image)
             file.flush()
-            text = subprocess.run([find_nvdisasm(), "-c", file.name], check=True, capture_output=True, text=True).stdout
+            text = subprocess.run(
+                [find_tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True
+            ).stdout
         for mangled, code in functions(text).items():
             name = readable(mangled)
             _, math, size, _ = name.split()

@@ -60,7 +60,7 @@ def find_tool(name: str) -> str:
 def stages(results: Path, arch: str) -> list[Stage]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider"]
-    small = [*pytest, "-x", "tests/gpu/test_cuda.py", "-k", "test_layouts and full or test_sizes and 17"]
+    small = [*pytest, "-x", "tests/gpu/test_cuda.py", "-k", "test_layouts and lengths and resets"]
     sanitizer = find_tool("compute-sanitizer")
     program = results / "latencies"
     nvcc = [find_tool("nvcc"), "-std=c++17", "-O2", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
@@ -68,8 +68,8 @@ def stages(results: Path, arch: str) -> list[Stage]:
     return [
         Stage("build", build, 240),
         Stage("tests", [*pytest, "tests/gpu"], 150, "tests.txt"),
-        Stage("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small], 60, "sanitizer.txt"),
-        Stage("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *small], 60, "sanitizer.txt"),
+        Stage("memcheck", [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *small], 75, "sanitizer.txt"),
+        Stage("racecheck", [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *small], 75, "sanitizer.txt"),
         Stage(
             "compile latencies",
             [*nvcc, "-I", str(ROOT / "csrc/cuda"), str(ROOT / "benchmarks/gpu/latencies.cu"), "-o", str(program)],

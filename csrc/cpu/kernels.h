@@ -66,7 +66,8 @@ constexpr int64_t kMaxTileRows = 6;
 constexpr int64_t kMaxChunks = 8;
 constexpr int64_t kScratchScalars = kMaxChunks * 8 * 16;  // rows or chunks x widest block x most lanes
 
-// One per translation unit of kernels.cpp; null where the compiler or the processor family has no such set.
+// One per build of kernels.cpp; which of them there are, CMakeLists.txt knows by the processor's family.
+const Kernels* kernels_neon();
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();

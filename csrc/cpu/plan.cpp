@@ -17,7 +17,11 @@ const std::vector<const Kernels*>& cpu_kernels() {
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(kernels_avx2());
 #endif
+#if defined(__aarch64__)
+    sets.push_back(kernels_neon());  // every 64-bit ARM has it
+#else
     sets.push_back(kernels_baseline());
+#endif
     return sets;
   }();
   return available;

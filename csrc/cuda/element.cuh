@@ -54,8 +54,11 @@ __device__ __forceinline__ void load_weight_block(typename Element<T>::Scalar (&
   for (int i = 0; i < K; ++i) {  // K pairs
     const int row = kBackward ? k + i : neuron + i / (K / 2);
     const int column = kBackward ? neuron : k + i % (K / 2) * 2;
-    const uint32_t index = row * hidden + column;  // hidden is at most a few hundred
-    const typename E::Pair pair = device::load_if(row < hidden && column < hidden, weight + index / 2);
+    // Signed and in bytes: then a row has one address, and the columns are immediate offsets from it.
+    const char* const bytes =
+        reinterpret_cast<const char*>(weight) + int64_t{row * hidden} * E::kBytes + int64_t{column} * E::kBytes;
+    const typename E::Pair pair =
+        device::load_if(row < hidden && column < hidden, reinterpret_cast<const typename E::Pair*>(bytes));
     if (kBackward) {
       block[0][i] = E::low(pair), block[1][i] = E::high(pair);
     } else {

@@ -25,8 +25,9 @@ struct MmaConfig {
   static constexpr int kSteps = kHidden * Element<T>::kBytes / 32;  // k-steps
   static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;
   static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
-  // Independent accumulators per output: the dependent chain of mma, not their rate, is what a small tile waits for.
-  static constexpr int kChains = kTilesM * kTilesN < 4 && kMath != Math::kTf32x3 ? 2 : 1;
+  // Independent accumulators per output, so that each tensor core has four chains to choose from: about the latency of
+  // an mma over its rate. A small tile waits for the chain, not for the rate.
+  static constexpr int kChains = kTilesM * kTilesN * kWarps / 4 < 4 && kMath != Math::kTf32x3 ? 2 : 1;
   // 3xTF32: keep both halves of the matrix where there is room; else split it anew in every step.
   static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kRegisterSteps == kSteps && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;

@@ -27,7 +27,7 @@ def _is_recurrent_weight(name: str) -> bool:
     return name.startswith("weight_hh")
 
 
-def _add_identity(weight: Tensor, factor: float, num_heads: int = 1) -> Tensor:
+def add_identity(weight: Tensor, factor: float, num_heads: int = 1) -> Tensor:
     """weight + factor * I, head by head, summed in float32 or better and returned in the dtype of weight."""
     if factor == 0:
         return weight.detach().clone()
@@ -87,7 +87,7 @@ def from_rnn(cls: type, rnn: torch.nn.Module, *, skip: float, backend: str) -> A
     weights = {}
     for name in _names(rnn):
         old = getattr(rnn, name)
-        value = _add_identity(old, -new.skip_factor if _is_recurrent_weight(name) else 0)
+        value = add_identity(old, -new.skip_factor if _is_recurrent_weight(name) else 0)
         weights[name] = torch.nn.Parameter(value, requires_grad=old.requires_grad)
     new._buffers["skip"] = torch.tensor(new.skip_factor)
     return _adopt(new, rnn, weights)
@@ -103,7 +103,7 @@ def to_rnn(module: Any) -> Any:
         old = getattr(module, name)
         value = old.detach().clone()
         if _is_recurrent_weight(name):
-            value = _add_identity(old, module.skip_factor, heads)
+            value = add_identity(old, module.skip_factor, heads)
             if heads > 1:
                 value = torch.block_diag(*value.chunk(heads))
         weights[name] = torch.nn.Parameter(value, requires_grad=old.requires_grad)
@@ -188,6 +188,6 @@ def load_rnn_state_dict(model: torch.nn.Module, state_dict: Mapping[str, Any], s
             )
         for weight_name in filter(_is_recurrent_weight, _names(module)):
             if prefix + weight_name in converted:
-                converted[prefix + weight_name] = _add_identity(converted[prefix + weight_name], -module.skip_factor)
+                converted[prefix + weight_name] = add_identity(converted[prefix + weight_name], -module.skip_factor)
         converted[f"{prefix}skip"] = torch.tensor(module.skip_factor)
     return model.load_state_dict(converted, strict=strict)

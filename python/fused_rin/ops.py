@@ -136,10 +136,14 @@ def _weight_gradient(
         assert lengths is not None
         return _packed_weight_gradient(grad_pre, out, h0, lengths, offsets, resets, reverse)
     steps = out.shape[0]
-    moved, entered = (grad_pre[:-1], out[1:]) if reverse else (grad_pre[1:], out[:-1])
+    # Shifted as rows, not as steps: a tensor of T - 1 steps would have compilers tell T = 2 from all other T.
+    batch = out.shape[1]
+    rows, states = grad_pre.flatten(0, 1), out.flatten(0, 1)
+    kept = (steps - 1) * batch
+    moved, entered = (rows[:kept], states[batch:]) if reverse else (rows[batch:], states[:kept])
     if resets is not None:
-        moved = moved.masked_fill(resets[1:, :, None, None], 0)
-    total = _outer(moved.flatten(0, 1), entered.flatten(0, 1))
+        moved = moved.masked_fill(resets.flatten()[batch:, None, None], 0)
+    total = _outer(moved, entered)
     if h0 is None or not steps:
         return total
     if not reverse:

@@ -1,0 +1,59 @@
+"""The CPU sweep as a plain C++ program: here, and for ARM where a cross compiler and an emulator are at hand."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fused_rin import cpu
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ["csrc/cpu/plan.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/sweep.cpp", "tests/cpu_native/compare.cpp"]
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run(program: Path, *before: str) -> str:
+    done = subprocess.run([*before, program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(compiler: str, sets: dict[str, list[str]], folder: Path, *options: str) -> Path:
+    objects = []
+    for name, flags in sets.items():
+        objects.append(str(folder / f"{name}.o"))
+        define = f"-DFUSED_RIN_ISA={name}"
+        command = [compiler, *FLAGS, *flags, define, "-c", "csrc/cpu/kernels.cpp", "-o", objects[-1]]
+        subprocess.run(command, cwd=ROOT, check=True)
+    program = folder / "compare"
+    subprocess.run([compiler, *FLAGS, *SOURCES, *objects, "-pthread", *options, "-o", program], cwd=ROOT, check=True)
+    return program
+
+
+def test_neon_under_an_emulator(tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    output = run(build(compiler, {"neon": []}, tmp_path, "-static"), emulator)
+    assert "neon" in output
+
+
+def test_under_the_sanitizers(tmp_path):
+    """Addresses and undefined behaviour, in the first set below that this processor has; the others only link."""
+    if platform.machine() in ("aarch64", "arm64"):
+        sets = {"neon": []}
+    else:
+        sets = {
+            "avx2": ["-mavx2", "-mfma"],
+            "baseline": [],
+            "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+        }
+    checked = next(name for name in sets if name in cpu.instruction_sets())
+    sets[checked] += SANITIZE
+    compiler = shutil.which("g++") or shutil.which("c++")
+    output = run(build(compiler, sets, tmp_path, *SANITIZE))
+    assert checked in output
