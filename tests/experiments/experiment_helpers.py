@@ -1,8 +1,21 @@
 """What several tests of the experiments use."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+# MNIST and bAbI: where the environment says, else beside the checkout.
+BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
+REAL = Path(os.environ.get("FUSED_RIN_DATA") or BESIDE)
+
+
+def needs(name):
+    """Skips a test, with the reason, where a real data set does not lie."""
+    return pytest.mark.skipif(not (REAL / name).is_dir(), reason=f"{REAL / name} is not there (set FUSED_RIN_DATA)")
 
 
 def metrics(folder):

@@ -1,27 +1,19 @@
 """MNIST and bAbI: read, checked, and asked for where they are not. The real files are used where they lie."""
 
 import gzip
-import os
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from experiment_helpers import REAL, needs
 from fused_rin.experiments import data
 from fused_rin.experiments.babi import Babi, parse
 from fused_rin.experiments.errors import UserError
 from fused_rin.experiments.settings import Settings
 from fused_rin.experiments.tasks import mnist
 from fused_rin.experiments.training import Trainer
-
-BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
-REAL = Path(os.environ.get("FUSED_RIN_DATA") or BESIDE)
-
-
-def needs(name):
-    where = f"{REAL / name} is not there (set FUSED_RIN_DATA)"
-    return pytest.mark.skipif(not (REAL / name).is_dir(), reason=where)
 
 
 @needs("mnist")

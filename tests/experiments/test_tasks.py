@@ -118,3 +118,11 @@ def test_noise_is_on_training_pixels_only():
     assert torch.equal(labels, same)
     assert (noisy - clean).std().item() == pytest.approx(0.1, rel=0.05)
     assert torch.equal(next(digits().test_batches(9)).inputs[0], next(digits(noise=0.1).test_batches(9)).inputs[0])
+
+
+def test_adding_with_a_fixed_training_set_shows_every_sequence_once_an_epoch():
+    task = Adding(9, train_size=12)
+    epochs = [torch.cat([task.train_batch(3 * e + i, 4).target for i in range(3)]) for e in range(2)]
+    assert torch.equal(epochs[0].sort(0).values, epochs[1].sort(0).values)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert len(epochs[0].unique()) == 12

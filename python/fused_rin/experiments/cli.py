@@ -23,12 +23,14 @@ HELP: dict[str, str] = {
     "noise": "digits, mnist: standard deviation of noise on the training pixels (0..1)",
     "babi_task": "babi: which of the 20 tasks",
     "data_dir": "where mnist and babi lie (default: $FUSED_RIN_DATA, else data)",
+    "train_size": "adding: sequences of the training set; 0: every one is new",
     "test_size": "adding: sequences of the test set",
     "hidden_size": "units of each layer",
     "num_layers": "recurrent layers",
     "input_std": "rin, irnn: standard deviation of the first input weights",
     "recurrent_std": "rin: standard deviation of the first U",
     "warmup": "share of the steps over which the learning rate rises",
+    "eps": "added to the denominator of Adam and RMSprop",
     "clip": "largest norm of the gradient; 0 does not clip",
     "steps": "updates in all",
     "log_every": "steps between training metrics",
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_demo(commands)
+    _add_reproduce(commands)
+    _add_diagnose(commands)
     _add_download(commands)
     options = parser.parse_args(arguments)
     try:
@@ -132,6 +136,53 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import demo
 
     return demo(options.out)
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="rerun the paper's experiments",
+        description="Rerun an experiment of arXiv 1801.06105 with its settings; the same command goes on with it.",
+    )
+    parser.set_defaults(run=_reproduce)
+    parser.add_argument("experiment", choices=("adding", "mnist", "babi"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/reproduce-EXPERIMENT")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of the paper's epochs")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of every trial (default: 1)")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="trials to run, e.g. 'sequential-1-100-*'")
+    for name in ("device", "precision", "data_dir"):
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, default=argparse.SUPPRESS, metavar="NAME", help=HELP.get(name, "32-true, ..."))
+    parser.add_argument("--threads", type=int, default=argparse.SUPPRESS, metavar="N", help=HELP["threads"])
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from .reproduce import reproduce
+
+    names = ("device", "precision", "data_dir", "threads")
+    overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    out = options.out or Path("runs") / f"reproduce-{options.experiment}"
+    return reproduce(
+        options.experiment, out, budget=options.budget, seeds=options.seeds, only=options.only, overrides=overrides
+    )
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose",
+        help="gradients over time, eigenvalues, dead units of a trained model",
+        description="Look into a trained model: gradients over time, estimation error, eigenvalues, dead units.",
+    )
+    parser.set_defaults(run=_diagnose)
+    parser.add_argument("checkpoint", type=Path, help="the checkpoint.pt of a run folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the checkpoint")
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from .diagnose import diagnose
+
+    return diagnose(options.checkpoint, options.out, options.data_dir)
 
 
 def _add_download(commands: Any) -> None:

@@ -146,9 +146,9 @@ def table(results: list[Result], timings: list[Timing]) -> str:
         rows.append((result.label, f"{result.parameters:,}", *measured, verdict))
     lines = _columns(rows)
     lines += [
-        f"Adding: {ADDING.steps} steps of batch {ADDING.batch_size}, Adam, learning rate {ADDING.learning_rate:g} "
-        f"(rising over {ADDING.warmup:.0%} of the steps, then {ADDING.schedule}),",
-        f"gradient clipped at {ADDING.clip:g}, seed {ADDING.seed}: the same for all three. "
+        f"Adding: {ADDING.steps} steps of batch {ADDING.batch_size}, Adam (eps {ADDING.eps:g}), learning rate "
+        f"{ADDING.learning_rate:g} (rising over {ADDING.warmup:.0%} of the steps,",
+        f"then {ADDING.schedule}), gradient clipped at {ADDING.clip:g}, seed {ADDING.seed}: the same for all three. "
         "Always answering 1 gives a loss of 0.1667.",
         "",
     ]

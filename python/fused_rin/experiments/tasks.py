@@ -59,6 +59,25 @@ class Task:
         raise NotImplementedError
 
 
+class Epochs:
+    """Which samples make up training batch n: every epoch is a new order of all, drawn from (seed, epoch).
+
+    Epochs are whole: the samples that do not fill a last batch are left out of that epoch.
+    """
+
+    def __init__(self, size: int, seed: int, device: Device = "cpu"):
+        self.size, self.seed, self.device = size, seed, device
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def rows(self, number: int, batch_size: int) -> Tensor:
+        """The samples of batch `number`, [batch_size]."""
+        epoch, index = divmod(number, max(1, self.size // batch_size))
+        if epoch != self._epoch:
+            order = torch.randperm(self.size, generator=generator(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, order.to(self.device)
+        return self._order[index * batch_size : (index + 1) * batch_size]
+
+
 class Adding(Task):
     """The adding problem (Hochreiter and Schmidhuber 1997; arXiv 1504.00941, 1511.06464 and 1801.06105).
 
@@ -72,31 +91,41 @@ class Adding(Task):
     input_size, output_size = 2, 1
     baseline = 1 / 6
 
-    def __init__(self, length: int, test_size: int = 1000, seed: int = 0, device: Device = "cpu"):
+    def __init__(self, length: int, train_size: int = 0, test_size: int = 1000, seed: int = 0, device: Device = "cpu"):
+        """With a `train_size`, epochs over so many fixed sequences; with 0 an endless stream of new ones."""
         if length < 2:
-            raise UserError(f"length must be at least 2 for the task 'adding' (two marked positions), got {length}")
+            raise UserError(f"length must be at least 2 for the task 'adding', got {length}")
         self.length, self.seed, self.device = length, seed, device
-        self._test = self._generate(test_size, generator(seed, "adding", "test"))
+        self.train_size = train_size or None
+        self._epochs = Epochs(train_size, seed)
+        self._train = self._draw(train_size, generator(seed, "adding", "train"))
+        self._test = self._draw(test_size, generator(seed, "adding", "test"))
 
-    def _generate(self, batch: int, source: torch.Generator) -> Batch:
-        values = torch.rand(self.length, batch, generator=source)
+    def _draw(self, size: int, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [size, T], first and second position [size]."""
         half = self.length // 2
-        first = torch.randint(half, (batch,), generator=source)
-        second = half + torch.randint(self.length - half, (batch,), generator=source)
-        markers = torch.zeros(self.length, batch)
-        rows = torch.arange(batch)
-        markers[first, rows] = markers[second, rows] = 1
-        target = (values[first, rows] + values[second, rows])[:, None]
-        return Batch((torch.stack([values, markers], -1).to(self.device),), target.to(self.device))
+        values = torch.rand(size, self.length, generator=source)
+        first = torch.randint(half, (size,), generator=source)
+        return values, first, half + torch.randint(self.length - half, (size,), generator=source)
+
+    def _batch(self, drawn: tuple[Tensor, Tensor, Tensor], rows: Tensor | slice) -> Batch:
+        values, first, second = (part[rows] for part in drawn)
+        samples = torch.arange(len(values))
+        markers = torch.zeros_like(values)
+        markers[samples, first] = markers[samples, second] = 1
+        target = values[samples, first] + values[samples, second]
+        x = torch.stack([values, markers], -1).transpose(0, 1).contiguous()
+        return Batch((x.to(self.device),), target[:, None].to(self.device))
 
     def train_batch(self, number: int, batch_size: int, part: Part = WHOLE) -> Batch:
-        (x,), target = self._generate(batch_size, generator(self.seed, "adding", "train", number))
-        return Batch((x[:, part.rank :: part.world],), target[part.rank :: part.world])
+        own = slice(part.rank, None, part.world)
+        if self.train_size is None:
+            return self._batch(self._draw(batch_size, generator(self.seed, "adding", "train", number)), own)
+        return self._batch(self._train, self._epochs.rows(number, batch_size)[own])
 
     def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
-        (x,), target = self._test
-        for rows in _chunks(len(target), batch_size, part):
-            yield Batch((x[:, rows],), target[rows])
+        for rows in _chunks(len(self._test[0]), batch_size, part):
+            yield self._batch(self._test, rows)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(output, target)
@@ -116,16 +145,10 @@ class Classification(Task):
         self._test = tuple(values.to(device) for values in test)
         self.output_size, self.seed, self.train_size = classes, seed, len(train[-1])
         self.baseline = float(torch.special.entr(torch.bincount(train[-1]) / self.train_size).sum())
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self._epochs = Epochs(self.train_size, seed, device)
 
     def train_batch(self, number: int, batch_size: int, part: Part = WHOLE) -> Batch:
-        """Epochs are whole: the samples that do not fill a last batch are left out of that epoch."""
-        epoch, index = divmod(number, max(1, self.train_size // batch_size))
-        if epoch != self._epoch:
-            order = torch.randperm(self.train_size, generator=generator(self.seed, "epoch", epoch))
-            self._epoch, self._order = epoch, order.to(self._train[0].device)
-        rows = self._order[index * batch_size : (index + 1) * batch_size]
-        return self._batch(self._train, rows[part.rank :: part.world])
+        return self._batch(self._train, self._epochs.rows(number, batch_size)[part.rank :: part.world])
 
     def test_batches(self, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
         for rows in _chunks(len(self._test[-1]), batch_size, part):

@@ -252,9 +252,12 @@ def make_fabric(settings: Settings) -> Fabric:
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    kinds = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
-    options: dict[str, Any] = {"fused": True} if settings.optimizer != "rmsprop" else {}
-    return kinds[settings.optimizer](model.parameters(), lr=settings.learning_rate, **options)
+    weights, rate = model.parameters(), settings.learning_rate
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(weights, lr=rate, eps=settings.eps, fused=True)
+    if settings.optimizer == "rmsprop":
+        return torch.optim.RMSprop(weights, lr=rate, eps=settings.eps)
+    return torch.optim.SGD(weights, lr=rate, fused=True)
 
 
 @contextmanager

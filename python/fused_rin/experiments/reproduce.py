@@ -1,0 +1,224 @@
+"""The paper's experiments, each by one command: its settings, its tables, and what comes out here beside
+them.
+
+An experiment is a list of trials, one training run each, in a folder of its own under one folder. The same
+command goes on where it was interrupted. A budget below 1 scales the number of epochs down, and every table
+says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import paper
+from .errors import INTERRUPTED, UserError
+from .files import reporting, write_atomically
+from .plots import draw_curves, save_figure
+from .progress import train_with_progress
+from .runs import Run, is_main_process
+from .settings import MAY_DIFFER, Settings
+from .training import Diverged
+
+MODELS = ("rin", "irnn", "lstm")
+# The first weights are the paper's in all experiments. Its constant learning rates need no schedule.
+COMMON = {
+    "input_std": 1e-3,
+    "recurrent_std": 1e-3,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "noise": 0.0,
+    "log_every": 50,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One cell of a table: where it stands (row, model), what the paper has there, and how to train it."""
+
+    row: str
+    model: str
+    paper: str
+    settings: Settings  # of seed 0 and the whole number of epochs
+
+    def name(self, seed: int) -> str:
+        return f"{self.row}-{self.model}-seed{seed}"
+
+
+def adding() -> Iterator[Trial]:
+    """Adam, 300 epochs of 100,000 sequences, batch 32, clip 100; lengths 200, 300, 400, one layer of 100
+    units.
+    """
+    for length, rate in paper.ADDING_RATES.items():
+        for model in MODELS:
+            settings = _settings(
+                "adding", model, samples=100_000, epochs=300, batch_size=32, optimizer="adam", learning_rate=rate,
+                clip=100.0, length=length, train_size=100_000, test_size=10_000,
+            )  # fmt: skip
+            yield Trial(f"T{length}", model, paper.ADDING[length][model], settings)
+
+
+def mnist() -> Iterator[Trial]:
+    """RMSprop, learning rate 1e-6, 500 epochs, batch 128, not clipped; one to three layers of 100 and 200
+    units.
+    """
+    for order, table in (("sequential", paper.SEQUENTIAL), ("permuted", paper.PERMUTED)):
+        for (layers, units), accuracies in table.items():
+            for model, accuracy in accuracies.items():
+                settings = _settings(
+                    "mnist", model, samples=60_000, epochs=500, batch_size=128, optimizer="rmsprop",
+                    learning_rate=1e-6, clip=0.0, permute=order == "permuted", num_layers=layers, hidden_size=units,
+                )  # fmt: skip
+                yield Trial(f"{order}-{layers}-{units}", model, f"{accuracy:.2f} %", settings)
+
+
+def babi() -> Iterator[Trial]:
+    """Adam, learning rate 1e-3 (IRNN: 1e-4), 100 epochs of 1,000 questions, batch 32, not clipped; 100
+    units.
+    """
+    for task in range(1, 21):
+        for model in MODELS:
+            settings = _settings(
+                "babi", model, samples=1000, epochs=100, batch_size=32, optimizer="adam",
+                learning_rate=1e-4 if model == "irnn" else 1e-3, clip=0.0, babi_task=task,
+            )  # fmt: skip
+            yield Trial(f"task{task:02}", model, f"{paper.BABI[model][task - 1]:.1f} %", settings)
+
+
+EXPERIMENTS = {"adding": adding, "mnist": mnist, "babi": babi}
+
+
+def _settings(task: str, model: str, *, samples: int, epochs: int, batch_size: int, **others: Any) -> Settings:
+    """Evaluated after every epoch."""
+    epoch = samples // batch_size
+    chosen = {**COMMON, "steps": epochs * epoch, "eval_every": epoch, "checkpoint_every": epoch, **others}
+    return Settings.for_task(task, model=model, batch_size=batch_size, **chosen)
+
+
+def reproduce(
+    experiment: str,
+    out: Path,
+    *,
+    budget: float = 1.0,
+    seeds: int = 1,
+    only: str = "*",
+    overrides: dict[str, Any] | None = None,
+) -> int:
+    """Runs the trials that are not finished, prints the table, draws the curves. Returns the exit code.
+
+    Args:
+        budget: share of the paper's epochs, over 0; every trial makes at least one step. seeds: runs of
+        every trial, seeds 0, 1, ... only: a pattern of trial names, as in a shell, e.g.
+        "sequential-1-100-*". overrides: settings of every trial that are not the paper's concern (device,
+        precision, threads, data_dir).
+    """
+    if not 0 < budget < math.inf:
+        raise UserError(f"budget must be positive and finite, got {budget}")
+    if seeds < 1:
+        raise UserError(f"seeds must be a positive integer, got {seeds}")
+    trials = list(EXPERIMENTS[experiment]())
+    chosen = [(t, seed) for t in trials for seed in range(seeds) if fnmatch.fnmatch(t.name(seed), only)]
+    if not chosen:
+        raise UserError(f"no trial of {experiment!r} matches {only!r}; the first is {trials[0].name(0)!r}")
+    folders = {}
+    for trial, seed in chosen:
+        steps = max(1, round(budget * trial.settings.steps))
+        settings = dataclasses.replace(trial.settings, steps=steps, seed=seed, **(overrides or {}))
+        folders[trial, seed] = _open(out / trial.name(seed), settings)
+    results: dict[Trial, list[dict[str, Any]]] = {}
+    for number, (trial, seed) in enumerate(chosen, 1):
+        folder, started = folders[trial, seed]
+        try:
+            label = f"[{number}/{len(chosen)}] {trial.name(seed)}"
+            outcome = train_with_progress(folder, resume=started, label=label)
+        except Diverged as error:
+            print(f"{trial.name(seed)}: diverged: {error}", file=sys.stderr)
+            results.setdefault(trial, []).append({"seed": seed, "diverged": str(error)})
+            continue
+        if outcome.interrupted:
+            print(f"interrupted in {trial.name(seed)}; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
+        results.setdefault(trial, []).append({"seed": seed, **outcome.test})
+    if is_main_process():
+        _report(experiment, out, budget, results, folders)
+    return 0
+
+
+def _open(path: Path, settings: Settings) -> tuple[Run, bool]:
+    """The folder of a trial and whether it has been started; one with other settings is refused."""
+    if not (path / "config.json").exists():
+        return Run.new(path, settings), False
+    there = Run.open(path).settings
+    for field in dataclasses.fields(Settings):
+        mine, old = getattr(settings, field.name), getattr(there, field.name)
+        if mine != old and field.name not in MAY_DIFFER:
+            raise UserError(f"{path}: was started with {field.name} {old}, {mine} is asked for; name another folder")
+    return Run(path, settings), True
+
+
+def table(experiment: str, budget: float, results: dict[Trial, list[dict[str, Any]]]) -> str:
+    """What came out beside the paper's, as Markdown: mean over the seeds, and their range when there are
+    several.
+    """
+    lines = [
+        f"Reproduction of {experiment}: " + ("the paper's number of epochs." if budget == 1 else
+        f"**{budget:g} of the paper's number of epochs; do not compare the figures as equals.**"),
+        "",
+        "| trial | model | seeds | here | paper |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    quantity = "loss" if experiment == "adding" else "accuracy"
+    for trial, runs in results.items():
+        values = [run[quantity] for run in runs if "diverged" not in run]
+        here = f"diverged ({len(runs) - len(values)} of {len(runs)})" if len(values) < len(runs) else ""
+        if values:
+            texts = [_show(experiment, value) for value in (statistics.mean(values), min(values), max(values))]
+            spread = f" ({texts[1]} to {texts[2]})" if len(values) > 1 else ""
+            here = texts[0] + spread + (here and f"; {here}")
+        lines.append(f"| {trial.row} | {trial.model} | {len(runs)} | {here} | {trial.paper} |")
+    if experiment == "adding":
+        lines += ["", "Test error; always answering 1 gives 0.1667. The paper shows curves only."]
+    return "\n".join(lines)
+
+
+def _show(experiment: str, value: float) -> str:
+    return f"{value:.4f}" if experiment == "adding" else f"{100 * value:.2f} %"
+
+
+def _report(
+    experiment: str,
+    out: Path,
+    budget: float,
+    results: dict[Trial, list[dict[str, Any]]],
+    folders: dict[tuple[Trial, int], tuple[Run, bool]],
+) -> None:
+    text = table(experiment, budget, results)
+    record = {
+        "experiment": experiment,
+        "budget": budget,
+        "results": [
+            {"row": trial.row, "model": trial.model, "paper": trial.paper, "runs": runs}
+            for trial, runs in results.items()
+        ],
+    }
+    pictures = []
+    with reporting(out, "write the results"):
+        write_atomically(out / "results.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(out / "table.md", (text + "\n").encode())
+    for row in dict.fromkeys(trial.row for trial in results):
+        curves = {
+            f"{trial.model}, seed {seed}": folder.read_metrics()
+            for (trial, seed), (folder, _) in folders.items()
+            if trial.row == row
+        }
+        pictures.append(out / f"{row}.png")
+        note = "" if budget == 1 else f", {budget:g} of the paper's epochs"
+        save_figure(draw_curves(curves, f"{experiment} {row}, test set{note}", splits=("test",)), pictures[-1])
+    print(f"\n{text}\n\nTable: {out / 'table.md'}; curves: {', '.join(map(str, pictures))}")

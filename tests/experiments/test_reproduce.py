@@ -1,0 +1,119 @@
+"""The paper's experiments: its grid and settings, a table that says what was run, going on when
+interrupted.
+"""
+
+import json
+
+import pytest
+from experiment_helpers import REAL, metrics, needs
+from fused_rin.experiments import paper, reproduce
+from fused_rin.experiments.cli import main
+from fused_rin.experiments.errors import UserError
+from fused_rin.experiments.reproduce import Trial
+from fused_rin.experiments.settings import Settings
+
+
+def test_adding_has_the_papers_settings():
+    trials = list(reproduce.adding())
+    first = [(trial.row, trial.model) for trial in trials[:4]]
+    assert first == [("T200", "rin"), ("T200", "irnn"), ("T200", "lstm"), ("T300", "rin")]
+    assert len(trials) == 9
+    for trial in trials:
+        s = trial.settings
+        assert (s.optimizer, s.batch_size, s.clip, s.num_layers, s.hidden_size) == ("adam", 32, 100.0, 1, 100)
+        assert (s.train_size, s.test_size, s.steps) == (100_000, 10_000, 300 * 3125)
+        assert s.learning_rate == {200: 1e-4, 300: 1e-5, 400: 1e-6}[s.length]
+
+
+def test_mnist_has_the_papers_settings_and_all_of_table_1():
+    trials = list(reproduce.mnist())
+    assert len(trials) == 2 * (6 * 3 + 1)
+    for trial in trials:
+        s = trial.settings
+        assert (s.optimizer, s.batch_size, s.clip, s.learning_rate, s.task) == ("rmsprop", 128, 0.0, 1e-6, "mnist")
+        assert s.steps == 500 * 468
+    found = {(t.row, t.model): t.paper for t in trials}
+    assert found["sequential-1-100", "rin"] == "91.64 %"
+    assert found["permuted-3-200", "lstm"] == "53.29 %"
+    assert found["permuted-1-100", "rin-dt"] == "86.23 %"
+    assert {t.settings.permute for t in trials if t.row.startswith("permuted")} == {True}
+
+
+def test_babi_has_the_papers_settings_and_all_of_table_3():
+    trials = list(reproduce.babi())
+    assert len(trials) == 60
+    for trial in trials:
+        s = trial.settings
+        assert (s.optimizer, s.batch_size, s.hidden_size, s.steps) == ("adam", 32, 100, 100 * 31)
+        assert s.learning_rate == (1e-4 if trial.model == "irnn" else 1e-3)
+    means = {model: sum(values) / 20 for model, values in paper.BABI.items()}
+    assert means == pytest.approx({"rin": 52.6, "irnn": 48.9, "lstm": 51.0}, abs=0.06)
+
+
+@pytest.mark.parametrize("make", reproduce.EXPERIMENTS.values())
+def test_all_start_with_the_papers_weights_and_a_constant_rate(make):
+    for trial in make():
+        s = trial.settings
+        assert (s.input_std, s.recurrent_std, s.noise) == (1e-3, 1e-3, 0.0)
+        assert s.learning_rate_at(0) == s.learning_rate_at(s.steps - 1) == s.learning_rate
+
+
+def test_the_table_says_what_was_run():
+    trial = Trial("sequential-1-100", "rin", "91.64 %", Settings.for_task("mnist"))
+    runs = [{"seed": 0, "accuracy": 0.5, "loss": 1.0}, {"seed": 1, "accuracy": 0.7, "loss": 1.0}]
+    text = reproduce.table("mnist", 0.02, {trial: runs})
+    assert "0.02 of the paper's number of epochs; do not compare" in text
+    assert "| sequential-1-100 | rin | 2 | 60.00 % (50.00 % to 70.00 %) | 91.64 % |" in text
+    text = reproduce.table("mnist", 1.0, {trial: [*runs, {"seed": 2, "diverged": "..."}]})
+    assert "the paper's number of epochs." in text
+    assert "diverged (1 of 3)" in text
+
+
+@needs("babi")
+def test_reproduces_goes_on_and_refuses_other_settings(tmp_path, capsys):
+    out = tmp_path / "babi"
+
+    def call(*more):
+        command = ["reproduce", "babi", "--only", "task01-[ri]*", "--threads", "1", "--data-dir", str(REAL)]
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--out", str(out), *more])
+        return end.value.code
+
+    assert call("--budget", "0.001", "--seeds", "2") == 0
+    names = ["task01-irnn-seed0", "task01-irnn-seed1", "task01-rin-seed0", "task01-rin-seed1"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == names
+    before = {name: (out / name / "metrics.jsonl").read_bytes() for name in names}
+    assert (out / "task01.png").read_bytes().startswith(b"\x89PNG")
+    assert "0.001 of the paper's number of epochs" in (out / "table.md").read_text()
+    # One run is lost: the same command makes it again and leaves the others as they are.
+    for file in (out / names[2]).iterdir():
+        file.unlink()
+    (out / names[2]).rmdir()
+    assert call("--budget", "0.001", "--seeds", "2") == 0
+    for name in names:
+        if name != names[2]:
+            assert (out / name / "metrics.jsonl").read_bytes() == before[name]
+    again = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in before[names[2]].splitlines()]
+    assert metrics(out / names[2]) == again
+    results = json.loads((out / "results.json").read_text())
+    assert [(r["model"], len(r["runs"])) for r in results["results"]] == [("rin", 2), ("irnn", 2)]
+    capsys.readouterr()
+    config = json.loads((out / names[0] / "config.json").read_text())
+    config["settings"]["batch_size"] = 16
+    (out / names[0] / "config.json").write_text(json.dumps(config))
+    assert call("--budget", "0.001") == 2
+    assert "was started with batch_size 16, 32 is asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.0}, "budget must be positive"),
+        ({"seeds": 0}, "seeds must be a positive integer"),
+        ({"only": "nothing"}, "no trial of 'adding' matches 'nothing'; the first is 'T200-rin-seed0'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        reproduce.reproduce("adding", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
