@@ -120,6 +120,19 @@ def test_noise_is_on_training_pixels_only():
     assert torch.equal(next(digits().test_batches(9)).inputs[0], next(digits(noise=0.1).test_batches(9)).inputs[0])
 
 
+def test_standardized_pixels_have_no_mean_and_unit_variance_in_training():
+    task = digits(standardize=True)
+    train = torch.cat([task.train_batch(number, 479).inputs[0] for number in range(3)], 1)
+    assert train.mean().item() == pytest.approx(0, abs=1e-5)
+    assert train.std().item() == pytest.approx(1, rel=1e-4)
+    plain, (x, *_) = next(digits().test_batches(360)).inputs[0], next(task.test_batches(360)).inputs
+    torch.testing.assert_close((x - x.min()) / (x.max() - x.min()), plain)
+    (clean,), _ = task.train_batch(4, 500)
+    (noisy,), _ = digits(noise=0.1, standardize=True).train_batch(4, 500)
+    scale = (x.max() - x.min()).item()  # of a pixel from 0 to 1
+    assert (noisy - clean).std().item() == pytest.approx(0.1 * scale, rel=0.05)
+
+
 def test_adding_with_a_fixed_training_set_shows_every_sequence_once_an_epoch():
     task = Adding(9, train_size=12)
     epochs = [torch.cat([task.train_batch(3 * e + i, 4).target for i in range(3)]) for e in range(2)]

@@ -44,7 +44,8 @@ CASES = [
     {"model": "rin"},
     {"model": "irnn"},
     {"model": "lstm", "optimizer": "rmsprop", "num_layers": 2},
-    {"model": "gru", "optimizer": "sgd", "precision": "64-true"},
+    {"model": "gru", "optimizer": "sgd", "precision": "64-true", "state_noise": 0.1, "weight_decay": 0.1},
+    {"model": "rin-dt", "optimizer": "rmsprop", "identity_decay": 1.0, "weight_decay": 0.1, "ema": 0.9},
     {
         "model": "rnn",
         "task": "digits",
@@ -52,6 +53,10 @@ CASES = [
         "schedule": "cosine",
         "batch_size": 479,
         "permute": True,
+        "standardize": True,
+        "state_noise": 0.1,
+        "ema": 0.99,
+        "num_layers": 2,
     },
 ]
 
@@ -128,6 +133,55 @@ def test_clipping_bounds_the_update(tiny_run):
     moved = sum(((p - q) ** 2).sum() for p, q in zip(trainer.model.parameters(), before, strict=True)) ** 0.5
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
     assert metrics(trainer.folder.path)[0]["gradient_norm"] > 1e-3
+
+
+def test_decay_pulls_u_and_the_other_weights_by_their_own_strength(tiny_run, monkeypatch):
+    """Without gradients, a decoupled decay is all that moves a weight: by 1 - rate * decay a step."""
+    trainer = Trainer(tiny_run(optimizer="adam", learning_rate=0.1, identity_decay=2.0, weight_decay=0.5, steps=2))
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    loss = trainer.task.loss
+    monkeypatch.setattr(trainer.task, "loss", lambda output, target: 0 * loss(output, target))
+    trainer.run()
+    for name, weight in trainer.model.named_parameters():
+        factor = 1 - 0.1 * (2.0 if "weight_hh" in name else 0.5 if weight.dim() > 1 else 0.0)
+        torch.testing.assert_close(weight, before[name] * factor**2)
+
+
+def test_state_noise_is_on_the_first_state_of_training_alone(tiny_run, monkeypatch):
+    trainer = Trainer(tiny_run(state_noise=0.3, num_layers=2, steps=3, batch_size=500, eval_every=3))
+    states = []
+    forward = trainer.model.module.rnn.forward
+    monkeypatch.setattr(trainer.model.module.rnn, "forward", lambda x, h0=None: states.append(h0) or forward(x, h0))
+    trainer.run()
+    *noisy, test = states
+    assert test is None
+    assert [tuple(h0.shape) for h0 in noisy] == [(2, 500, 8)] * 3
+    assert not torch.equal(noisy[0], noisy[1])
+    assert torch.stack(noisy).std().item() == pytest.approx(0.3, rel=0.02)
+    assert torch.stack(noisy).mean().item() == pytest.approx(0.0, abs=0.01)
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(tiny_run):
+    """Against the average computed from outside: decay (n + 1) / (n + 10), at most `ema`."""
+    trainer = Trainer(tiny_run(ema=0.3, steps=10, learning_rate=0.01))
+    means = [weight.detach().clone() for weight in trainer.model.parameters()]
+
+    def follow(step, record):
+        if record is None:
+            decay = min(0.3, step / (step + 9))
+            for mean, weight in zip(means, trainer.model.parameters(), strict=True):
+                mean.mul_(decay).add_(weight.detach(), alpha=1 - decay)
+
+    trainer.report = follow
+    test = trainer.run().test
+    checkpoint = read_checkpoint(trainer.folder.checkpoint_path)
+    for (name, weight), mean in zip(trainer.model.module.named_parameters(), means, strict=True):
+        torch.testing.assert_close(checkpoint["average"][name], mean)
+        assert torch.equal(checkpoint["model"][name], weight)
+        assert not torch.equal(mean, weight)
+        weight.data.copy_(mean)
+    trainer.average = {}
+    assert trainer.evaluate() == pytest.approx({"loss": test["loss"], "accuracy": test["accuracy"]}, rel=1e-5)
 
 
 def test_cosine_schedule_falls_to_zero(tiny):

@@ -29,7 +29,8 @@ def diagnose(checkpoint: Path, out: Path | None = None, data_dir: str = "") -> i
         task = settings.build_task()
         model = settings.build_model(task)
         check_model_state(content["model"], model)
-        model.load_state_dict(content["model"])
+        # What was evaluated is the average of the weights, where there is one.
+        model.load_state_dict({**content["model"], **content["average"]})
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{checkpoint}: cannot be used: {error}") from error
     inputs, target = next(task.test_batches(SAMPLES))

@@ -19,6 +19,8 @@ from fused_rin import RIN, recurrence
 
 # "tanh" is the function of "rnn" on our kernels; the others but "rnn", "lstm" and "gru" run on them, too.
 MODELS = ("rin", "rin-dt", "irnn", "tanh", "rnn", "lstm", "gru")
+IDENTITY_FIXED = ("rin", "rin-dt")  # what they train is U = V - I
+STATE_GIVEN = ("rin", "irnn", "tanh", "rnn", "gru")  # they take a first state that is one tensor
 
 
 class DeepTransitionRIN(nn.Module):
@@ -60,7 +62,7 @@ class DeepTransitionRIN(nn.Module):
 
 class SequenceModel(nn.Module):
     """[T, B, input_size] -> [B, output_size]: `rnn` over the sequence, `head` on the last layer's last
-    state.
+    state. The first state h0 [num_layers, B, hidden_size] is zero where it is not given.
     """
 
     def __init__(self, rnn: nn.Module, output_size: int):
@@ -68,8 +70,8 @@ class SequenceModel(nn.Module):
         self.rnn = rnn
         self.head = nn.Linear(rnn.hidden_size, output_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(last_state(self.rnn(x)))
+    def forward(self, x: Tensor, h0: Tensor | None = None) -> Tensor:
+        return self.head(last_state(self.rnn(x) if h0 is None else self.rnn(x, h0)))
 
 
 class QuestionModel(nn.Module):

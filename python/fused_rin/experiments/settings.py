@@ -12,7 +12,7 @@ from . import tasks
 from .babi import Babi
 from .data import data_folder
 from .errors import UserError
-from .models import MODELS, QuestionModel, SequenceModel, make_rnn
+from .models import IDENTITY_FIXED, MODELS, STATE_GIVEN, QuestionModel, SequenceModel, make_rnn
 from .seeding import fork_seeded
 
 TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
@@ -51,6 +51,7 @@ class Settings:
     length: int = 200  # of the adding problem
     permute: bool = False  # digits, mnist: one fixed random order of the pixels
     noise: float = 0.0  # digits, mnist: standard deviation of Gaussian noise on the training pixels (0..1)
+    standardize: bool = False  # digits, mnist: pixels of zero mean and unit variance, instead of 0..1
     babi_task: int = 1  # which of the 20
     data_dir: str = ""  # see `data.data_folder`
     train_size: int = 0  # adding: sequences of the training set; 0: every one is new
@@ -65,6 +66,10 @@ class Settings:
     schedule: str = "constant"
     warmup: float = 0.0  # share of the steps over which the learning rate rises
     clip: float = 1.0  # largest norm of the gradient; 0: not clipped
+    state_noise: float = 0.0  # standard deviation of Gaussian noise on h_0 of every training batch
+    identity_decay: float = 0.0  # decoupled decay of U, that is, of V to the identity
+    weight_decay: float = 0.0  # decoupled decay of all other weights but the biases
+    ema: float = 0.0  # decay of the moving average of the weights that is evaluated; 0: the weights themselves
     batch_size: int = 32
     steps: int = 1200
     log_every: int = 20
@@ -95,6 +100,9 @@ class Settings:
             "input_std",
             "recurrent_std",
             "noise",
+            "state_noise",
+            "identity_decay",
+            "weight_decay",
             "warmup",
             "train_size",
             "clip",
@@ -106,6 +114,15 @@ class Settings:
                 raise UserError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if self.model == "rin-dt" and self.num_layers > 1:
             raise UserError(f"num_layers must be 1 for the model 'rin-dt', got {self.num_layers}")
+        if self.identity_decay and self.model not in IDENTITY_FIXED:
+            raise UserError(f"identity_decay is for the models {', '.join(IDENTITY_FIXED)}, got {self.model!r}")
+        if self.state_noise and (self.model not in STATE_GIVEN or self.task == "babi"):
+            raise UserError(
+                f"state_noise is for the models {', '.join(STATE_GIVEN)} on tasks of one sequence, "
+                f"got {self.model!r} on {self.task!r}"
+            )
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if self.warmup > 1:
             raise UserError(f"warmup must be a share of the steps, between 0 and 1, got {self.warmup}")
 
@@ -146,11 +163,12 @@ class Settings:
         if self.task == "adding":
             return tasks.Adding(self.length, self.train_size, self.test_size, self.seed, device)
         if self.task == "digits":
-            return tasks.digits(self.permute, self.noise, self.seed, device)
+            return tasks.digits(self.permute, self.noise, self.standardize, self.seed, device)
         folder = data_folder(self.data_dir)
         if self.task == "babi":
             return Babi(self.babi_task, folder, self.seed, device)
-        return tasks.mnist(folder, self.task == "mnist-rows", self.permute, self.noise, self.seed, device)
+        rows = self.task == "mnist-rows"
+        return tasks.mnist(folder, rows, self.permute, self.noise, self.standardize, self.seed, device)
 
     def build_model(self, task: tasks.Task) -> nn.Module:
         """The model with its first weights, a function of `seed`; leaves torch's global generators alone."""

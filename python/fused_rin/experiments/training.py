@@ -21,9 +21,12 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from fused_rin.identity_prior import decoupled, param_groups
+
 from .checkpoints import AtomicCheckpointIO, check_model_state
 from .errors import UserError
 from .runs import Run
+from .seeding import generator
 from .settings import MAY_DIFFER, Settings
 from .tasks import Part
 
@@ -79,6 +82,9 @@ class Trainer:
             )
         module = self.settings.build_model(self.task)
         self.model, self.optimizer = self.fabric.setup(module, make_optimizer(self.settings, module))
+        # The moving average of the weights, by name; empty if none is asked for.
+        names = dict(module.named_parameters()) if self.settings.ema else {}
+        self.average = {name: weight.detach().clone() for name, weight in names.items()}
         self.step, self.seconds = 0, 0.0
         self.totals = torch.zeros(4, device=self.fabric.device)  # since the last log line, see `_sums`
         self.resume = resume
@@ -125,12 +131,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and accuracy over the test set."""
+        """Mean loss and accuracy over the test set; of the averaged weights where there is an average."""
         self.model.eval()
         sums = torch.zeros_like(self.totals)
-        for inputs, target in self.task.test_batches(EVAL_BATCH, self.part):
-            output = self.model(*inputs)
-            sums += self._sums(output, target, self.task.loss(output, target))
+        with self._averaged():
+            for inputs, target in self.task.test_batches(EVAL_BATCH, self.part):
+                output = self.model(*inputs)
+                sums += self._sums(output, target, self.task.loss(output, target))
         self.model.train()
         loss, correct, samples, _ = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
         return {"loss": loss / samples, "accuracy": correct / samples}
@@ -140,6 +147,8 @@ class Trainer:
         inputs, target = self.task.train_batch(self.step, settings.batch_size, self.part)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(self.step)
+        if settings.state_noise:
+            inputs = (*inputs, self._noisy_state(target.shape[0]))
         output = self.model(*inputs)
         loss = self.task.loss(output, target)
         self.optimizer.zero_grad()
@@ -152,8 +161,39 @@ class Trainer:
         for parameter in self.model.parameters():
             torch.nan_to_num_(parameter.grad, nan=0.0)
         self.optimizer.step()
+        if self.average:
+            self._update_average()
         self.step += 1
         self.totals += self._sums(output.detach(), target, loss.detach(), norm)
+
+    def _noisy_state(self, batch: int) -> Tensor:
+        """h_0 of this step: Gaussian noise, [num_layers, batch, hidden_size] of this process's samples."""
+        settings, part = self.settings, self.part
+        source = generator(settings.seed, "state noise", self.step)
+        noise = torch.randn(settings.num_layers, batch * part.world, settings.hidden_size, generator=source)
+        return settings.state_noise * noise[:, part.rank :: part.world].contiguous().to(self.fabric.device)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """The average follows the weights closely at first: a fixed decay would hold on to the first ones."""
+        decay = min(self.settings.ema, (self.step + 1) / (self.step + 10))
+        weights = [weight.detach() for weight in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within, the model has the averaged weights, if there are such."""
+        weights = list(self.model.parameters()) if self.average else []
+        own = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight, mean in zip(weights, self.average.values(), strict=True):
+                weight.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(weights, own, strict=True):
+                    weight.copy_(value)
 
     def _sums(self, output: Tensor, target: Tensor, loss: Tensor, norm: Tensor | None = None) -> Tensor:
         """Loss, right answers, samples and norm of the gradient, each summed over the samples of a batch.
@@ -204,6 +244,7 @@ class Trainer:
         state = {
             "settings": self.settings.to_dict(),
             "model": self.model,
+            "average": self.average,
             "optimizer": self.optimizer,
             "step": self.step,
             "seconds": self.seconds,
@@ -224,6 +265,8 @@ class Trainer:
                     raise UserError(f"made with {field.name} {theirs}, the run has {ours}")
             check_model_state(checkpoint["model"], self.model)
             self.model.load_state_dict(checkpoint["model"])
+            for name, mean in self.average.items():
+                mean.copy_(checkpoint["average"][name])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if self.fabric.is_global_zero:  # they are the sums of all processes
                 self.totals.copy_(checkpoint["totals"])
@@ -252,12 +295,16 @@ def make_fabric(settings: Settings) -> Fabric:
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    weights, rate = model.parameters(), settings.learning_rate
+    """The optimizer, its decay decoupled from the gradient, so that a strength is the same in all of them."""
+    rate = settings.learning_rate
+    weights: Any = list(model.parameters())
+    if settings.identity_decay or settings.weight_decay:
+        weights = param_groups(model, identity_decay=settings.identity_decay, weight_decay=settings.weight_decay)
     if settings.optimizer == "adam":
-        return torch.optim.Adam(weights, lr=rate, eps=settings.eps, fused=True)
+        return decoupled(torch.optim.Adam(weights, lr=rate, eps=settings.eps, fused=True))
     if settings.optimizer == "rmsprop":
-        return torch.optim.RMSprop(weights, lr=rate, eps=settings.eps)
-    return torch.optim.SGD(weights, lr=rate, fused=True)
+        return decoupled(torch.optim.RMSprop(weights, lr=rate, eps=settings.eps))
+    return decoupled(torch.optim.SGD(weights, lr=rate, fused=True))
 
 
 @contextmanager
