@@ -56,6 +56,8 @@ def fails(tmp_path, capsys):
         ([*TRAIN, "--learning-rate", "nan"], "learning_rate must be finite and not negative, got nan"),
         ([*TRAIN, "--clip", "-1"], "clip must be finite and not negative, got -1.0"),
         ([*TRAIN, "--warmup", "2"], "warmup must be a share of the steps, between 0 and 1, got 2.0"),
+        ([*TRAIN, "--recurrent-init", "shfit"], "unknown recurrent_init 'shfit'; known: normal, shift"),
+        ([*TRAIN, "--model", "irnn", "--recurrent-init", "shift"], "recurrent_init 'shift' is for the model 'rin'"),
         ([*TRAIN, "--ema", "1"], "ema must be at least 0 and less than 1, got 1.0"),
         ([*TRAIN, "--state-noise", "-1"], "state_noise must be finite and not negative, got -1.0"),
         ([*TRAIN, "--weight-decay", "inf"], "weight_decay must be finite and not negative, got inf"),

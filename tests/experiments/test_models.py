@@ -40,6 +40,20 @@ def test_rin_and_irnn_start_as_in_the_paper():
     assert torch.equal(irnn.weight_hh_l0, torch.eye(200))
 
 
+def test_a_shift_start_hands_every_state_to_the_next_unit():
+    rin = make_rnn("rin", 1, 5, 2, recurrent_std=0.0, recurrent_init="shift")
+    with torch.no_grad():
+        rin.weight_ih_l0.zero_()
+        h = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 5.0]], [[0.0] * 5]])
+        assert rin(torch.zeros(1, 1, 1), h)[1][0, 0].tolist() == [5.0, 1.0, 2.0, 3.0, 4.0]
+        assert torch.equal(rin(torch.zeros(5, 1, 1), h)[1][0], h[0])
+        assert torch.equal(rin.weight_hh_l1, rin.weight_hh_l0)
+    torch.manual_seed(0)
+    drawn = make_rnn("rin", 1, 100, recurrent_std=0.01, recurrent_init="shift").weight_hh_l0
+    start = make_rnn("rin", 1, 100, recurrent_std=0.0, recurrent_init="shift").weight_hh_l0
+    assert (drawn - start).std().item() == pytest.approx(0.01, rel=0.05)
+
+
 @pytest.mark.parametrize(("name", "gates"), [("rnn", 1), ("lstm", 4), ("gru", 3)])
 def test_peers_start_with_glorot_and_orthogonal_gates(name, gates):
     torch.manual_seed(0)

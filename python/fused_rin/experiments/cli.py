@@ -30,6 +30,7 @@ HELP: dict[str, str] = {
     "num_layers": "recurrent layers",
     "input_std": "rin, irnn: standard deviation of the first input weights",
     "recurrent_std": "rin: standard deviation of the first U",
+    "recurrent_init": "normal, or for rin shift: U + I starts as a cyclic shift of the units",
     "warmup": "share of the steps over which the learning rate rises",
     "eps": "added to the denominator of Adam and RMSprop",
     "clip": "largest norm of the gradient; 0 does not clip",

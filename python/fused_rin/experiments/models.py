@@ -19,6 +19,7 @@ from fused_rin import RIN, recurrence
 
 # "tanh" is the function of "rnn" on our kernels; the others but "rnn", "lstm" and "gru" run on them, too.
 MODELS = ("rin", "rin-dt", "irnn", "tanh", "rnn", "lstm", "gru")
+RECURRENT_INITS = ("normal", "shift")
 IDENTITY_FIXED = ("rin", "rin-dt")  # what they train is U = V - I
 STATE_GIVEN = ("rin", "irnn", "tanh", "rnn", "gru")  # they take a first state that is one tensor
 
@@ -114,12 +115,18 @@ def make_rnn(
     *,
     input_std: float = 1e-3,
     recurrent_std: float = 1e-3,
+    recurrent_init: str = "normal",
 ) -> nn.Module:
     """A recurrent network by its name in `MODELS`, its weights drawn from torch's global generator.
 
     Args:
         input_std: standard deviation of the input weights of RIN, RIN-DT and IRNN.
         recurrent_std: standard deviation of U.
+        recurrent_init: "normal", or for a RIN "shift": V = U + I starts as a cyclic shift of the units (plus
+            the normal part). The matrices that keep the norm of every non-negative state, and keep it
+            non-negative, are the permutations. Of those the identity adds up all inputs alike, whenever they
+            come; in the cycle (as in the simple cycle reservoirs of Rodan and Tino, 10.1109/TNN.2010.2089641)
+            a state tells from the first step on when an input came, modulo hidden_size.
     """
     makers: dict[str, Callable[[], nn.Module]] = {
         "rin": lambda: RIN(input_size, hidden_size, num_layers),
@@ -141,6 +148,10 @@ def make_rnn(
                 nn.init.eye_(gate)
             elif name in ("rin", "rin-dt", "irnn"):
                 nn.init.normal_(gate, std=recurrent_std if recurrent else input_std)
+                if recurrent and recurrent_init == "shift":
+                    with torch.no_grad():
+                        identity = torch.eye(hidden_size)
+                        gate += identity.roll(1, 0) - identity
             elif recurrent:
                 nn.init.orthogonal_(gate)
             else:

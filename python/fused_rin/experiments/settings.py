@@ -12,7 +12,7 @@ from . import tasks
 from .babi import Babi
 from .data import data_folder
 from .errors import UserError
-from .models import IDENTITY_FIXED, MODELS, STATE_GIVEN, QuestionModel, SequenceModel, make_rnn
+from .models import IDENTITY_FIXED, MODELS, RECURRENT_INITS, STATE_GIVEN, QuestionModel, SequenceModel, make_rnn
 from .seeding import fork_seeded
 
 TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
@@ -60,6 +60,7 @@ class Settings:
     num_layers: int = 1
     input_std: float = 0.1
     recurrent_std: float = 1e-3
+    recurrent_init: str = "normal"  # see `models.make_rnn`
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     eps: float = 1e-8  # of Adam and RMSprop
@@ -87,6 +88,7 @@ class Settings:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("recurrent_init", RECURRENT_INITS),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -114,6 +116,8 @@ class Settings:
                 raise UserError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if self.model == "rin-dt" and self.num_layers > 1:
             raise UserError(f"num_layers must be 1 for the model 'rin-dt', got {self.num_layers}")
+        if self.recurrent_init != "normal" and self.model != "rin":
+            raise UserError(f"recurrent_init {self.recurrent_init!r} is for the model 'rin', got {self.model!r}")
         if self.identity_decay and self.model not in IDENTITY_FIXED:
             raise UserError(f"identity_decay is for the models {', '.join(IDENTITY_FIXED)}, got {self.model!r}")
         if self.state_noise and (self.model not in STATE_GIVEN or self.task == "babi"):
@@ -176,7 +180,7 @@ class Settings:
         def make(input_size: int) -> nn.Module:
             return make_rnn(
                 self.model, input_size, self.hidden_size, self.num_layers,
-                input_std=self.input_std, recurrent_std=self.recurrent_std,
+                input_std=self.input_std, recurrent_std=self.recurrent_std, recurrent_init=self.recurrent_init,
             )  # fmt: skip
 
         with fork_seeded(self.seed, "weights"):

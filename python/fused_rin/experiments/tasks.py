@@ -207,8 +207,10 @@ class PixelSequences(Classification):
         return Batch((x,), labels)
 
     def _batch(self, data: tuple[Tensor, ...], rows: Tensor | slice) -> Batch:
-        images = data[0][rows].to(torch.float32).sub_(self.shift).div_(self.scale)
-        return Batch((images.transpose(0, 1).contiguous(),), data[1][rows])
+        images, labels = (_take(values, rows) for values in data)
+        # Turned as bytes and then converted: a third of the time of the other way round (80 us at 128 images).
+        x = images.transpose(0, 1).contiguous().to(torch.float32)
+        return Batch((x.sub_(self.shift).div_(self.scale),), labels)
 
 
 def _moments(pixels: Tensor) -> tuple[float, float]:
@@ -239,6 +241,11 @@ def digits(
         (images[-test:], labels[-test:]),
         classes=10, scale=16.0, noise=noise, permute=permute, standardize=standardize, seed=seed, device=device,
     )  # fmt: skip
+
+
+def _take(values: Tensor, rows: Tensor | slice) -> Tensor:
+    """values[rows]; index_select takes half the time that indexing with a tensor does."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 def _chunks(size: int, chunk: int, part: Part) -> Iterator[slice]:
