@@ -58,6 +58,8 @@ def fails(tmp_path, capsys):
         ([*TRAIN, "--warmup", "2"], "warmup must be a share of the steps, between 0 and 1, got 2.0"),
         ([*TRAIN, "--recurrent-init", "shfit"], "unknown recurrent_init 'shfit'; known: normal, shift"),
         ([*TRAIN, "--model", "irnn", "--recurrent-init", "shift"], "recurrent_init 'shift' is for the model 'rin'"),
+        ([*TRAIN, "--recipe", "bset"], "unknown recipe 'bset'; known: best"),
+        ([*TRAIN, "--recipe", "best"], "the recipe 'best' is for the task mnist, got 'adding'"),
         ([*TRAIN, "--ema", "1"], "ema must be at least 0 and less than 1, got 1.0"),
         ([*TRAIN, "--state-noise", "-1"], "state_noise must be finite and not negative, got -1.0"),
         ([*TRAIN, "--weight-decay", "inf"], "weight_decay must be finite and not negative, got inf"),
@@ -180,7 +182,8 @@ def test_a_damaged_configuration(fails, finished):
 
 def test_settings_of_a_run_stay_as_they_are(fails, finished):
     assert "the run has model rin, lstm was asked for" in fails("train", "--resume", finished, "--model", "lstm")
-    assert "cannot be given together" in fails("train", "--resume", finished, "--out", finished)
+    assert "--out and --resume cannot be given" in fails("train", "--resume", finished, "--out", finished)
+    assert "--recipe and --resume cannot be given" in fails("train", "--resume", finished, "--recipe", "best")
 
 
 def test_a_run_can_be_made_longer(finished):

@@ -15,6 +15,7 @@ from experiment_helpers import fused_rin, metrics
 from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.progress import train_with_progress
 from fused_rin.experiments.runs import Run
+from fused_rin.experiments.settings import RECIPES, Settings
 from fused_rin.experiments.training import Diverged, Trainer
 
 
@@ -133,6 +134,16 @@ def test_clipping_bounds_the_update(tiny_run):
     moved = sum(((p - q) ** 2).sum() for p, q in zip(trainer.model.parameters(), before, strict=True)) ** 0.5
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
     assert metrics(trainer.folder.path)[0]["gradient_norm"] > 1e-3
+
+
+def test_a_recipe_is_where_settings_start_from():
+    for permute in (False, True):
+        recipe = Settings.for_task("mnist", recipe="best", permute=permute)
+        assert recipe.to_dict().items() >= RECIPES["best"]["mnist", permute].items()
+        assert (recipe.num_layers, recipe.model, recipe.permute) == (1, "rin", permute)
+        assert 100 <= recipe.hidden_size <= 128
+    assert Settings.for_task("mnist", recipe="best", learning_rate=1e-5).learning_rate == 1e-5
+    assert Settings.for_task("mnist", recipe="best") != Settings.for_task("mnist")
 
 
 def test_decay_pulls_u_and_the_other_weights_by_their_own_strength(tiny_run, monkeypatch):

@@ -15,7 +15,7 @@ from .data import data_folder, download
 from .errors import INTERRUPTED, UserError
 from .models import MODELS
 from .runs import Run
-from .settings import MAY_DIFFER, OPTIMIZERS, PRECISIONS, SCHEDULES, TASK_DEFAULTS, TASKS, Settings
+from .settings import MAY_DIFFER, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES, TASK_DEFAULTS, TASKS, Settings
 
 HELP: dict[str, str] = {
     "length": "sequence length of the adding problem",
@@ -86,6 +86,12 @@ def _add_train(commands: Any) -> None:
     parser.set_defaults(run=_train)
     parser.add_argument("--task", help=", ".join(TASKS))
     parser.add_argument("--model", default=argparse.SUPPRESS, help=f"{', '.join(MODELS)} (default: rin)")
+    parser.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help=f"settings that go further than a task's defaults: {', '.join(RECIPES)}",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TASK-MODEL-SEED)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
     example = Settings("adding")
@@ -112,11 +118,12 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is None:
         if "task" not in given:
             raise UserError(f"--task is required (or --resume); known: {', '.join(TASKS)}")
-        settings = Settings.for_task(**given)
+        settings = Settings.for_task(recipe=options.recipe, **given)
         folder = Run.new(options.out or Path("runs") / _default_name(settings), settings)
     else:
-        if options.out is not None:
-            raise UserError("--out and --resume cannot be given together")
+        for name in ("out", "recipe"):
+            if getattr(options, name):
+                raise UserError(f"--{name} and --resume cannot be given together")
         folder = _reopen(options.resume, given)
 
     from .progress import train_command  # Fabric and matplotlib take two seconds to import

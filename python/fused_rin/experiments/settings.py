@@ -36,6 +36,20 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "babi": {"steps": 620, "eval_every": 31},
 }
 
+# `--recipe best`: one plain layer past the paper's Table 1, by (task, permute). What each part is worth is in
+# docs/reproduction.md.
+RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
+    "best": {
+        ("mnist", permute): {
+            **{"standardize": True, "input_std": 0.2, "recurrent_std": 1e-3, "recurrent_init": "shift"},
+            **{"batch_size": 32, "learning_rate": 7e-4, "schedule": "cosine", "warmup": 0.1, "clip": 1.0},
+            **{"state_noise": 0.01 if permute else 0.1, "ema": 0.999},
+            **{"steps": (6 if permute else 10) * 1875, "log_every": 125, "eval_every": 1875, "checkpoint_every": 125},
+        }
+        for permute in (False, True)
+    }
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -131,9 +145,22 @@ class Settings:
             raise UserError(f"warmup must be a share of the steps, between 0 and 1, got {self.warmup}")
 
     @classmethod
-    def for_task(cls, task: str, **settings: Any) -> Settings:
-        """The settings `task` is trained with, but for those that are given."""
-        return cls(**{"task": task, **TASK_DEFAULTS.get(task, {}), **settings})
+    def for_task(cls, task: str, recipe: str = "", **settings: Any) -> Settings:
+        """The settings `task` is trained with, or those of one of its `RECIPES`, but for what is given.
+
+        Raises UserError when there is no such recipe for it.
+        """
+        chosen = dict(TASK_DEFAULTS.get(task, {}))
+        if recipe:
+            if recipe not in RECIPES:
+                raise UserError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+            tasks_of = RECIPES[recipe]
+            key = (task, bool(settings.get("permute", False)))
+            if key not in tasks_of:
+                known = ", ".join(sorted({name for name, _ in tasks_of}))
+                raise UserError(f"the recipe {recipe!r} is for the task {known}, got {task!r}")
+            chosen |= tasks_of[key]
+        return cls(**{"task": task, **chosen, **settings})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
