@@ -49,10 +49,20 @@ def add(name: str, folder: Path, results: Path = RESULTS) -> None:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """One line a run: what was trained, how long, and its last test accuracy beside the figures to pass."""
-    lines = [
-        "| run | units | start | order | epochs run | of | minutes | test accuracy | paper, RIN 1-100 | target | stretch |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        "run",
+        "units",
+        "start",
+        "order",
+        "epochs",
+        "planned",
+        "minutes",
+        "test accuracy",
+        "paper",
+        "target",
+        "stretch",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, run in runs.items():
         settings = run["settings"]
         last = [record for record in run["metrics"] if record["split"] == "test"][-1]
