@@ -9,8 +9,6 @@ from experiment_helpers import REAL, metrics, needs
 from fused_rin.experiments import paper, reproduce
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.errors import UserError
-from fused_rin.experiments.reproduce import Trial
-from fused_rin.experiments.settings import Settings
 
 
 def test_adding_has_the_papers_settings():
@@ -60,15 +58,32 @@ def test_all_start_with_the_papers_weights_and_a_constant_rate(make):
         assert s.learning_rate_at(0) == s.learning_rate_at(s.steps - 1) == s.learning_rate
 
 
+def entry(model, runs, paper="91.64 %", row="sequential-1-100"):
+    return {"row": row, "model": model, "paper": paper, "runs": runs}
+
+
 def test_the_table_says_what_was_run():
-    trial = Trial("sequential-1-100", "rin", "91.64 %", Settings.for_task("mnist"))
     runs = [{"seed": 0, "accuracy": 0.5, "loss": 1.0}, {"seed": 1, "accuracy": 0.7, "loss": 1.0}]
-    text = reproduce.table("mnist", 0.02, {trial: runs})
+    text = reproduce.table({"experiment": "mnist", "budget": 0.02, "results": [entry("rin", runs)]})
     assert "0.02 of the paper's number of epochs; do not compare" in text
     assert "| sequential-1-100 | rin | 2 | 60.00 % (50.00 % to 70.00 %) | 91.64 % |" in text
-    text = reproduce.table("mnist", 1.0, {trial: [*runs, {"seed": 2, "diverged": "..."}]})
+    assert "mean of" not in text
+    results = [entry("rin", [*runs, {"seed": 2, "diverged": "..."}]), entry("rin", runs[1:], "93.70 %", "other")]
+    text = reproduce.table({"experiment": "mnist", "budget": 1.0, "results": results})
     assert "the paper's number of epochs." in text
     assert "diverged (1 of 3)" in text
+    assert "| **mean of 2** | rin | | 65.00 % | 92.67 % |" in text
+
+
+def test_the_picture_has_a_dot_for_every_run_and_a_ring_for_every_figure_of_the_paper():
+    runs = [{"seed": 0, "accuracy": 0.5}, {"seed": 1, "accuracy": 0.7}, {"seed": 2, "diverged": "..."}]
+    results = [entry("rin", runs), entry("irnn", runs[:1], "83.55 %")]
+    (axis,) = reproduce.draw_beside_paper({"experiment": "mnist", "budget": 1.0, "results": results}).axes
+    heights = {style: [] for style in ("full", "none")}
+    for line in axis.lines:
+        heights[line.get_fillstyle()] += list(line.get_ydata())
+    assert heights == {"full": [50.0, 70.0, 50.0], "none": [91.64, 83.55]}
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["sequential-1-100"]
 
 
 @needs("babi")
@@ -85,7 +100,8 @@ def test_reproduces_goes_on_and_refuses_other_settings(tmp_path, capsys):
     names = ["task01-irnn-seed0", "task01-irnn-seed1", "task01-rin-seed0", "task01-rin-seed1"]
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == names
     before = {name: (out / name / "metrics.jsonl").read_bytes() for name in names}
-    assert (out / "task01.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("task01.png", "beside-paper.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert "0.001 of the paper's number of epochs" in (out / "table.md").read_text()
     # One run is lost: the same command makes it again and leaves the others as they are.
     for file in (out / names[2]).iterdir():

@@ -1,7 +1,7 @@
 """Two processes under torchrun walk the path of one: the same batches, shared between them."""
 
 import pytest
-from experiment_helpers import metrics, torchrun
+from experiment_helpers import REAL, metrics, needs, torchrun
 from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.runs import Run
 from fused_rin.experiments.training import Trainer
@@ -35,6 +35,22 @@ def test_two_processes_train_as_one_and_resume(tiny_run, tmp_path):
     last = [record for record in metrics(two) if record["split"] == "test"][-1]
     assert last["step"] == 20
     assert last["loss"] == pytest.approx(together[20, "test"]["loss"], rel=1e-4)
+
+
+@needs("babi")
+def test_two_processes_reproduce_together(tmp_path):
+    out = tmp_path / "babi"
+    command = ["reproduce", "babi", "--only", "task01-[ri]*", "--budget", "0.001", "--threads", "1"]
+    for _ in range(2):  # the second time everything is there
+        result = torchrun(2, *command, "--data-dir", REAL, "--out", out)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("| task01 | rin | 1 |") == 1
+    alone = Run.new(tmp_path / "alone", Run.open(out / "task01-rin-seed0").settings)
+    Trainer(alone).run()
+    together = [(record["loss"], record["accuracy"]) for record in metrics(out / "task01-rin-seed0")]
+    assert len(together) == 2
+    for pair, record in zip(together, metrics(alone.path), strict=True):
+        assert pair == pytest.approx((record["loss"], record["accuracy"]), rel=1e-4)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

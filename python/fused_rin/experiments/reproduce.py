@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from . import paper
 from .errors import INTERRUPTED, UserError
 from .files import reporting, write_atomically
@@ -156,10 +158,15 @@ def _open(path: Path, settings: Settings) -> tuple[Run, bool]:
     return Run(path, settings), True
 
 
-def table(experiment: str, budget: float, results: dict[Trial, list[dict[str, Any]]]) -> str:
+def table(record: dict[str, Any]) -> str:
     """What came out beside the paper's, as Markdown: mean over the seeds, and their range when there are
     several.
+
+    Args:
+        record: the content of a results.json: experiment, budget, and results, each with row, model, paper
+            and runs.
     """
+    experiment, budget = record["experiment"], record["budget"]
     lines = [
         f"Reproduction of {experiment}: " + ("the paper's number of epochs." if budget == 1 else
         f"**{budget:g} of the paper's number of epochs; do not compare the figures as equals.**"),
@@ -168,21 +175,60 @@ def table(experiment: str, budget: float, results: dict[Trial, list[dict[str, An
         "|---|---|---|---|---|",
     ]  # fmt: skip
     quantity = "loss" if experiment == "adding" else "accuracy"
-    for trial, runs in results.items():
-        values = [run[quantity] for run in runs if "diverged" not in run]
-        here = f"diverged ({len(runs) - len(values)} of {len(runs)})" if len(values) < len(runs) else ""
+    for entry in record["results"]:
+        values, count = _finished(entry, quantity), len(entry["runs"])
+        here = f"diverged ({count - len(values)} of {count})" if len(values) < count else ""
         if values:
             texts = [_show(experiment, value) for value in (statistics.mean(values), min(values), max(values))]
             spread = f" ({texts[1]} to {texts[2]})" if len(values) > 1 else ""
             here = texts[0] + spread + (here and f"; {here}")
-        lines.append(f"| {trial.row} | {trial.model} | {len(runs)} | {here} | {trial.paper} |")
+        lines.append(f"| {entry['row']} | {entry['model']} | {count} | {here} | {entry['paper']} |")
     if experiment == "adding":
         lines += ["", "Test error; always answering 1 gives 0.1667. The paper shows curves only."]
+        return "\n".join(lines)
+    for model in dict.fromkeys(entry["model"] for entry in record["results"]):
+        entries = [e for e in record["results"] if e["model"] == model and _finished(e, quantity)]
+        if len(entries) > 1:
+            here = statistics.mean(statistics.mean(_finished(entry, quantity)) for entry in entries)
+            theirs = statistics.mean(float(entry["paper"].split()[0]) for entry in entries)
+            text = f"| **mean of {len(entries)}** | {model} | | {_show(experiment, here)} | {theirs:.2f} % |"
+            lines.append(text)
     return "\n".join(lines)
+
+
+def _finished(entry: dict[str, Any], quantity: str) -> list[float]:
+    return [run[quantity] for run in entry["runs"] if "diverged" not in run]
 
 
 def _show(experiment: str, value: float) -> str:
     return f"{value:.4f}" if experiment == "adding" else f"{100 * value:.2f} %"
+
+
+def draw_beside_paper(record: dict[str, Any]) -> Figure:
+    """The accuracies of a results.json (not of adding, for which the paper has none) as dots, the paper's as
+    rings.
+    """
+    rows = list(dict.fromkeys(entry["row"] for entry in record["results"]))
+    models = list(dict.fromkeys(entry["model"] for entry in record["results"]))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axis = figure.subplots()
+    for colour, model in enumerate(models):
+        place = 0.15 * (colour - (len(models) - 1) / 2)
+        for entry in record["results"]:
+            if entry["model"] == model:
+                x = rows.index(entry["row"]) + place
+                for value in _finished(entry, "accuracy"):
+                    axis.plot(x, 100 * value, "o", color=f"C{colour}", markersize=5)
+                axis.plot(x, float(entry["paper"].split()[0]), "o", color=f"C{colour}", fillstyle="none", markersize=9)
+        axis.plot([], [], "o", color=f"C{colour}", label=model)
+    axis.plot([], [], "o", color="grey", fillstyle="none", markersize=9, label="the paper")
+    axis.set_xticks(range(len(rows)), rows, rotation=60 if len(rows) > 6 else 0)
+    axis.set_ylabel("test accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    share = "the paper's epochs" if record["budget"] == 1 else f"{record['budget']:g} of the paper's epochs"
+    figure.suptitle(f"{record['experiment']}: {share}")
+    return figure
 
 
 def _report(
@@ -192,7 +238,6 @@ def _report(
     results: dict[Trial, list[dict[str, Any]]],
     folders: dict[tuple[Trial, int], tuple[Run, bool]],
 ) -> None:
-    text = table(experiment, budget, results)
     record = {
         "experiment": experiment,
         "budget": budget,
@@ -201,10 +246,14 @@ def _report(
             for trial, runs in results.items()
         ],
     }
+    text = table(record)
     pictures = []
     with reporting(out, "write the results"):
-        write_atomically(out / "results.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
         write_atomically(out / "table.md", (text + "\n").encode())
+    if experiment != "adding":
+        pictures.append(out / "beside-paper.png")
+        save_figure(draw_beside_paper(record), pictures[-1])
     for row in dict.fromkeys(trial.row for trial in results):
         curves = {
             f"{trial.model}, seed {seed}": folder.read_metrics()

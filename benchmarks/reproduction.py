@@ -1,0 +1,64 @@
+"""The paper's experiments as far as they were rerun: results, tables and a picture of each.
+
+python -m benchmarks.reproduction add FOLDER   takes over results.json of a `fused-rin reproduce` folder
+python -m benchmarks.reproduction              redraws table.md and the picture beside every results.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fused_rin.experiments.plots import draw_curves, save_figure
+from fused_rin.experiments.reproduce import draw_beside_paper, table
+from fused_rin.experiments.runs import Run
+
+from .table import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def add(folder: Path, results: Path = RESULTS) -> None:
+    """Writes results/reproduce-EXPERIMENT/results.json: the folder's, the machine, and what the curves need."""
+    record: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    record["machine"] = machine()
+    for entry in record["results"]:
+        entry["curves"] = [
+            [
+                {key: record[key] for key in ("step", "split", "loss", "accuracy")}
+                for record in Run.open(folder / f"{entry['row']}-{entry['model']}-seed{run['seed']}").read_metrics()
+                if record["split"] == "test"
+            ]
+            for run in entry["runs"]
+        ]
+    place = results / f"reproduce-{record['experiment']}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "results.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def draw(place: Path) -> str:
+    """Writes table.md and figure.png beside a results.json; returns the table."""
+    record = json.loads((place / "results.json").read_text())
+    text = table(record)
+    (place / "table.md").write_text(text + "\n")
+    if record["experiment"] == "babi":
+        figure = draw_beside_paper(record)
+    else:
+        curves = {
+            f"{entry['row']} {entry['model']}": records
+            for entry in record["results"]
+            for records in entry["curves"][:1]
+        }
+        title = f"{record['experiment']}: {record['budget']:g} of the paper's epochs, test set"
+        figure = draw_curves(curves, title, splits=("test",))
+    save_figure(figure, place / "figure.png")
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"]:
+        add(Path(sys.argv[2]))
+    for path in sorted(RESULTS.glob("reproduce-*/results.json")):
+        print(draw(path.parent), end="\n\n")
