@@ -80,6 +80,21 @@ def test_wrong_settings(fails, tmp_path, arguments, message):
     assert message in fails(*arguments)
 
 
+@pytest.mark.parametrize("command", [["train", "--task", "mnist"], ["reproduce", "babi", "--budget", "0.001"]])
+def test_data_that_are_missing_or_damaged(fails, tmp_path, command):
+    command = [*command, "--data-dir", tmp_path, "--out", tmp_path / "run"]
+    assert "is not there" in fails(*command)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "train-images-idx3-ubyte").write_bytes(b"not MNIST")
+    (tmp_path / "babi").mkdir()
+    (tmp_path / "babi" / "tasks_1-20_v1-2.tar.gz").write_bytes(b"not bAbI")
+    error = fails(*command)
+    assert "is damaged" in error
+    assert (
+        "put it there, name another folder with --data-dir or FUSED_RIN_DATA, or fetch it: fused-rin download" in error
+    )
+
+
 def test_a_cuda_that_is_not_there(fails, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

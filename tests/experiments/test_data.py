@@ -38,7 +38,7 @@ def test_a_damaged_mnist_is_noticed(tmp_path, damage):
     file = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"
     file.chmod(0o644)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.*is damaged"):
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte.*is damaged.*put it there.*download mnist"):
         data.read_mnist(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_a_damaged_archive_is_noticed(tmp_path):
         data.read_babi(tmp_path)
     with tarfile.open(path, "w:gz"):
         pass
-    with pytest.raises(UserError, match=r"is damaged or not bAbI v1\.2"):
+    with pytest.raises(UserError, match=r"is damaged or not bAbI v1\.2.*put it there.*download babi"):
         data.read_babi(tmp_path)
 
 

@@ -13,6 +13,8 @@ import os
 import tarfile
 import urllib.request
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,7 +49,8 @@ def read_mnist(folder: Path) -> tuple[Labelled, Labelled]:
 
     Raises UserError when a file is missing or its checksum is wrong.
     """
-    contents = {name: _check_mnist(name, _read_mnist_file(folder / "mnist", name)) for name in MNIST}
+    with _saying_how_to_replace("mnist", folder):
+        contents = {name: _check_mnist(name, _read_mnist_file(folder / "mnist", name)) for name in MNIST}
 
     def part(name: str) -> Labelled:
         pixels, labels = contents[f"{name}-images-idx3-ubyte"][16:], contents[f"{name}-labels-idx1-ubyte"][8:]
@@ -63,23 +66,8 @@ def read_babi(folder: Path) -> dict[str, str]:
     Raises UserError when the archive is missing or its content is not what its checksum says.
     """
     path = folder / "babi" / BABI_ARCHIVE
-    if not path.exists():
-        raise UserError(_missing("bAbI", path, folder, "babi"))
-    files = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                place, _, name = member.name.rpartition("/")
-                if place.endswith("/en") and name.startswith("qa") and member.isfile():
-                    files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path}: is damaged: {error}") from error
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
-    if digest.hexdigest() != BABI_SHA256:
-        raise UserError(f"{path}: is damaged or not bAbI v1.2: the sha256 of its tasks is {digest.hexdigest()}")
-    return {name: content.decode() for name, content in files.items()}
+    with _saying_how_to_replace("babi", folder):
+        return _read_babi_archive(path)
 
 
 def download(name: str, folder: Path) -> list[Path]:
@@ -110,6 +98,38 @@ def download(name: str, folder: Path) -> list[Path]:
     return written
 
 
+class _Damaged(UserError):
+    """A file that is there, but not what it should be."""
+
+
+@contextmanager
+def _saying_how_to_replace(name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except _Damaged as error:
+        raise UserError(f"{error}; {_how_to_get(name, folder)}") from error
+
+
+def _read_babi_archive(path: Path) -> dict[str, str]:
+    if not path.exists():
+        raise UserError(_missing("bAbI", path, path.parent.parent, "babi"))
+    files = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                place, _, name = member.name.rpartition("/")
+                if place.endswith("/en") and name.startswith("qa") and member.isfile():
+                    files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise _Damaged(f"{path}: is damaged: {error}") from error
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+    if digest.hexdigest() != BABI_SHA256:
+        raise _Damaged(f"{path}: is damaged or not bAbI v1.2: the sha256 of its tasks is {digest.hexdigest()}")
+    return {name: content.decode() for name, content in files.items()}
+
+
 def _read_mnist_file(folder: Path, name: str) -> bytes:
     plain, packed = folder / name, folder / f"{name}.gz"
     with reporting(folder, "read"):
@@ -123,7 +143,7 @@ def _read_mnist_file(folder: Path, name: str) -> bytes:
 def _check_mnist(name: str, content: bytes) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != MNIST[name]:
-        raise UserError(f"{name}: is damaged or not MNIST: its sha256 is {found}, expected {MNIST[name]}")
+        raise _Damaged(f"{name}: is damaged or not MNIST: its sha256 is {found}, expected {MNIST[name]}")
     return content
 
 
@@ -131,13 +151,17 @@ def _gunzip(name: str, packed: bytes) -> bytes:
     try:
         return gzip.decompress(packed)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: is damaged: {error}") from error
+        raise _Damaged(f"{name}: is damaged: {error}") from error
 
 
 def _missing(what: str, path: Path, folder: Path, name: str) -> str:
+    return f"{what} is not there: {path} is missing; {_how_to_get(name, folder)}"
+
+
+def _how_to_get(name: str, folder: Path) -> str:
     return (
-        f"{what} is not there: {path} is missing; put it there, name another folder with --data-dir or "
-        f"FUSED_RIN_DATA, or fetch it: fused-rin download {name} --data-dir {folder}"
+        f"put it there, name another folder with --data-dir or FUSED_RIN_DATA, or fetch it: "
+        f"fused-rin download {name} --data-dir {folder}"
     )
 
 
