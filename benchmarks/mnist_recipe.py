@@ -77,9 +77,14 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The runs by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+
+
 def draw(results: Path = RESULTS) -> str:
     """Writes curves.png and table.md; returns the table."""
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    runs = read(results)
     text = table(runs)
     (results / "table.md").write_text(text + "\n")
     curves = {name: run["metrics"] for name, run in runs.items()}

@@ -54,7 +54,7 @@ def test_all_start_with_the_papers_weights_and_a_constant_rate(make):
         s = trial.settings
         assert (s.input_std, s.recurrent_std, s.recurrent_init) == (1e-3, 1e-3, "normal")
         assert (s.noise, s.state_noise, s.identity_decay, s.weight_decay, s.ema) == (0.0,) * 5
-        assert (s.eps, s.standardize) == (1e-8, False)
+        assert (s.eps, s.standardize, s.recurrent_rate) == (1e-8, False, 1.0)
         assert s.learning_rate_at(0) == s.learning_rate_at(s.steps - 1) == s.learning_rate
 
 

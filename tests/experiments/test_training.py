@@ -46,7 +46,14 @@ CASES = [
     {"model": "irnn"},
     {"model": "lstm", "optimizer": "rmsprop", "num_layers": 2},
     {"model": "gru", "optimizer": "sgd", "precision": "64-true", "state_noise": 0.1, "weight_decay": 0.1},
-    {"model": "rin-dt", "optimizer": "rmsprop", "identity_decay": 1.0, "weight_decay": 0.1, "ema": 0.9},
+    {
+        "model": "rin-dt",
+        "optimizer": "rmsprop",
+        "identity_decay": 1.0,
+        "weight_decay": 0.1,
+        "ema": 0.9,
+        "recurrent_rate": 0.3,
+    },
     {
         "model": "rnn",
         "task": "digits",
@@ -156,6 +163,16 @@ def test_decay_pulls_u_and_the_other_weights_by_their_own_strength(tiny_run, mon
     for name, weight in trainer.model.named_parameters():
         factor = 1 - 0.1 * (2.0 if "weight_hh" in name else 0.5 if weight.dim() > 1 else 0.0)
         torch.testing.assert_close(weight, before[name] * factor**2)
+
+
+def test_the_recurrent_matrices_have_their_share_of_the_learning_rate(tiny_run):
+    """Adam's first step moves a weight by its learning rate."""
+    trainer = Trainer(tiny_run(learning_rate=0.01, recurrent_rate=0.25, num_layers=2, eps=1e-20, steps=1))
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.run()
+    for name, weight in trainer.model.named_parameters():
+        moved = (weight - before[name]).abs().max().item()
+        assert moved == pytest.approx(0.0025 if "weight_hh" in name else 0.01, rel=1e-3)
 
 
 def test_state_noise_is_on_the_first_state_of_training_alone(tiny_run, monkeypatch):

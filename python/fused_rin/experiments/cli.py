@@ -32,6 +32,7 @@ HELP: dict[str, str] = {
     "recurrent_std": "rin: standard deviation of the first U",
     "recurrent_init": "normal, or for rin shift: U + I starts as a cyclic shift of the units",
     "warmup": "share of the steps over which the learning rate rises",
+    "recurrent_rate": "learning rate of the recurrent matrices, as a share of that of all others",
     "eps": "added to the denominator of Adam and RMSprop",
     "clip": "largest norm of the gradient; 0 does not clip",
     "state_noise": "standard deviation of noise on h_0 in training",

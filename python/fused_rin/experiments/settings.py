@@ -77,6 +77,7 @@ class Settings:
     recurrent_init: str = "normal"  # see `models.make_rnn`
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    recurrent_rate: float = 1.0  # learning rate of the recurrent matrices, as a share of that of all others
     eps: float = 1e-8  # of Adam and RMSprop
     schedule: str = "constant"
     warmup: float = 0.0  # share of the steps over which the learning rate rises
@@ -123,6 +124,7 @@ class Settings:
             "train_size",
             "clip",
             "learning_rate",
+            "recurrent_rate",
             "seed",
             "threads",
         ):

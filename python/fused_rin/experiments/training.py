@@ -147,7 +147,7 @@ class Trainer:
         settings = self.settings
         inputs, target = self.task.train_batch(self.step, settings.batch_size, self.part)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(self.step)
+            group["lr"] = settings.learning_rate_at(self.step) * group["share"]
         if settings.state_noise:
             inputs = (*inputs, self._noisy_state(target.shape[0]))
         output = self.model(*inputs)
@@ -298,16 +298,22 @@ def make_fabric(settings: Settings) -> Fabric:
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer, its decay decoupled from the gradient, so that a strength is the same in all of them."""
+    """The optimizer, its decay decoupled from the gradient, so that a strength is the same in all of them. A
+    group's "share" is what its learning rate is multiplied by.
+    """
+    recurrent = {id(weight) for name, weight in model.named_parameters() if "weight_hh" in name}
+    weights: dict[tuple[float, float], list[Tensor]] = {}  # by decay and share: few groups make a quick update
+    for group in param_groups(model, identity_decay=settings.identity_decay, weight_decay=settings.weight_decay):
+        for weight in group["params"]:
+            share = settings.recurrent_rate if id(weight) in recurrent else 1.0
+            weights.setdefault((group["weight_decay"], share), []).append(weight)
+    groups = [{"params": own, "weight_decay": decay, "share": share} for (decay, share), own in weights.items()]
     rate = settings.learning_rate
-    weights: Any = list(model.parameters())
-    if settings.identity_decay or settings.weight_decay:
-        weights = param_groups(model, identity_decay=settings.identity_decay, weight_decay=settings.weight_decay)
     if settings.optimizer == "adam":
-        return decoupled(torch.optim.Adam(weights, lr=rate, eps=settings.eps, fused=True))
+        return decoupled(torch.optim.Adam(groups, lr=rate, eps=settings.eps, fused=True))
     if settings.optimizer == "rmsprop":
-        return decoupled(torch.optim.RMSprop(weights, lr=rate, eps=settings.eps))
-    return decoupled(torch.optim.SGD(weights, lr=rate, fused=True))
+        return decoupled(torch.optim.RMSprop(groups, lr=rate, eps=settings.eps))
+    return decoupled(torch.optim.SGD(groups, lr=rate, fused=True))
 
 
 @contextmanager

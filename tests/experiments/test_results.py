@@ -1,0 +1,52 @@
+"""The committed results: what the pages show is what the results files hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fused_rin.experiments.reproduce import EXPERIMENTS
+from fused_rin.experiments.settings import RECIPES, Settings
+
+from benchmarks import mnist_recipe, reproduction
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "reproduction.md").read_text()
+REPRODUCED = sorted((ROOT / "benchmarks" / "results").glob("reproduce-*/results.json"))
+
+
+@pytest.mark.parametrize("path", REPRODUCED, ids=lambda path: path.parent.name)
+def test_what_was_reproduced_is_shown_as_it_came_out(path):
+    record = json.loads(path.read_text())
+    text = reproduction.table(record)
+    assert (path.parent / "table.md").read_text() == text + "\n"
+    assert text in PAGE
+    assert (path.parent / "figure.png").exists()
+    rows = {(trial.row, trial.model): trial.paper for trial in EXPERIMENTS[record["experiment"]]()}
+    for entry in record["results"]:
+        assert entry["paper"] == rows[entry["row"], entry["model"]]
+        assert len(entry["runs"]) == len(entry["curves"])
+
+
+def test_all_three_experiments_were_reproduced():
+    assert {path.parent.name for path in REPRODUCED} == {f"reproduce-{name}" for name in EXPERIMENTS}
+
+
+def test_the_recipe_is_what_was_run_and_the_page_shows_what_it_reached():
+    runs = mnist_recipe.read()
+    text = mnist_recipe.table(runs)
+    assert (mnist_recipe.RESULTS / "table.md").read_text() == text + "\n"
+    assert text in PAGE
+    for permute, name in ((False, "sequential"), (True, "permuted")):
+        settings = runs[name]["settings"]
+        assert settings.items() >= RECIPES["best"]["mnist", permute].items()
+        assert Settings(**settings, data_dir="").num_layers == 1
+
+
+def test_drawing_leaves_the_table_and_the_curves(tmp_path):
+    run = {"settings": Settings.for_task("mnist", recipe="best").to_dict(), "metrics": []}
+    run["metrics"] = [{"step": 1875, "split": "test", "loss": 0.4, "accuracy": 0.876, "seconds": 180.0}]
+    (tmp_path / "short.json").write_text(json.dumps(run))
+    text = mnist_recipe.draw(tmp_path)
+    assert "| short | 100 | shift | sequential | 1.00 | 10.00 | 3 | **87.60 %** | 91.64 % | 97.0 % | 98.7 % |" in text
+    assert (tmp_path / "table.md").read_text() == text + "\n"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
