@@ -223,6 +223,22 @@ def test_the_general_way_is_taken_where_operators_must_be_seen(counted):
     assert not counted
 
 
+@pytest.mark.parametrize("which", ["input", "hx"])
+def test_a_negated_view_is_not_read_as_it_lies(which, counted):
+    """The imaginary part of a conjugate keeps the sign in a flag of the tensor, not in memory."""
+    cell = _randomize(RINCell(1, 1))
+    cell.weight_ih.fill_(0.5), cell.weight_hh.fill_(0.5)
+    negated = torch.full((1, 1), complex(0, -2.0)).conj().imag
+    assert negated.is_neg()
+    plain = negated.clone()
+    x, h = (negated, torch.ones(1, 1)) if which == "input" else (torch.ones(1, 1), negated)
+    out = cell(x, h)
+    assert not counted
+    assert torch.equal(out, cell(*(plain if t is negated else t for t in (x, h))))
+    assert len(counted) == 1
+    assert out > 0
+
+
 def test_a_weight_of_a_wrong_shape_is_refused_not_read():
     module = _randomize(RIN(5, 7))
     module.weight_hh_l0.data = torch.zeros(3, 3)
