@@ -50,28 +50,38 @@ void sweep(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int64_t
   sweep_cpu(p, kernels, max_threads);
 }
 
-// One step for inference; called once per arriving sample, so it is as plain as sweep().
-void step(int64_t batch, int64_t inputs, int64_t groups, int64_t hidden, int dtype, int activation, double skip,
-          uintptr_t w_ih, uintptr_t w_hh, uintptr_t b_ih, uintptr_t b_hh, uintptr_t x, uintptr_t h, uintptr_t out,
-          uintptr_t h_n, int max_threads, const std::string& isa) {
-  const Step s{batch,
-               inputs,
-               groups,
-               hidden,
-               static_cast<DType>(dtype),
-               static_cast<Activation>(activation),
-               skip,
-               address<const void>(w_ih),
-               address<const void>(w_hh),
-               address<const void>(b_ih),
-               address<const void>(b_hh),
-               address<const void>(x),
-               address<const void>(h),
-               address<void>(out),
-               address<void>(h_n)};
+// A few steps of a layer for inference; called once per arriving sample, so it is as plain as sweep().
+// x [T, B, inputs], out [T, B, G * D]; h and h_n [B, G * D], h_n may be null.
+void step(int64_t steps, int64_t batch, int64_t inputs, int64_t groups, int64_t hidden, int dtype, int activation,
+          double skip, uintptr_t w_ih, uintptr_t w_hh, uintptr_t b_ih, uintptr_t b_hh, uintptr_t x, uintptr_t h,
+          uintptr_t out, uintptr_t h_n, int max_threads, const std::string& isa) {
+  Step s{batch,
+         inputs,
+         groups,
+         hidden,
+         static_cast<DType>(dtype),
+         static_cast<Activation>(activation),
+         skip,
+         address<const void>(w_ih),
+         address<const void>(w_hh),
+         address<const void>(b_ih),
+         address<const void>(b_hh),
+         nullptr,
+         address<const void>(h),
+         nullptr,
+         nullptr};
+  const int64_t size = s.dtype == DType::kFloat64 ? 8 : s.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t x_bytes = batch * inputs * size;
+  const int64_t out_bytes = batch * groups * hidden * size;
   const Kernels& kernels = cpu_kernels(isa);
   py::gil_scoped_release release;
-  step_cpu(s, kernels, max_threads);
+  for (int64_t t = 0; t < steps; ++t) {
+    s.x = address<const void>(x + t * x_bytes);
+    s.out = address<void>(out + t * out_bytes);
+    if (t + 1 == steps) s.h_n = address<void>(h_n);
+    step_cpu(s, kernels, max_threads);
+    s.h = s.out;
+  }
 }
 
 py::dict plan(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int dtype, int max_threads,

@@ -96,6 +96,35 @@ def test_layouts_of_a_single_step(counted):
     assert len(counted) == 2 * 2 * 2
 
 
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_few_steps_in_one_call(dtype, layers, state, counted):
+    """Against torch.nn.RNN, in every layout; where rows do not follow one another, by the general way."""
+    for batch_first, shape, direct in (
+        (False, (16, 1, 5), True), (False, (4, 4, 5), True), (False, (5, 2, 5), True), (False, (7, 5), True),
+        (True, (1, 9, 5), True), (True, (2, 3, 5), False), (False, (17, 1, 5), False), (False, (5, 4, 5), False),
+    ):  # fmt: skip
+        ours = _randomize(RIN(5, 7, layers, batch_first=batch_first, skip=0.5, dtype=dtype))
+        theirs = ours.to_rnn()
+        x = torch.randn(shape, dtype=dtype)
+        expected = theirs(x)
+        hx = torch.randn_like(expected[1]) if state else None
+        counted.clear()
+        for a, b in zip(ours(x, hx), theirs(x, hx), strict=True):
+            torch.testing.assert_close(a, b)
+        assert len(counted) == (layers if direct else 0)
+
+
+def test_a_few_steps_in_16_bits_carry_the_state_in_float32(counted):
+    """So does the sweep; a step of its own has to round the state to hand it over."""
+    module = _randomize(RIN(5, 7, dtype=torch.bfloat16))
+    module(torch.randn(1, 1, 5, dtype=torch.bfloat16))
+    assert len(counted) == 1
+    module(torch.randn(2, 1, 5, dtype=torch.bfloat16))
+    assert len(counted) == 1
+
+
 def test_nan_and_inf_pass_as_in_torch(counted):
     ours = _randomize(RINCell(20, 20, skip=0))
     theirs = nn.RNNCell(20, 20, nonlinearity="relu")

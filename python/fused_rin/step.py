@@ -1,7 +1,7 @@
-"""One step for inference, straight from the weights: what a streaming model calls for every sample that arrives.
+"""A few steps for inference, straight from the weights: what a streaming model calls for every sample that arrives.
 
 At B = 1 and D = 128 the arithmetic of a step takes 2 to 3 us, a registered operator 6 and a matrix packed for the sweep
-5 to 10. So a single step has a way of its own: one native call a layer that reads W and U as they lie. Nothing derived
+5 to 10. So short calls have a way of their own: one native call a layer that reads W and U as they lie. Nothing derived
 from the weights is kept between calls, so an optimizer, `load_state_dict` or an edit of `.data` cannot make it stale:
 `.data = ` changes address, shape and layout and leaves `_version` alone, so there is no key to a cache but what is
 looked at here in every call.
@@ -22,6 +22,9 @@ from fused_rin import backends, cpu
 # Above this many rows a matrix product over all of them is faster than a dot product for each (measured: at 4 rows
 # this way is ahead of torch.nn.RNNCell at every D from 8 to 1,024, at 16 rows behind it from D = 512 on).
 MAX_ROWS = 4
+# And above this many rows times steps the sweep, with its packed matrix, is: measured up to 1,024 units, where 16 steps
+# of one row and 4 of four rows are still ahead of it, 8 of four rows behind; up to 256 units it would be far more.
+MAX_ROW_STEPS = 16
 
 # Looked up once: together they would cost as much as the arithmetic of a step of 64 units.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -85,7 +88,7 @@ def _addresses(
 
 
 def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """One step of all layers of a unidirectional RIN; shapes as in RIN.forward."""
+    """A few steps of all layers of a unidirectional RIN; shapes as in RIN.forward."""
     if type(input) is not Tensor or not _unobserved(module.backend):
         return None
     shape, dtype, hidden, layers = input.shape, input.dtype, module.hidden_size, module.num_layers
@@ -102,13 +105,16 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
         return None
     inputs, code, grad = module.input_size, cpu.DTYPES.get(dtype), _grad_enabled()
     if (
-        steps != 1
-        or not 0 < batch <= MAX_ROWS
+        not 0 < batch <= MAX_ROWS
+        or not 0 < steps * batch <= MAX_ROW_STEPS
         or features != inputs
         or code is None
         or module.bidirectional
         or (module.dropout and module.training)
     ):
+        return None
+    # Steps are read one after the other, and in 16 bits the sweep carries the state in float32 where a step rounds it.
+    if steps > 1 and (code > 1 or (batch > 1 and module.batch_first)):
         return None
     x, h = _address(input, dtype, shape, grad), 0
     if not x:
@@ -129,14 +135,24 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
     h_n = _empty(*state_shape, dtype=dtype) if hx is None else _empty_like(hx)
     out = _empty(*out_shape, dtype=dtype)
     activation, skip, threads, isa = cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, _num_threads(), cpu._isa
-    state, y, stride, native = h_n.data_ptr(), out.data_ptr(), batch * hidden * input.element_size(), cpu._native.step
+    state, y, native = h_n.data_ptr(), out.data_ptr(), cpu._native.step
+    size = batch * hidden * input.element_size()
+    if layers > 1 and steps > 1:
+        between = _empty(layers - 1, steps, size, dtype=torch.uint8)  # what the layers but the last one put out
+        next_y = between.data_ptr()
     for addresses in weights:
         layers -= 1
+        if not layers:
+            target, copy = y, state
+        elif steps == 1:
+            target, copy = state, 0
+        else:
+            target, copy = next_y, state
+            next_y += steps * size
         native(
-            batch, inputs, heads, block, code, activation, skip, *addresses, x, h, state, 0 if layers else y,
-            threads, isa,
+            steps, batch, inputs, heads, block, code, activation, skip, *addresses, x, h, target, copy, threads, isa
         )  # fmt: skip
-        x, inputs, state, h = state, hidden, state + stride, h + stride if h else 0
+        x, inputs, state, h = target, hidden, state + size, h + size if h else 0
     return out, h_n
 
 
@@ -171,7 +187,7 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
         return None
     out = _empty(*state_shape, dtype=dtype) if hx is None else _empty_like(hx)
     cpu._native.step(
-        batch, inputs, 1, hidden, code, cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, *addresses, x, h,
+        1, batch, inputs, 1, hidden, code, cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, *addresses, x, h,
         out.data_ptr(), 0, _num_threads(), cpu._isa,
     )  # fmt: skip
     return out
