@@ -43,7 +43,7 @@ lint: $(VENV)/.deps
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench-cpu: setup
-	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-enable --benchmark-disable-gc -q \
+	$(BIN)/python -m pytest benchmarks/test_cpu.py benchmarks/test_streaming_cpu.py --benchmark-enable --benchmark-disable-gc -q \
 	    --benchmark-json=build/bench-cpu.json --benchmark-columns=median,rounds --benchmark-quiet
 	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(or $(RESULTS),benchmarks/results/cpu.json)
 
