@@ -199,6 +199,18 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+def _is_observed() -> bool:
+    """Whether somebody records operators from plain tensors: torch.jit.trace, make_fx, any TorchDispatchMode.
+
+    What a kernel writes behind its back would be missing from the record, silently.
+    """
+    return _dispatch_modes() > 0 or _tracing_state() is not None
+
+
 def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
     weight, h0, out, lengths, offsets, resets = ctx.saved_tensors
     skip, activation, num_reversed, backend = ctx.constants
@@ -212,7 +224,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tup
         # A graph of this backward is asked for. It depends on pre through `out` alone, which is part of the graph.
         grad_pre, grad_h0 = reference.backward(*arguments, skip=skip, activation=activation, num_reversed=num_reversed)
     else:
-        grad_pre, grad_h0 = sweep_backward(*arguments, skip, activation, num_reversed, backend)
+        direct = torch.ops.fused_rin.sweep_backward if _is_observed() else sweep_backward
+        grad_pre, grad_h0 = direct(*arguments, skip, activation, num_reversed, backend)
     needs = ctx.needs_input_grad
     grad_weight = weight_gradient(grad_pre, out, h0, lengths, offsets, resets, num_reversed) if needs[1] else None
     return grad_pre if needs[0] else None, grad_weight, grad_h0 if needs[2] else None, *(None,) * 7
@@ -276,7 +289,7 @@ def recurrence(
             activation=activation,
             num_reversed=num_reversed,
         )
-    if not (_is_plain(pre) and _is_plain(weight)):
+    if not (_is_plain(pre) and _is_plain(weight)) or _is_observed():
         return torch.ops.fused_rin.sweep_forward(*arguments)
     if torch.is_grad_enabled() and (pre.requires_grad or weight.requires_grad or (h0 is not None and h0.requires_grad)):
         return Recurrence.apply(*arguments)

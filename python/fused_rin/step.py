@@ -87,9 +87,20 @@ def _addresses(
     return (w_ih, w_hh, b_ih, b_hh) if b_ih and b_hh else None
 
 
+def _leaf(module: Any, input: Any, hx: Any) -> Any:
+    """torch.fx.symbolic_trace keeps torch.nn's modules whole, by their place; here its proxies are met and told so."""
+    tracer = getattr(input, "tracer", None)
+    if not isinstance(tracer, torch.fx.Tracer):
+        return None
+    arguments = (input,) if hx is None else (input, hx)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
 def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """A few steps of all layers of a unidirectional RIN; shapes as in RIN.forward."""
-    if type(input) is not Tensor or not _unobserved(module.backend):
+    if type(input) is not Tensor:
+        return _leaf(module, input, hx)
+    if not _unobserved(module.backend):
         return None
     shape, dtype, hidden, layers = input.shape, input.dtype, module.hidden_size, module.num_layers
     # Sizes one by one: a slice of a torch.Size takes 0.5 us, a tuple makes torch.empty 0.7 us slower.
@@ -161,7 +172,9 @@ _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     """One step of a RINCell; shapes as in RINCell.forward."""
-    if type(input) is not Tensor or not _unobserved(module.backend):
+    if type(input) is not Tensor:
+        return _leaf(module, input, hx)
+    if not _unobserved(module.backend):
         return None
     shape, dtype, inputs, hidden = input.shape, input.dtype, module.input_size, module.hidden_size
     if len(shape) == 2:
