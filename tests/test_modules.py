@@ -199,6 +199,46 @@ def test_packed_with_wrong_arguments():
         ours(rnn_utils.pack_sequence([torch.randn(3, 5).double()]))
 
 
+@pytest.mark.parametrize("options", MODES)
+def test_gradients_accumulate(options):
+    """Two batches before a step of the optimizer: no two gradients may be the same memory."""
+    results = []
+    for module in _pair(options):
+        torch.manual_seed(1)
+        for _ in range(3):
+            module(torch.randn(4, 3, 5))[0].square().sum().backward()
+        results.append([p.grad for p in module.parameters()])
+    _same(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("options", MODES)
+def test_carried_state_may_be_detached_in_place(options, steps):
+    """Truncated backpropagation as it is often written."""
+    losses = []
+    for module in _pair(options):
+        x, h, run = torch.randn(3, steps, 2, 5, generator=torch.Generator().manual_seed(0)), None, []
+        for part in x:
+            out, h = module(part.transpose(0, 1) if module.batch_first else part, h)
+            loss = out.square().mean()
+            loss.backward()
+            h.detach_()
+            run.append(loss.detach())
+        losses.append(run + [p.grad for p in module.parameters()])
+    _same(*losses)
+
+
+def test_the_output_is_kept_for_backward():
+    """As by torch.nn.RNN on cuDNN: whoever changes it in place before backward is told, not given wrong gradients."""
+    out, _ = RIN(5, 7)(torch.randn(4, 3, 5))
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.no_grad():
+        out, _ = RIN(5, 7)(torch.randn(4, 3, 5))
+        out.mul_(2)
+
+
 def test_dropout_draws_torchs_masks():
     ours, theirs = _pair({"num_layers": 3, "dropout": 0.5})
     x = torch.randn(6, 4, 5)
@@ -237,7 +277,11 @@ def test_errors_are_torchs(bad):
         with pytest.raises((RuntimeError, ValueError)) as info:
             module(x, hx)
         caught.append((info.type, str(info.value)))
-    assert caught[0] == caught[1]
+    if bad == "dtype":  # torch reworded this one after 2.6; both sides are named in any case
+        assert caught[0][0] is caught[1][0]
+        assert all("torch.float32" in text and "torch.float64" in text for _, text in caught)
+    else:
+        assert caught[0] == caught[1]
 
 
 def test_mixed_dtypes_and_devices_are_named():
@@ -286,7 +330,9 @@ def test_deepcopy_pickle_and_setstate(module):
     x = torch.randn(3, 5) if isinstance(module, RINCell) else torch.randn(4, 3, 5)
     expected = module(x)
     old = pickle.loads(pickle.dumps(module))
-    old.__setstate__(module.__getstate__())
+    state = module.__getstate__()
+    state.pop("proj_size", None)  # RNNBase supplies what pickles of its early releases lack
+    old.__setstate__(state)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), old):
         assert other.skip_factor == 0.5
         assert repr(other) == repr(module)
@@ -376,9 +422,28 @@ def test_casts(steps, cast):
                 torch.testing.assert_close(cast_cell(x[0].to(cast)).float(), expected_cell, rtol=0.02, atol=1e-4)
 
 
+def _add_one(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+
+
 def test_shared_memory_and_data_parallel_replicas():
+    """What another process does to shared weights is seen here by the next call, in the short way and the general."""
     module = RIN(5, 7).share_memory()
     assert all(p.is_shared() for p in module.parameters())
+    expected = copy.deepcopy(module)
+    _add_one(expected)
+    inputs = torch.randn(1, 1, 5), torch.randn(4, 9, 5)
+    with torch.no_grad():
+        before = [module(x)[0] for x in inputs]
+        child = torch.multiprocessing.get_context("fork").Process(target=_add_one, args=(module,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        for x, old in zip(inputs, before, strict=True):
+            assert torch.equal(module(x)[0], expected(x)[0])
+            assert not torch.equal(module(x)[0], old)
     x = torch.randn(1, 1, 5)
     with torch.no_grad():
         assert torch.equal(module(x)[0], copy.deepcopy(module)(x)[0])
@@ -390,6 +455,24 @@ def test_shared_memory_and_data_parallel_replicas():
         for p in doubled.parameters():
             p.mul_(2)
         torch.testing.assert_close(replica(x)[0], doubled(x)[0])
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_conversion_by_swapping_parameters(swap):
+    """torch.__future__ has a conversion that swaps parameters for converted ones under the same Python objects."""
+    ours, theirs = _pair({"num_layers": 2})
+    first = ours.weight_hh_l0
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        for module in (ours, theirs):
+            module.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert first is ours.weight_hh_l0
+    for steps in (1, 20):
+        x = torch.randn(steps, 3, 5, dtype=torch.float64)
+        with torch.no_grad():
+            _same(ours(x), theirs(x))
 
 
 def test_hooks_run_once():

@@ -211,7 +211,10 @@ class RIN(SkipModule, torch.nn.RNNBase):
             raise RuntimeError(f"input must be on the device of the weights, {weight.device}, got {input.device}")
         if hx is not None:
             directions = 2 if self.bidirectional else 1
-            self.check_hidden_size(hx, (self.num_layers * directions, batch, self.hidden_size))
+            # Not by check_hidden_size(), which torch.export of torch 2.6 does not see through.
+            expected = (self.num_layers * directions, batch, self.hidden_size)
+            if hx.size() != expected:
+                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.size())}")
             if hx.dtype != input.dtype and not autocast:
                 raise RuntimeError(f"hx must have the dtype of input, {input.dtype}, got {hx.dtype}")
             if hx.device != input.device:
@@ -261,7 +264,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
             if self.dropout and self.training and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
             states.append(h_n.view(batch, directions, self.hidden_size).transpose(0, 1))
-        return x, states[0].contiguous() if self.num_layers == 1 else torch.cat(states)
+        return x, torch.cat(states)  # of one layer too: code for torch.nn.RNN calls h_n.detach_(), no view allows that
 
     def _layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """W, U and b_ih + b_hh of a layer, its directions one after the other."""
@@ -270,10 +273,11 @@ class RIN(SkipModule, torch.nn.RNNBase):
             [getattr(self, name) for name in names]
             for names in self._all_weights[layer * directions : (layer + 1) * directions]
         ]
-        w_ih, w_hh, *biases = (
-            weights[0] if directions == 1 else [torch.cat(pair) for pair in zip(*weights, strict=True)]
-        )
-        return w_ih, w_hh, biases[0] + biases[1] if biases else None
+        # Biases are added before they are joined: the other way round the gradients of b_ih and b_hh would be two views
+        # of the same memory, and what is accumulated into one of them would be in the other too.
+        parts = [(w_ih, w_hh, biases[0] + biases[1]) if biases else (w_ih, w_hh) for w_ih, w_hh, *biases in weights]
+        w_ih, w_hh, *bias = parts[0] if directions == 1 else [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        return w_ih, w_hh, bias[0] if bias else None
 
 
 class RINCell(SkipModule, torch.nn.RNNCellBase):
