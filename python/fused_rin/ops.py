@@ -248,15 +248,15 @@ class Recurrence(torch.autograd.Function):
     # every call, for some 50 us. Transforms that need it never come here (see recurrence below).
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        sweep = torch.ops.fused_rin.sweep_forward if torch.compiler.is_compiling() else sweep_forward
-        output = sweep(*inputs)
+        output = sweep_forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
     backward = staticmethod(_backward)
 
 
-# The operator itself is differentiable too, so that an exported program can be trained on.
+# The operator itself is differentiable too: for compilers (torch.export of torch 2.6 cannot take an autograd.Function
+# over dynamic sizes), for tracers, and so that an exported program can be trained on.
 torch.library.register_autograd("fused_rin::sweep_forward", _backward, setup_context=_setup_context)
 
 
@@ -275,7 +275,7 @@ def recurrence(
     """(out, h_n) by the shortest way that fits: direct, through autograd, or through the registered operator."""
     arguments = (pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend)
     if torch.compiler.is_compiling():
-        return Recurrence.apply(*arguments)
+        return torch.ops.fused_rin.sweep_forward(*arguments)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         # vmap, per-sample gradients, forward-mode derivatives: no kernel has them, the reference does.
         return reference.recurrence(
