@@ -286,12 +286,14 @@ def test_errors_are_torchs(bad):
 
 def test_mixed_dtypes_and_devices_are_named():
     module, x = RIN(5, 7), torch.randn(4, 3, 5)
+    before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError, match=r"hx must have the dtype of input, torch.float32, got torch.float64"):
         module(x, torch.zeros(1, 3, 7).double())
     with pytest.raises(RuntimeError, match="input must be on the device of the weights, cpu, got meta"):
         module(x.to("meta"))
     with pytest.raises(RuntimeError, match="hx must be on the device of input, cpu, got meta"):
         module(x, torch.zeros(1, 3, 7, device="meta"))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     module.weight_hh_l0.data = module.weight_hh_l0.data.double()
     with pytest.raises(RuntimeError, match=r"weight_hh_l0 must have dtype torch.float32, got torch.float64"):
         module(x)
