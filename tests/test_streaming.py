@@ -286,7 +286,7 @@ def _median_us(call, rounds=15, calls=40):
 
 
 def test_overhead_of_a_step():
-    """Guards the order of magnitude only: the target, half of torch.nn.RNN's time, is `make bench-cpu`'s to show."""
+    """At most half of torch.nn.RNN's time, at most torch.nn.RNNCell's; the figures are `make bench-cpu`'s to show."""
     x, h = torch.randn(1, 1, 128), torch.rand(1, 1, 128)
     rin, rnn = RIN(128, 128), nn.RNN(128, 128, nonlinearity="relu")
     cell, rnn_cell = RINCell(128, 128), nn.RNNCell(128, 128, nonlinearity="relu")
@@ -294,6 +294,6 @@ def test_overhead_of_a_step():
         for _ in range(5):  # a machine that is busy for a moment is not a slow path
             ours, theirs = _median_us(lambda: rin(x, h)), _median_us(lambda: rnn(x, h))
             ours_cell, theirs_cell = _median_us(lambda: cell(x[0], h[0])), _median_us(lambda: rnn_cell(x[0], h[0]))
-            if ours < 0.9 * theirs and ours_cell < 1.2 * theirs_cell:
+            if ours < 0.5 * theirs and ours_cell < theirs_cell:
                 return
     pytest.fail(f"RIN {ours:.1f} us, nn.RNN {theirs:.1f}; RINCell {ours_cell:.1f} us, nn.RNNCell {theirs_cell:.1f}")
