@@ -59,7 +59,7 @@ $(COMPAT)/.deps: pyproject.toml constraints.txt
 
 compat: $(COMPAT)/.deps
 	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
-	$(COMPAT)/bin/python -m pytest compat
+	$(COMPAT)/bin/python -m pytest compat -rs
 
 # On a machine with a GPU, with the Python that has its torch: build, tests, sanitizer, latencies, benchmark, table, plot.
 gpu:
