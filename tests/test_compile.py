@@ -148,6 +148,11 @@ def test_onnx_runtime_runs_the_standard_operator_with_equal_outputs(options):
     kinds = [node.op_type for node in program.model.graph]
     assert kinds.count("RNN") == module.num_layers
     assert "MatMul" not in kinds
+    recurrent = [node.inputs[2].const_value.numpy() for node in program.model.graph if node.op_type == "RNN"]
+    for layer, matrices in enumerate(recurrent):
+        for matrix, names in zip(matrices, module._all_weights[layer * len(matrices) :], strict=False):
+            blocks = torch.block_diag(*getattr(module, names[1]).detach().chunk(module.num_heads))
+            numpy.testing.assert_array_equal(matrix, blocks + module.skip_factor * torch.eye(8))
     for shape in ((9, 3), (2, 7)):
         x, hx = torch.randn(*shape, 5), torch.randn(states, shape[batch], 8)
         with torch.no_grad():
