@@ -42,9 +42,10 @@ RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
     "best": {
         ("mnist", permute): {
             **{"standardize": True, "input_std": 0.2, "recurrent_std": 1e-3, "recurrent_init": "shift"},
-            **{"batch_size": 32, "learning_rate": 7e-4, "schedule": "cosine", "warmup": 0.1, "clip": 1.0},
+            **{"batch_size": 32, "schedule": "cosine", "warmup": 0.05, "clip": 1.0},
+            **{"learning_rate": 3e-3, "recurrent_rate": 0.03},
             **{"state_noise": 0.01 if permute else 0.1, "ema": 0.999},
-            **{"steps": (6 if permute else 10) * 1875, "log_every": 125, "eval_every": 1875, "checkpoint_every": 125},
+            **{"steps": 8 * 1875, "log_every": 125, "eval_every": 1875, "checkpoint_every": 125},
         }
         for permute in (False, True)
     }
