@@ -142,16 +142,22 @@ def test_packed_is_torchs(options, with_hx, enforce_sorted):
 
 
 def test_packed_computes_no_padding(monkeypatch):
-    """One sequence of 1,000 steps and 63 of one: 1,063 rows reach the sweep, not 64,000."""
-    from fused_rin import ops
+    """One sequence of 1,000 steps and 63 of one: 1,063 rows reach the kernels, not 64,000."""
+    from fused_rin import cpu, ops
 
     seen = []
-    original = ops.sweep_forward
-    monkeypatch.setattr(ops, "sweep_forward", lambda pre, *rest: (seen.append(pre.shape), original(pre, *rest))[1])
+
+    def spy(original):
+        return lambda x, *rest, **options: (seen.append(tuple(x.shape)), original(x, *rest, **options))[1]
+
+    for module, name in ((cpu, "layer_forward"), (ops, "sweep_forward")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
     packed = rnn_utils.pack_sequence([torch.randn(n, 3) for n in [1000] + [1] * 63])
-    with torch.no_grad():
-        RIN(3, 4, num_layers=2)(packed)
-    assert seen == [(1063, 1, 4)] * 2
+    for backend, shapes in (("auto", [(1063, 3), (1063, 4)]), ("reference", [(1063, 1, 4)] * 2)):
+        seen.clear()
+        with torch.no_grad():
+            RIN(3, 4, num_layers=2, backend=backend)(packed)
+        assert seen == shapes
 
 
 def test_packed_with_wrong_arguments():

@@ -194,7 +194,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.permute(1, 2, 0) @ b.transpose(0, 1)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may read it: fake, functional and other wrapped tensors have no data to point at."""
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
@@ -203,7 +203,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Whether somebody records operators from plain tensors: torch.jit.trace, make_fx, any TorchDispatchMode.
 
     What a kernel writes behind its back would be missing from the record, silently.
@@ -217,14 +217,15 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tup
     arguments = (grad_out, grad_h_n, weight, out, lengths, offsets, resets)
     if grad_out is None and grad_h_n is None:
         return (None,) * 10
-    if torch.compiler.is_compiling() or not _is_plain(out):
+    if torch.compiler.is_compiling() or not is_plain(out):
         sweep = torch.ops.fused_rin.sweep_backward
         grad_pre, grad_h0 = sweep(*arguments, skip, activation, num_reversed, backend)
-    elif torch.is_grad_enabled():
-        # A graph of this backward is asked for. It depends on pre through `out` alone, which is part of the graph.
+    elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        # A graph of this backward is asked for (it depends on pre through `out` alone, which is part of the graph), or
+        # gradients are batched.
         grad_pre, grad_h0 = reference.backward(*arguments, skip=skip, activation=activation, num_reversed=num_reversed)
     else:
-        direct = torch.ops.fused_rin.sweep_backward if _is_observed() else sweep_backward
+        direct = torch.ops.fused_rin.sweep_backward if is_observed() else sweep_backward
         grad_pre, grad_h0 = direct(*arguments, skip, activation, num_reversed, backend)
     needs = ctx.needs_input_grad
     grad_weight = weight_gradient(grad_pre, out, h0, lengths, offsets, resets, num_reversed) if needs[1] else None
@@ -289,7 +290,7 @@ def recurrence(
             activation=activation,
             num_reversed=num_reversed,
         )
-    if not (_is_plain(pre) and _is_plain(weight)) or _is_observed():
+    if not (is_plain(pre) and is_plain(weight)) or is_observed():
         return torch.ops.fused_rin.sweep_forward(*arguments)
     if torch.is_grad_enabled() and (pre.requires_grad or weight.requires_grad or (h0 is not None and h0.requires_grad)):
         return Recurrence.apply(*arguments)

@@ -38,7 +38,7 @@ _empty, _empty_like = torch.empty, torch.empty_like
 _Parameter = torch.nn.Parameter
 
 
-def _unobserved(backend: str) -> bool:
+def unobserved(backend: str) -> bool:
     """Whether nothing has to see operators here: no tracer, transform, mode or autocast, and the CPU backend's turn."""
     return (
         backends.requested(backend) in ("auto", "cpu")
@@ -100,7 +100,7 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
     """A few steps of all layers of a unidirectional RIN; shapes as in RIN.forward."""
     if type(input) is not Tensor:
         return _leaf(module, input, hx)
-    if not _unobserved(module.backend):
+    if not unobserved(module.backend):
         return None
     shape, dtype, hidden, layers = input.shape, input.dtype, module.hidden_size, module.num_layers
     # Sizes one by one: a slice of a torch.Size takes 0.5 us, a tuple makes torch.empty 0.7 us slower.
@@ -174,7 +174,7 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     """One step of a RINCell; shapes as in RINCell.forward."""
     if type(input) is not Tensor:
         return _leaf(module, input, hx)
-    if not _unobserved(module.backend):
+    if not unobserved(module.backend):
         return None
     shape, dtype, inputs, hidden = input.shape, input.dtype, module.input_size, module.hidden_size
     if len(shape) == 2:

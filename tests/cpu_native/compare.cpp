@@ -83,7 +83,7 @@ bool check(DType dtype, const Shape& s, const Kernels& kernels, double allowed) 
     p.dtype = dtype, p.activation = Activation::kReLU, p.backward = backward, p.skip = 0.75;
     p.weight = u.data(), p.in = backward ? grad.data() : pre.data(), p.saved = h.data(), p.state_in = state.data();
     p.out = out.data(), p.state_out = end.data();
-    sweep_cpu(p, kernels, 2);
+    sweep_cpu(p, nullptr, kernels, 2);
     plain(s, backward, p.skip, wide(u), wide(backward ? grad : pre), wide(h), wide(state), want, want_end);
     const double error = std::fmax(worst(out, want), worst(end, want_end));
     good = good && error <= allowed;
