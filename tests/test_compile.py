@@ -110,9 +110,10 @@ def test_export_with_dynamic_dimensions(options):
     states = module.num_layers * (2 if module.bidirectional else 1)
     dim = {time: torch.export.Dim("time", min=2), batch: torch.export.Dim("batch", min=2)}
     program = torch.export.export(
-        module, (torch.randn(6, 4, 5, dtype=dtype), torch.zeros(states, 6 if module.batch_first else 4, 8, dtype=dtype)),
+        module,
+        (torch.randn(6, 4, 5, dtype=dtype), torch.zeros(states, 6 if module.batch_first else 4, 8, dtype=dtype)),
         dynamic_shapes=(dim, {1: dim[batch]}),
-    )  # fmt: skip
+    )
     again = program.module()
     for shape in ((9, 3), (2, 7)):
         x = torch.randn(*shape, 5, dtype=dtype, requires_grad=True)
