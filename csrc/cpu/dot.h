@@ -68,11 +68,8 @@ struct Nonzero {
   int64_t begin[kMaxChunks + 1];
   bool worthwhile;  // enough zeros to be worth skipping
 
-  // Counted first, a vector at a time: where few are zero, listing the others would take a tenth of a step.
   template <class S>
   void find(const S* x, const Layout& l) {
-    worthwhile = count_zeros(x, l.depth) * 8 >= l.depth;
-    if (!worthwhile) return;
     int64_t count = 0;
     for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
       begin[chunk] = count;
@@ -83,17 +80,7 @@ struct Nonzero {
       }
     }
     begin[l.chunks] = count;
-  }
-
-  template <class S>
-  static int64_t count_zeros(const S* x, int64_t count) {
-    constexpr int64_t kLanes = VecOf<S>::kLanes;
-    typename VecOf<S>::Bits minus{};  // a comparison gives 0 or -1
-    int64_t i = 0, zeros = 0;
-    for (; i + kLanes <= count; i += kLanes) minus += load(x + i) == 0;
-    for (; i < count; ++i) zeros += x[i] == 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) zeros -= minus[lane];
-    return zeros;
+    worthwhile = count * 8 <= l.depth * 7;
   }
 };
 

@@ -71,8 +71,10 @@ def describe(
         "outputs": f"{plan['threads']} threads that share the outputs and meet once a step",
     }[plan["sharing"]]
     scalar = "float64" if dtype == torch.float64 else "float32"
+    # Several recurrences have their gradients from products over all steps (see layer.py).
+    products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
     return (
-        f"{plan['isa']}, {sharing}; U packed once per call as {plan['blocks']} panel(s) over {plan['vectors']} "
+        f"{plan['isa']}, {sharing}{products}; U packed once per call as {plan['blocks']} panel(s) over {plan['vectors']} "
         f"vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
     )
 
