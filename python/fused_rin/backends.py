@@ -168,7 +168,8 @@ def explain(
         input_size: of a layer, which on a CPU makes its input product and its gradients step by step as well (outside
             compilers, tracers and autocast); 0 for the bare recurrence.
 
-    Raises ValueError for a shape of another rank or a negative input_size, and BackendError if the backend named cannot run the problem.
+    Raises ValueError for a shape of another rank or a negative input_size, and BackendError if the backend named cannot
+    run the problem.
     """
     if isinstance(problem, Tensor):
         dtype, device, problem = problem.dtype, problem.device, tuple(problem.shape)

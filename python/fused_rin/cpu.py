@@ -74,8 +74,8 @@ def describe(
     # Several recurrences have their gradients from products over all steps (see layer.py).
     products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
     return (
-        f"{plan['isa']}, {sharing}{products}; U packed once per call as {plan['blocks']} panel(s) over {plan['vectors']} "
-        f"vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
+        f"{plan['isa']}, {sharing}{products}; U packed once per call as {plan['blocks']} panel(s) over "
+        f"{plan['vectors']} vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
     )
 
 
