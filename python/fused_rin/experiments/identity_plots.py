@@ -163,7 +163,7 @@ def _optimizers(cells: list[Cell]) -> list[str]:
 
 
 def _panels(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(0.8 + 2.5 * columns, 1.0 + 1.7 * rows), layout="constrained")
+    figure = Figure(figsize=(0.8 + 2.5 * columns, 1.0 + 1.7 * rows), dpi=88, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex="row" if rows == 1 else False)
     figure.suptitle(title)
     return figure, axes.tolist()
