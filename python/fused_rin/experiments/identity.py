@@ -122,8 +122,12 @@ def first_model(task: Classification, trial: Trial, plan: Plan) -> nn.Module:
     or, where V decays, V = U + I.
     """
     model = plan.to_settings(trial.task, trial.seed).build_model(task)
-    if trial.arm == "v-decay":
-        model.rnn = RIN.from_rnn(model.rnn.to_rnn(), skip=0.0)
+    return to_v_form(model) if trial.arm == "v-decay" else model
+
+
+def to_v_form(model: nn.Module) -> nn.Module:
+    """The same function of the same weights, with V = U + I as its parameter."""
+    model.rnn = RIN.from_rnn(model.rnn.to_rnn(), skip=0.0)
     return model
 
 

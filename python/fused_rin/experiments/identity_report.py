@@ -33,7 +33,8 @@ def summarise(trials: Iterable[list[dict[str, Any]]], budget: float) -> str:
     cells: dict[tuple[Any, ...], list[list[dict[str, Any]]]] = {}
     for records in trials:
         cells.setdefault(tuple(records[0][name] for name in KEY), []).append(records)
-    plans = {name: {"sizes": plan.sizes, "updates": plan.updates} for name, plan in PLANS.items()}
+    ran = {key[0] for key in cells}
+    plans = {name: {"sizes": plan.sizes, "updates": plan.updates} for name, plan in PLANS.items() if name in ran}
     head = json.dumps({"format": FORMAT, "version": VERSION, "budget": budget, "plans": plans})
     lines = ",\n".join(json.dumps(_cell(key, runs)) for key, runs in cells.items())
     return f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'
@@ -75,6 +76,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not a results file of fused-rin experiment identity-prior")
     if content.get("version") != VERSION:
         raise UserError(f"{path}: results version {content.get('version')}, expected {VERSION}")
+    if not content.get("cells"):
+        raise UserError(f"{path}: is damaged: it has no cells")
     return content
 
 
