@@ -201,19 +201,25 @@ def _experiment(options: argparse.Namespace) -> int:
 def _add_diagnose(commands: Any) -> None:
     parser = commands.add_parser(
         "diagnose",
-        help="gradients over time, eigenvalues, dead units of a trained model",
-        description="Look into a trained model: gradients over time, estimation error, eigenvalues, dead units.",
+        help="gradients over time, eigenvalues, dead units of trained models",
+        description="Look into trained models: gradients over time, estimation error, eigenvalues, dead units.",
     )
     parser.set_defaults(run=_diagnose)
-    parser.add_argument("checkpoint", type=Path, help="the checkpoint.pt of a run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the checkpoint")
+    parser.add_argument("checkpoint", type=Path, nargs="*", help="the checkpoint.pt of a run folder; several compare")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the first checkpoint")
     parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+    parser.add_argument("--first", action="store_true", help="look at the weights before the first update instead")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: pictures of a diagnostics.json")
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from .diagnose import diagnose
+    from .diagnose import diagnose, redraw
 
-    return diagnose(options.checkpoint, options.out, options.data_dir)
+    if bool(options.checkpoint) == bool(options.draw):
+        raise UserError("diagnose needs a checkpoint, or --draw FILE; not both")
+    if options.draw:
+        return redraw(options.draw, options.out or options.draw.parent)
+    return diagnose(options.checkpoint, options.out, options.data_dir, options.first)
 
 
 def _add_download(commands: Any) -> None:
