@@ -104,9 +104,7 @@ def test_a_diverged_trial_is_in_the_table(tmp_path):
     trial = dict(zip(identity_report.KEY, ("digits", "sgd", 90, "none", "", 0.0, 0.0), strict=True))
     text = identity_report.summarise([[{**trial, "seed": 0, "step": 3, "diverged": True, "last": True}]], 1.0)
     (tmp_path / "results.json").write_text(text)
-    assert "diverged (1 of 1 diverged)" in identity_report.table(
-        identity_report.read_results(tmp_path / "results.json")
-    )
+    assert "| diverged (1 of 1) |" in identity_report.table(identity_report.read_results(tmp_path / "results.json"))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,8 @@ def test_folders_and_files_of_something_else_are_refused(finished, tmp_path, cap
         ("{", "is damaged or not a results file"),
         ("[]", "is not a results file of"),
         ('{"format": "fused-rin identity-prior results", "version": 9}', "results version 9, expected 1"),
-        ('{"format": "fused-rin identity-prior results", "version": 1}', "is damaged"),
+        ('{"format": "fused-rin identity-prior results", "version": 1}', "is damaged: it has no cells"),
+        ('{"format": "fused-rin identity-prior results", "version": 1, "cells": [{}]}', "is damaged: KeyError"),
     ):
         (tmp_path / "results.json").write_text(content)
         assert call(tmp_path / "drawn", "--draw", tmp_path / "results.json") == 2

@@ -89,10 +89,13 @@ def experiment(
 def redraw(results: Path, out: Path) -> int:
     """Writes table.md and the pictures of a results file into `out`; runs nothing. Returns the exit code."""
     content = read_results(results)
+    try:
+        text, figures = table(content) + "\n", draw(content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{results}: is damaged: {error!r}") from error
     with reporting(out, "write the table"):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "table.md", (table(content) + "\n").encode())
-    figures = draw(content)
+        write_atomically(out / "table.md", text.encode())
     for name, figure in figures.items():
         save_figure(figure, out / f"{name}.png")
     print(f"{len(content['cells'])} cells of the table: {out / 'table.md'}; {len(figures)} pictures beside it")

@@ -13,7 +13,7 @@ from .identity_report import Cell, groups, mean, select
 COLOURS = {"none": "black", "small-rate": "grey", "u-decay": "C0", "v-decay": "C3"}
 NAMES = {
     "none": "no decay",
-    "small-rate": "no decay, 1/4 of the rate",
+    "small-rate": "no decay, 1/4 of the rate, 4x the updates",
     "u-decay": "decay of U",
     "v-decay": "decay of V",
 }
@@ -32,8 +32,9 @@ def draw(content: dict[str, Any]) -> dict[str, Figure]:
     figures = {}
     for task in dict.fromkeys(task for task, _ in groups(content)):
         figures[f"{task}-strength"] = draw_strengths(content, task)
-        figures[f"{task}-training"] = draw_training(content, task)
-        figures[f"{task}-over-time"] = draw_over_time(content, task)
+        if any("last" in cell for cell in _largest(content, task)):
+            figures[f"{task}-training"] = draw_training(content, task)
+            figures[f"{task}-over-time"] = draw_over_time(content, task)
     if prior := draw_priors(content):
         figures["prior"] = prior
     return figures

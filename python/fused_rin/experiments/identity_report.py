@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,29 +130,30 @@ def mean(cell: Cell, name: str) -> float:
     return statistics.fmean(cell["last"][name]) if "last" in cell else float("nan")
 
 
-def _grid(cells: list[Cell], show: Any) -> list[str]:
+def _grid(cells: list[Cell], show: Callable[[Cell], str]) -> list[str]:
+    """A row for every decay, a column for every N; a prior is one row, though its strength differs by N."""
     sizes = sorted({cell["samples"] for cell in cells})
-    rows: dict[tuple[str, str, float, float], dict[int, Cell]] = {}
-    for cell in cells:  # a prior is one row, though its strength is another for every N
+    rows: dict[tuple[str, str, float, float], dict[int, str]] = {}
+    for cell in cells:
         row = (cell["arm"], cell["form"], cell["prior"], 0.0 if cell["prior"] else cell["strength"])
-        rows.setdefault(row, {})[cell["samples"]] = cell
+        rows.setdefault(row, {sizes[0]: "the constant"} if cell["prior"] else {})[cell["samples"]] = show(cell)
     lines = ["| arm | form | strength | " + " | ".join(f"N = {size:,}" for size in sizes) + " |"]
     lines.append("|---" * (3 + len(sizes)) + "|")
-    for (arm, form, prior, strength), found in sorted(rows.items()):
+    for (arm, form, prior, strength), texts in sorted(rows.items()):
         text = f"prior, {prior:g} at N = {sizes[0]:,}" if prior else f"{strength:g}" if form else ""
-        texts = [show(found[size]) if size in found else "the constant" if prior else "" for size in sizes]
-        lines.append(f"| {arm} | {form} | {text} | " + " | ".join(texts) + " |")
+        lines.append(f"| {arm} | {form} | {text} | " + " | ".join(texts.get(size, "") for size in sizes) + " |")
     return lines
 
 
 def _outcome(cell: Cell) -> str:
-    lost = f" ({cell['diverged']} of {len(cell['seeds'])} diverged)" if cell["diverged"] else ""
+    lost = f"diverged ({cell['diverged']} of {len(cell['seeds'])})" if cell["diverged"] else ""
     if "last" not in cell:
-        return f"diverged{lost}"
+        return lost
     values = [100 * value for value in cell["last"]["accuracy"]]
     spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
     accuracy = f"{statistics.fmean(values):.1f}{spread}"
-    return f"{accuracy} · {mean(cell, 'distance'):.2f} · {mean(cell, 'radius'):.2f}{lost}"
+    outcome = f"{accuracy} · {mean(cell, 'distance'):.2f} · {mean(cell, 'radius'):.2f}"
+    return f"{outcome}; {lost}" if lost else outcome
 
 
 def _pull(cell: Cell, free: dict[int, Cell]) -> str:
