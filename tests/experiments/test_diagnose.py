@@ -6,7 +6,8 @@ import pytest
 import torch
 from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.cli import main
-from fused_rin.experiments.diagnose import draw, read_diagnostics
+from fused_rin.experiments.diagnose import FORMAT, VERSION, draw
+from fused_rin.experiments.files import read_results
 from fused_rin.experiments.settings import Settings
 from fused_rin.experiments.training import Trainer
 
@@ -31,6 +32,10 @@ def test_diagnoses_a_trained_model(tiny_run, capsys, model):
     assert pictures == (plain if model == "lstm" else plain | {"eigenvalues"})
 
 
+def read(path):
+    return read_results(path, FORMAT, VERSION, "networks")["networks"]
+
+
 def call(*arguments):
     with pytest.raises(SystemExit) as end:
         main(["diagnose", *map(str, arguments)])
@@ -52,7 +57,7 @@ def trained(tiny_run):
 def test_the_numbers_are_those_of_the_trained_network(trained, tmp_path):
     checkpoint = trained()
     assert call(checkpoint, "--out", tmp_path / "out") == 0
-    (network,) = read_diagnostics(tmp_path / "out" / "diagnostics.json")
+    (network,) = read(tmp_path / "out" / "diagnostics.json")
     content = read_checkpoint(checkpoint)
     settings = Settings.from_dict(content["settings"])
     task = settings.build_task()
@@ -75,7 +80,7 @@ def test_the_numbers_are_those_of_the_trained_network(trained, tmp_path):
 def test_several_networks_are_compared_and_drawn_again(trained, tmp_path, capsys):
     checkpoints = [trained("a"), trained("b"), trained("c", model="lstm")]
     assert call(*checkpoints, "--out", tmp_path / "out") == 0
-    networks = read_diagnostics(tmp_path / "out" / "diagnostics.json")
+    networks = read(tmp_path / "out" / "diagnostics.json")
     assert [network["name"] for network in networks] == ["rin, step 24", "rin, step 24", "lstm, step 24"]
     figures = draw(networks)
     labels = [text.get_text() for text in figures["gradients"].axes[0].get_legend().get_texts()]
@@ -85,7 +90,7 @@ def test_several_networks_are_compared_and_drawn_again(trained, tmp_path, capsys
     for path in (tmp_path / "out").glob("*.png"):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert call(checkpoints[0], "--first", "--out", tmp_path / "first") == 0
-    (first,) = read_diagnostics(tmp_path / "first" / "diagnostics.json")
+    (first,) = read(tmp_path / "first" / "diagnostics.json")
     assert first["name"] == "rin, step 0"
     assert first["gradient_norms"] != networks[0]["gradient_norms"]
     values = first["eigenvalues"]["rnn.weight_hh_l0"]  # I + U with U from N(0, 0.001^2)
@@ -131,11 +136,11 @@ def test_damaged_checkpoints_end_in_one_line(trained, tmp_path, capsys, damage, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged or not a diagnostics file"),
-        ("{}", "is not a diagnostics.json"),
-        ('{"format": "fused-rin diagnostics", "version": 2}', "diagnostics version 2, expected 1"),
+        ("{", "is damaged or not a results file"),
+        ("{}", "is not a file of fused-rin diagnostics"),
+        ('{"format": "fused-rin diagnostics", "version": 2}', "version 2, expected 1"),
         ('{"format": "fused-rin diagnostics", "version": 1, "networks": [{}]}', "is damaged"),
-        (None, "cannot read the diagnostics"),
+        (None, "cannot read the results"),
     ],
 )
 def test_what_is_no_diagnostics_file_is_not_drawn(tmp_path, capsys, content, message):

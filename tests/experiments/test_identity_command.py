@@ -7,11 +7,16 @@ import pytest
 from experiment_helpers import needs
 from fused_rin.experiments import identity_folder, identity_plots, identity_report
 from fused_rin.experiments.cli import main
+from fused_rin.experiments.files import read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMITTED = REPOSITORY / "benchmarks" / "results" / "identity-prior"
 PICTURES = REPOSITORY / "docs" / "pictures" / "identity-prior"
 SOME = ["--only", "digits-sgd-N[93]*", "--budget", "0.02", "--threads", "1"]  # N = 90 and 360, 8 updates
+
+
+def read(path):
+    return read_results(path, identity_report.FORMAT, identity_report.VERSION, "cells")
 
 
 def call(out, *more):
@@ -39,7 +44,7 @@ def test_writes_records_results_table_and_pictures(finished):
     records = [json.loads(line) for line in (finished / "records.jsonl").read_text().splitlines()]
     assert sum(record.get("last", False) for record in records) == 2 * (8 + 10)
     assert all(0 <= record["accuracy"] <= 1 and record["distance"] > 0 for record in records)
-    content = identity_report.read_results(finished / "results.json")
+    content = read(finished / "results.json")
     assert len(content["cells"]) == 18
     for cell in content["cells"]:
         mine = [r for r in records if r.get("last") and all(r[name] == cell[name] for name in identity_report.KEY)]
@@ -104,7 +109,9 @@ def test_a_diverged_trial_is_in_the_table(tmp_path):
     trial = dict(zip(identity_report.KEY, ("digits", "sgd", 90, "none", "", 0.0, 0.0), strict=True))
     text = identity_report.summarise([[{**trial, "seed": 0, "step": 3, "diverged": True, "last": True}]], 1.0)
     (tmp_path / "results.json").write_text(text)
-    assert "| diverged (1 of 1) |" in identity_report.table(identity_report.read_results(tmp_path / "results.json"))
+    assert call(tmp_path, "--draw", tmp_path / "results.json") == 0
+    assert "| diverged (1 of 1) |" in (tmp_path / "table.md").read_text()
+    assert [path.stem for path in tmp_path.glob("*.png")] == ["digits-strength"]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +148,8 @@ def test_folders_and_files_of_something_else_are_refused(finished, tmp_path, cap
     assert "records.jsonl: line 1 is damaged" in capsys.readouterr().err
     for content, message in (
         ("{", "is damaged or not a results file"),
-        ("[]", "is not a results file of"),
-        ('{"format": "fused-rin identity-prior results", "version": 9}', "results version 9, expected 1"),
+        ("[]", "is not a file of fused-rin identity-prior results"),
+        ('{"format": "fused-rin identity-prior results", "version": 9}', "version 9, expected 1"),
         ('{"format": "fused-rin identity-prior results", "version": 1}', "is damaged: it has no cells"),
         ('{"format": "fused-rin identity-prior results", "version": 1, "cells": [{}]}', "is damaged: KeyError"),
     ):
@@ -158,12 +165,12 @@ def test_mnist_rows_are_run_as_well(tmp_path, monkeypatch):
 
     only = ["--only", "mnist-rows-adam-N300-none-*", "--budget", "0.005", "--data-dir", REAL]
     assert call(tmp_path / "run", *only, "--seeds", 1) == 0
-    content = identity_report.read_results(tmp_path / "run" / "results.json")
+    content = read(tmp_path / "run" / "results.json")
     assert [cell["samples"] for cell in content["cells"]] == [300]
 
 
 def test_the_committed_page_is_what_the_committed_results_give():
-    content = identity_report.read_results(COMMITTED / "results.json")
+    content = read(COMMITTED / "results.json")
     assert content["budget"] == 1
     assert (COMMITTED / "results.json").stat().st_size < 300_000
     table = identity_report.table(content)

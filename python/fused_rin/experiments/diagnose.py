@@ -14,7 +14,7 @@ from fused_rin import diagnostics
 
 from .checkpoints import check_model_state, read_checkpoint
 from .errors import UserError
-from .files import reporting, write_atomically
+from .files import read_results, reporting, write_atomically
 from .plots import save_figure
 from .settings import Settings
 
@@ -79,9 +79,9 @@ def measure(checkpoint: Path, data_dir: str = "", first: bool = False) -> dict[s
 
 def redraw(path: Path, out: Path) -> int:
     """Draws the pictures of a diagnostics.json into `out`; measures nothing. Returns the exit code."""
-    networks = read_diagnostics(path)
+    content = read_results(path, FORMAT, VERSION, "networks")
     try:
-        figures = draw(networks)
+        figures = draw(content["networks"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: is damaged: {error!r}") from error
     with reporting(out, "write the pictures"):
@@ -90,23 +90,6 @@ def redraw(path: Path, out: Path) -> int:
         save_figure(figure, out / f"{title}.png")
     print(f"Pictures of {path}: {', '.join(figures)} in {out}")
     return 0
-
-
-def read_diagnostics(path: Path) -> list[dict[str, Any]]:
-    """The networks of a diagnostics.json. Raises UserError when it is missing or none."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the diagnostics: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged or not a diagnostics file: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a diagnostics.json of fused-rin diagnose")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: diagnostics version {content.get('version')}, expected {VERSION}")
-    if not isinstance(content.get("networks"), list) or not content["networks"]:
-        raise UserError(f"{path}: is damaged: it has no networks")
-    return content["networks"]
 
 
 def draw(networks: Sequence[dict[str, Any]]) -> dict[str, Figure]:

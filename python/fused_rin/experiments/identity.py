@@ -134,10 +134,9 @@ def to_v_form(model: nn.Module) -> nn.Module:
 def make_optimizer(model: nn.Module, trial: Trial, plan: Plan) -> torch.optim.Optimizer:
     """The optimizer of a trial, in which only the recurrent matrix decays."""
     if trial.arm == "v-decay":
-        names = {True: [], False: []}
-        for name, weight in model.named_parameters():
-            names["weight_hh" in name].append(weight)
-        groups = [{"params": names[True], "weight_decay": trial.strength}, {"params": names[False]}]
+        matrices = [weight for name, weight in model.named_parameters() if "weight_hh" in name]
+        others = [weight for name, weight in model.named_parameters() if "weight_hh" not in name]
+        groups = [{"params": matrices, "weight_decay": trial.strength}, {"params": others}]
     else:
         groups = param_groups(model, identity_decay=trial.strength)
     optimizer = OPTIMIZERS[trial.optimizer](groups, lr=plan.rates[trial.optimizer])

@@ -14,10 +14,8 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from .errors import UserError
 from .identity import PLANS
 
 FORMAT = "fused-rin identity-prior results"
@@ -62,23 +60,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The content of a results file. Raises UserError when it is missing or none."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the results: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged or not a results file: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a results file of fused-rin experiment identity-prior")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: results version {content.get('version')}, expected {VERSION}")
-    if not content.get("cells"):
-        raise UserError(f"{path}: is damaged: it has no cells")
-    return content
 
 
 def table(content: dict[str, Any]) -> str:
