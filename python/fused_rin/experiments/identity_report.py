@@ -12,11 +12,12 @@ A results file holds one cell for every (task, optimizer, samples, arm, form, st
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .identity import PLANS
+from .identity import PLANS, STRENGTHS
 
 FORMAT = "fused-rin identity-prior results"
 VERSION = 1
@@ -64,7 +65,7 @@ def _short(value: float) -> float:
 
 def table(content: dict[str, Any]) -> str:
     """All cells: accuracy, distance from the identity and spectral radius; and what becomes of a prior."""
-    lines = [note(content)]
+    lines = [note(content), "", "## At a glance", "", *_glance(content)]
     for task, optimizer in groups(content):
         cells = select(content, task=task, optimizer=optimizer)
         lines += [
@@ -85,6 +86,24 @@ def table(content: dict[str, Any]) -> str:
         free = {c["samples"]: c for c in select(content, task=task, optimizer=optimizer, arm="none")}
         lines += ["", f"### {task}, {optimizer}", "", *_grid(cells, lambda cell, free=free: _pull(cell, free))]
     return "\n".join(lines)
+
+
+def _glance(content: dict[str, Any]) -> list[str]:
+    """Accuracy without decay, and what every arm adds to it; decay as penalty, constant strengths."""
+    arms = [("small-rate", 0.0), *((arm, s) for arm in ("u-decay", "v-decay") for s in STRENGTHS["penalty"])]
+    heads = [f"{arm} {strength:g}" if strength else arm for arm, strength in arms]
+    lines = ["Test accuracy % without decay (range over the seeds), and percentage points from there (penalty)", ""]
+    lines.append("| task | optimizer | N | none | " + " | ".join(heads) + " |")
+    lines.append("|---" * (4 + len(heads)) + "|")
+    for free in select(content, arm="none"):
+        here = select(content, **{name: free[name] for name in ("task", "optimizer", "samples")}, prior=0.0)
+        texts = [_accuracy(free)]
+        for arm, strength in arms:
+            found = [c for c in here if (c["arm"], c["strength"]) == (arm, strength) and c["form"] != "decoupled"]
+            gain = 100 * (mean(found[0], "accuracy") - mean(free, "accuracy")) if found else math.nan
+            texts.append("" if math.isnan(gain) else f"{gain:+.1f}")
+        lines.append(f"| {free['task']} | {free['optimizer']} | {free['samples']:,} | " + " | ".join(texts) + " |")
+    return lines
 
 
 def note(content: dict[str, Any]) -> str:
@@ -108,7 +127,7 @@ def select(content: dict[str, Any], **wanted: Any) -> list[Cell]:
 
 def mean(cell: Cell, name: str) -> float:
     """Of a quantity at the end, over the seeds; NaN where all diverged."""
-    return statistics.fmean(cell["last"][name]) if "last" in cell else float("nan")
+    return statistics.fmean(cell["last"][name]) if "last" in cell else math.nan
 
 
 def _grid(cells: list[Cell], show: Callable[[Cell], str]) -> list[str]:
@@ -126,15 +145,19 @@ def _grid(cells: list[Cell], show: Callable[[Cell], str]) -> list[str]:
     return lines
 
 
-def _outcome(cell: Cell) -> str:
+def _accuracy(cell: Cell) -> str:
     lost = f"diverged ({cell['diverged']} of {len(cell['seeds'])})" if cell["diverged"] else ""
     if "last" not in cell:
         return lost
     values = [100 * value for value in cell["last"]["accuracy"]]
     spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
-    accuracy = f"{statistics.fmean(values):.1f}{spread}"
-    outcome = f"{accuracy} · {mean(cell, 'distance'):.2f} · {mean(cell, 'radius'):.2f}"
-    return f"{outcome}; {lost}" if lost else outcome
+    return f"{statistics.fmean(values):.1f}{spread}" + (lost and f" {lost}")
+
+
+def _outcome(cell: Cell) -> str:
+    if "last" not in cell:
+        return _accuracy(cell)
+    return f"{_accuracy(cell)} · {mean(cell, 'distance'):.2f} · {mean(cell, 'radius'):.2f}"
 
 
 def _pull(cell: Cell, free: dict[int, Cell]) -> str:
