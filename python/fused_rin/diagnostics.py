@@ -132,7 +132,7 @@ def draw_eigenvalues(values: Mapping[str, Tensor]) -> Figure:
     axis.set_aspect("equal")
     axis.set_xlabel("real part")
     axis.set_ylabel("imaginary part")
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below: points may be anywhere
     return figure
 
 

@@ -1,6 +1,7 @@
 """The command writes numbers and pictures of a checkpoint, and refuses what is none."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +157,17 @@ def test_nothing_or_both_are_refused(tmp_path, capsys):
     assert call() == 2
     assert call(tmp_path / "a.pt", "--draw", tmp_path / "b.json") == 2
     assert "needs a checkpoint, or --draw FILE; not both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["first", "trained"])
+def test_the_committed_page_is_what_the_committed_results_give(moment):
+    repository = Path(__file__).resolve().parents[2]
+    networks = read(repository / "benchmarks" / "results" / "diagnostics" / f"{moment}.json")
+    steps = {"first": 0, "trained": 2200}
+    assert [n["name"] for n in networks] == [f"{m}, step {steps[moment]}" for m in ("rin", "irnn", "rnn", "lstm")]
+    assert {len(network["gradient_norms"]) for network in networks} == {200}
+    page = (repository / "docs" / "diagnostics.md").read_text()
+    for name in draw(networks):
+        picture = repository / "docs" / "diagnostics" / moment / f"{name}.png"
+        assert 10_000 < picture.stat().st_size < 150_000
+        assert f"(diagnostics/{moment}/{name}.png)" in page

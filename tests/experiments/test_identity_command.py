@@ -10,8 +10,8 @@ from fused_rin.experiments.cli import main
 from fused_rin.experiments.files import read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMITTED = REPOSITORY / "benchmarks" / "results" / "identity-prior"
-PICTURES = REPOSITORY / "docs" / "pictures" / "identity-prior"
+RESULTS = REPOSITORY / "benchmarks" / "results" / "identity-prior" / "results.json"
+PAGE = REPOSITORY / "docs" / "identity-prior.md"
 SOME = ["--only", "digits-sgd-N[93]*", "--budget", "0.02", "--threads", "1"]  # N = 90 and 360, 8 updates
 
 
@@ -170,14 +170,15 @@ def test_mnist_rows_are_run_as_well(tmp_path, monkeypatch):
 
 
 def test_the_committed_page_is_what_the_committed_results_give():
-    content = read(COMMITTED / "results.json")
+    content = read(RESULTS)
     assert content["budget"] == 1
-    assert (COMMITTED / "results.json").stat().st_size < 300_000
+    assert RESULTS.stat().st_size < 300_000
     table = identity_report.table(content)
-    assert (COMMITTED / "table.md").read_text() == table + "\n"
-    page = (REPOSITORY / "docs" / "identity-prior.md").read_text()
+    folder, page = PAGE.with_suffix(""), PAGE.read_text()
+    assert (folder / "table.md").read_text() == table + "\n"
     for name in identity_plots.draw(content):
-        assert (PICTURES / f"{name}.png").stat().st_size < 150_000
-        assert f"pictures/identity-prior/{name}.png" in page
-    quoted = [line for line in page.splitlines() if line.startswith("| ") and "decay |" in line]
+        assert 10_000 < (folder / f"{name}.png").stat().st_size < 150_000
+        assert f"(identity-prior/{name}.png)" in page
+    quoted = [line for line in page.splitlines() if line.startswith(("| digits |", "| mnist-rows |"))]
+    assert len(quoted) == 18
     assert set(quoted) <= set(table.splitlines())
