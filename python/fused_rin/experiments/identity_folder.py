@@ -146,11 +146,11 @@ class Folder:
             with reporting(self.path, "read the records"):
                 lines = self.records_path.read_text().splitlines()
         trials: dict[str, Records] = {}
-        names = [field.name for field in dataclasses.fields(Trial)]
+        fields = [field.name for field in dataclasses.fields(Trial)]
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                name = Trial(**{name: record[name] for name in names}).name
+                name = Trial(**{field: record[field] for field in fields}).name
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
                     break

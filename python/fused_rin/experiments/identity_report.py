@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .identity import PLANS, STRENGTHS
+from .identity import OPTIMIZERS, PLANS, STRENGTHS
 
 FORMAT = "fused-rin identity-prior results"
 VERSION = 1
@@ -30,13 +30,20 @@ Cell = dict[str, Any]
 def summarise(trials: Iterable[list[dict[str, Any]]], budget: float) -> str:
     """The text of the results file: one line a cell, numbers with four digits."""
     cells: dict[tuple[Any, ...], list[list[dict[str, Any]]]] = {}
-    for records in trials:
+    for records in sorted(trials, key=_place):
         cells.setdefault(tuple(records[0][name] for name in KEY), []).append(records)
     ran = {key[0] for key in cells}
     plans = {name: {"sizes": plan.sizes, "updates": plan.updates} for name, plan in PLANS.items() if name in ran}
     head = json.dumps({"format": FORMAT, "version": VERSION, "budget": budget, "plans": plans})
     lines = ",\n".join(json.dumps(_cell(key, runs)) for key, runs in cells.items())
     return f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'
+
+
+def _place(records: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Where a trial stands in the results, in whatever order they were run."""
+    first = records[0]
+    ranks = (list(PLANS).index(first["task"]), list(OPTIMIZERS).index(first["optimizer"]))
+    return (*ranks, *(first[name] for name in (*KEY[2:], "seed")))
 
 
 def _cell(key: tuple[Any, ...], runs: list[list[dict[str, Any]]]) -> Cell:
