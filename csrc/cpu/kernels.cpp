@@ -119,6 +119,7 @@ class Sweep {
     state_[0] = state_[1];
     state_[1] = other;
   }
+
   // ---- a step ----
 
   // A block of the product for a tile of rows, into its columns of scratch.

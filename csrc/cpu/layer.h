@@ -247,18 +247,17 @@ class WeightGradient {
 
   // Rows [i, i + lanes) of a gradient [D, columns], from sums that lie transposed.
   void write(const S* from, int64_t i, int64_t columns, T* to) const {
-    S lanes[kLanes][kLanes];
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t count = columns - j < kLanes ? columns - j : kLanes;
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t r = 0; r < kLanes; ++r) lanes[r][c] = from[(j + c) * l_.padded() + i + r];
-      }
+      Vec<T> square[kLanes] = {};
+      for (int64_t c = 0; c < count; ++c) square[c] = load(from + (j + c) * l_.padded() + i);
+      transpose<S>(square);
       for (int64_t r = 0; r < kLanes && i + r < p_.hidden; ++r) {
         T* row = to + (i + r) * columns + j;
         if (count == kLanes) {
-          store(row, load(lanes[r]));
+          store(row, square[r]);
         } else {
-          store_first(row, load(lanes[r]), count);
+          store_first(row, square[r], count);
         }
       }
     }

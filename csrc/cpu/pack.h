@@ -22,24 +22,22 @@ void pack_transposed(const T* m, const Panels& l, int64_t block, Scalar<T>* pane
   }
 }
 
-// From a matrix [outputs, depth]: its rows are read a vector at a time and scattered down one column of the panel.
-// `lanes` columns at once share the panel's cache lines.
+// From a matrix [outputs, depth], by squares of `lanes` outputs and `lanes` of the depth.
 template <class T>
 void pack_straight(const T* m, const Panels& l, int64_t block, Scalar<T>* panel) {
-  using S = Scalar<T>;
-  const int64_t column = l.first_column(block), width = l.first_column(block + 1) - column, lanes = l.lanes;
+  constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
+  const int64_t column = l.first_column(block), width = l.first_column(block + 1) - column;
   const int64_t valid = l.end_column(block) - column;
-  for (int64_t i = 0; i < width; i += lanes) {
-    for (int64_t k = 0; k < l.depth; k += lanes) {
-      const int64_t ks = k + lanes <= l.depth ? lanes : l.depth - k;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        alignas(64) S values[VecOf<S>::kLanes] = {};
-        if (i + lane < valid) {
-          const T* from = m + (column + i + lane) * l.depth + k;
-          store(values, ks == lanes ? load(from) : load_first(from, ks));
-        }
-        for (int64_t j = 0; j < ks; ++j) panel[(k + j) * width + i + lane] = values[j];
+  for (int64_t i = 0; i < width; i += kLanes) {
+    for (int64_t k = 0; k < l.depth; k += kLanes) {
+      const int64_t depth = k + kLanes <= l.depth ? kLanes : l.depth - k;
+      Vec<T> square[kLanes] = {};
+      for (int64_t r = 0; r < kLanes && i + r < valid; ++r) {
+        const T* from = m + (column + i + r) * l.depth + k;
+        square[r] = depth == kLanes ? load(from) : load_first(from, depth);
       }
+      transpose<Scalar<T>>(square);
+      for (int64_t j = 0; j < depth; ++j) store(panel + (k + j) * width + i, square[j]);
     }
   }
 }

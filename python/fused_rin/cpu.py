@@ -71,9 +71,11 @@ def describe(
         "outputs": f"{plan['threads']} threads that share the outputs and meet once a step",
     }[plan["sharing"]]
     scalar = "float64" if dtype == torch.float64 else "float32"
+    # Several recurrences have their gradients from products over all steps (see layer.py).
+    products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
     return (
-        f"{plan['isa']}, {sharing}; U packed once per call as {plan['blocks']} panel(s) over {plan['vectors']} "
-        f"vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
+        f"{plan['isa']}, {sharing}{products}; U packed once per call as {plan['blocks']} panel(s) over "
+        f"{plan['vectors']} vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
     )
 
 
@@ -166,13 +168,13 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor]:
     """A layer's forward pass: `forward` on pre = x W^T + b_ih + b_hh, which is never stored as a whole.
 
-    All tensors contiguous: x [T, B, I] (or [rows, I]), w_ih [G * D, I], w_hh G * D * D values, biases [G * D], h0
-    [B, G, D]. Returns out [T, B, G * D] (or [rows, G * D]) and h_n [B, G, D].
+    All tensors contiguous: x [T, B, I] (or [rows, I]), w_ih [G * D, I], w_hh [G * D, D], biases [G * D], h0
+    [B, G, D]. Returns out [T, B, G * D] (or [rows, G * D]) and h_n [1, B, G * D].
     """
     width, inputs = w_ih.shape
     steps, batch = x.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
     out = _advised(x.new_empty(*x.shape[:-1], width))
-    h_n = x.new_empty(batch, groups, width // groups)
+    h_n = x.new_empty(1, batch, width)
     _native.layer_forward(
         steps, batch, groups, width // groups, num_reversed, DTYPES[x.dtype], ACTIVATIONS[activation], skip,
         _address(lengths), _address(offsets), _address(resets), inputs, x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(),

@@ -55,6 +55,7 @@ class _Layer(torch.autograd.Function):
             blocks = w_hh.view(groups, -1, w_ih.shape[0] // groups)
             split = (*x.shape[:-1], groups, blocks.shape[1])
             grads = None if grad_out is None else grad_out.view(split)
+            grad_h_n = None if grad_h_n is None else grad_h_n.view(-1, *blocks.shape[:2])
             arguments = (grads, grad_h_n, blocks, out.view(split), lengths, offsets, resets)
             if plain:
                 grad_pre, grad_h0 = reference.backward(*arguments, **sweep)
@@ -70,12 +71,12 @@ class _Layer(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(found, needs, strict=False)), *(None,) * 7
 
 
-def _fits(tensor: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> bool:
+def _fits(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return tensor is None or (
         ops.is_plain(tensor)
-        and tensor.is_cpu
         and tensor.dtype is dtype
-        and tuple(tensor.shape) in shapes
+        and tensor.shape == shape
+        and tensor.is_cpu
         and not tensor.is_neg()
     )
 
@@ -97,9 +98,9 @@ def run(
     num_reversed: int,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """(out [T, B, G * D], h_n [B, G, D]) of a layer of G recurrences on checked arguments, or None.
+    """(out [T, B, G * D], h_n [1, B, G * D]) of a layer of G recurrences on checked arguments, or None.
 
-    Shapes as in `cpu.layer_forward`; w_hh is [G * D, D] or [G, D, D].
+    Shapes as in `cpu.layer_forward`.
     """
     dtype, inputs = x.dtype, x.shape[-1]
     width = w_ih.shape[0]
@@ -110,7 +111,7 @@ def run(
         and step.unobserved(backend)
         and _fits(x, dtype, x.shape)
         and _fits(w_ih, dtype, (width, inputs))
-        and _fits(w_hh, dtype, (width, hidden), (groups, hidden, hidden))
+        and _fits(w_hh, dtype, (width, hidden))
         and _fits(b_ih, dtype, bias)
         and _fits(b_hh, dtype, bias)
         and _fits(h0, dtype, (x.shape[1] if lengths is None else lengths.shape[0], groups, hidden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,13 +255,17 @@ class RIN(SkipModule, torch.nn.RNNBase):
                     x, w_ih, w_hh, b_ih, b_hh, h0, lengths, offsets, resets, groups=groups, skip=self.skip_factor,
                     activation=self.nonlinearity, num_reversed=heads if self.bidirectional else 0, backend=self.backend,
                 )  # fmt: skip
+            fused = result is not None
             if result is None:
                 result = self._run_layer(x, w_ih, w_hh, b_ih, b_hh, h0, lengths, offsets, resets, number)
             x, h_n = result
             if self.dropout and self.training and number < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
-            states.append(h_n.view(batch, directions, self.hidden_size).transpose(0, 1))
-        return x, torch.cat(states)  # of one layer too: code for torch.nn.RNN calls h_n.detach_(), no view allows that
+            states.append(
+                h_n if fused and directions == 1 else h_n.view(batch, directions, self.hidden_size).transpose(0, 1)
+            )
+        # No view, of one layer either: code for torch.nn.RNN calls h_n.detach_(), which views refuse.
+        return x, h_n if fused and directions == self.num_layers == 1 else torch.cat(states)
 
     def _run_layer(
         self,
@@ -295,8 +300,11 @@ class RIN(SkipModule, torch.nn.RNNBase):
     def _layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """W, U, b_ih and b_hh of a layer, its directions one after the other, the biases then as one."""
         directions = 2 if self.bidirectional else 1
+        own: dict[str, Any] = (
+            self._parameters
+        )  # asked first: an attribute of a module is found last of all, after 0.8 us
         weights = [
-            [getattr(self, name) for name in names]
+            [own[name] if name in own else getattr(self, name) for name in names]
             for names in self._all_weights[layer * directions : (layer + 1) * directions]
         ]
         if directions == 1:
