@@ -49,32 +49,28 @@ def add(name: str, folder: Path, results: Path = RESULTS) -> None:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """One line a run: what was trained, how long, and its last test accuracy beside the figures to pass."""
-    heads = (
-        "run",
-        "units",
-        "start",
-        "order",
-        "epochs",
-        "planned",
-        "minutes",
-        "test accuracy",
-        "paper",
-        "target",
-        "stretch",
-    )
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for name, run in runs.items():
         settings = run["settings"]
         last = [record for record in run["metrics"] if record["split"] == "test"][-1]
         epochs, planned = (steps * settings["batch_size"] / SAMPLES for steps in (last["step"], settings["steps"]))
-        goals = GOALS[settings["permute"]]
-        start = "identity" if settings["recurrent_init"] == "normal" else settings["recurrent_init"]
-        lines.append(
-            f"| {name} | {settings['hidden_size']} | {start} | {'permuted' if settings['permute'] else 'sequential'} "
-            f"| {epochs:.2f} | {planned:.2f} | {last['seconds'] / 60:.0f} | **{100 * last['accuracy']:.2f} %** "
-            f"| {goals['paper']:.2f} % | {goals['target']} % | {goals['stretch']} % |"
+        rate, share = settings["learning_rate"], settings["recurrent_rate"]
+        rows.append(
+            {
+                "run": name,
+                "order": "permuted" if settings["permute"] else "sequential",
+                "units": settings["hidden_size"],
+                "start": "identity" if settings["recurrent_init"] == "normal" else settings["recurrent_init"],
+                "rates": f"{rate:g}, U {rate * share:g}",
+                "epochs": f"{epochs:.2f}",
+                "planned": f"{planned:.2f}",
+                "minutes": f"{last['seconds'] / 60:.0f}",
+                "test accuracy": f"**{100 * last['accuracy']:.2f} %**",
+                **{goal: f"{value} %" for goal, value in GOALS[settings["permute"]].items()},
+            }
         )
-    return "\n".join(lines)
+    lines = [" | ".join(rows[0]), "|".join("---" for _ in rows[0]), *(" | ".join(map(str, r.values())) for r in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def read(results: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
     "best": {
         ("mnist", False): {
             **_MNIST,
-            **{"learning_rate": 3e-3, "recurrent_rate": 0.025, "state_noise": 0.1, "steps": 6 * 1875},
+            **{"learning_rate": 3e-3, "recurrent_rate": 0.025, "state_noise": 0.1, "steps": 8 * 1875},
         },
         ("mnist", True): {
             **_MNIST,
