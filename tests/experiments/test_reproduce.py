@@ -3,12 +3,15 @@ interrupted.
 """
 
 import json
+import os
+import signal
 
 import pytest
 from experiment_helpers import REAL, metrics, needs
 from fused_rin.experiments import paper, reproduce
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.errors import UserError
+from fused_rin.experiments.training import Trainer
 
 
 def test_adding_has_the_papers_settings():
@@ -121,6 +124,30 @@ def test_reproduces_goes_on_and_refuses_other_settings(tmp_path, capsys):
     (out / names[0] / "config.json").write_text(json.dumps(config))
     assert call("--budget", "0.001") == 2
     assert "was started with batch_size 16, 32 is asked for" in capsys.readouterr().err
+
+
+@needs("babi")
+def test_an_interrupted_trial_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    def call(out):
+        overrides = {"threads": 1, "device": "cpu", "data_dir": str(REAL)}
+        return reproduce.reproduce("babi", out, budget=0.002, only="task01-rin-*", overrides=overrides)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(whole) == 0
+    step = Trainer._train_step
+
+    def interrupted(trainer):
+        step(trainer)
+        if trainer.step == 3:  # of 6
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        assert call(parts) == 130
+    assert not (parts / "table.md").exists()
+    assert call(parts) == 0
+    assert (parts / "table.md").read_text() == (whole / "table.md").read_text()
+    assert metrics(parts / "task01-rin-seed0") == metrics(whole / "task01-rin-seed0")
 
 
 @pytest.mark.parametrize(
