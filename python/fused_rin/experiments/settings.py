@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
         },
         ("mnist", True): {
             **_MNIST,
-            **{"learning_rate": 2e-3, "recurrent_rate": 0.05, "state_noise": 0.01, "steps": 4 * 1875},
+            **{"learning_rate": 2e-3, "recurrent_rate": 0.05, "state_noise": 0.01, "steps": 8 * 1875},
         },
     }
 }
