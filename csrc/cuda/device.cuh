@@ -219,6 +219,10 @@ __device__ __forceinline__ uint32_t opaque(uint32_t word) {
   asm volatile("" : "+r"(word));
   return word;
 }
+__device__ __forceinline__ const char* opaque(const char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }
 

@@ -212,6 +212,7 @@ inline void split_tf32(float value, uint32_t& big, uint32_t& small) {
   small = (as_word(value - rounded) + 0x1000u) & 0xffffe000u;
 }
 inline uint32_t opaque(uint32_t word) { return word; }
+inline const char* opaque(const char* address) { return address; }
 inline float max_nan(float a, float b) { return a != a || b != b ? as_float(0x7fffffff) : a > b ? a : b; }
 
 // ---- tensor cores ------------------------------------------------------------------------------------------------
