@@ -1,6 +1,7 @@
 # Everything starts from a fresh checkout: Python 3.10+, a C++17 compiler, and the network for the first `pip install`.
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
+#   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one; RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
 
@@ -11,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint bench-cpu gpu clean
+.PHONY: all setup demo test lint bench-cpu gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -50,6 +51,18 @@ bench-cpu: setup
 # On a machine with a GPU, with the Python that has its torch: build, tests, sanitizer, latencies, benchmark, table, plot.
 gpu:
 	$(PYTHON) -m benchmarks.gpu.run $(RESULTS)
+
+# The CUDA kernels on all six architectures: the committed table of registers, and the build's time and size.
+cuda-all: setup
+	$(BIN)/python -m tools.cuda_build all
+
+# The Triton kernels' tests with another release, e.g. TRITON=3.6.0, the oldest that is supported.
+TRITON ?= 3.6.0
+test-triton: setup
+	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) \
+	    triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)'"
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest tests/triton_kernels tests/triton_aot
 
 clean:
 	rm -rf build demo $(VENV) *.egg-info python/*.egg-info python/fused_rin/*.so

@@ -19,6 +19,12 @@ struct Float16 {};
 __device__ __forceinline__ int thread_idx() { return threadIdx.x; }
 __device__ __forceinline__ int lane_idx() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_idx() { return threadIdx.x >> 5; }
+// thread_idx(), of which the compiler does not know that: so it keeps nothing alive for what is computed from it later.
+__device__ __forceinline__ int thread_idx_anew() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // PTX 10.3
+  return (threadIdx.x & ~31u) | lane;
+}
 __device__ __forceinline__ int64_t block_idx() { return blockIdx.x; }
 
 // barrier.cta.sync 0 (PTX 9.7.13.1): all threads of the block, and their shared memory accesses, in order.

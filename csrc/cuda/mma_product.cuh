@@ -28,8 +28,8 @@ struct MmaConfig {
   // Independent accumulators per output, so that each tensor core has four chains to choose from: about the latency of
   // an mma over its rate. A small tile waits for the chain, not for the rate.
   static constexpr int kChains = kTilesM * kTilesN * kWarps / 4 < 4 && kMath != Math::kTf32x3 ? 2 : 1;
-  // 3xTF32: keep both halves of the matrix where there is room for nearly all of it; else split it anew in every step.
-  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kSteps * kTilesM <= 16;
+  // 3xTF32: keep both halves of the matrix where there is room; else split it anew in every step.
+  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kRegisterSteps == kSteps && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
   static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
@@ -55,14 +55,19 @@ class MmaProduct {
     lane_offset_ = StateT::row(row) + 16 * q;
   }
 
-  // What `thread` of the block owns.
-  static __device__ __forceinline__ int neuron(int thread, int p) {
-    return ((thread >> 5) * kTilesM + p / kColumns) * 16 + 2 * ((thread & 31) / 4);
+  // The pairs that `thread` of the block owns: the first, and from there to pair p, known when compiled.
+  static __device__ __forceinline__ int neuron(int thread) {
+    return (thread >> 5) * kTilesM * 16 + 2 * ((thread & 31) / 4);
   }
-  static __device__ __forceinline__ int row(int thread, int column) {
-    return column / 2 * 8 + 2 * ((thread & 31) % 4) + column % 2;
-  }
+  static __device__ __forceinline__ int row(int thread) { return 2 * (thread & 3); }
+  static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kColumns * 16; }
+  static __device__ __forceinline__ constexpr int row_step(int p) { return p % kColumns / 2 * 8 + p % 2; }
   static __device__ __forceinline__ bool owner(int) { return true; }
+  // Where pair p is in the state: one of two places, as its row is even or odd, and from there a constant.
+  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
+    return StateT::row(row(thread) + p % 2) + neuron(thread) * E::kBytes +
+           (p % kColumns / 2 * 8 * StateT::kStride + neuron_step(p) * E::kBytes);
+  }
 
   static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
     if constexpr (Config::kMath == Math::kTf32)
@@ -203,8 +208,8 @@ class MmaProduct {
           uint32_t small_a[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (Config::kSplitKept && step < Config::kRegisterSteps)
-              small_a[i] = a_[kept][m][Config::kSplitKept ? 4 + i : i];
+            if constexpr (Config::kSplitKept)
+              small_a[i] = a_[kept][m][4 + i];
             else  // opaque: or the compiler moves the splitting out of the loop, and spills what it gets
               device::split_tf32(device::as_float(device::opaque(a[i])), a[i], small_a[i]);
           }

@@ -40,10 +40,10 @@ struct Share {
     row_bytes = problem.groups * hidden * E::kBytes;
     mine = (first_row + row(0)) * row_bytes + (group * hidden + neuron(0)) * E::kBytes;
   }
-  __device__ __forceinline__ int row(int p) const { return Product::row(thread, p % Product::kColumns); }
-  __device__ __forceinline__ int neuron(int p) const { return Product::neuron(thread, p); }
+  __device__ __forceinline__ int row(int p) const { return Product::row(thread) + Product::row_step(p); }
+  __device__ __forceinline__ int neuron(int p) const { return Product::neuron(thread) + Product::neuron_step(p); }
   __device__ __forceinline__ uint32_t offset(int p) const {
-    return (row(p) - row(0)) * static_cast<uint32_t>(row_bytes) + (neuron(p) - neuron(0)) * E::kBytes;
+    return Product::row_step(p) * static_cast<uint32_t>(row_bytes) + Product::neuron_step(p) * E::kBytes;
   }
   // In the batch, in the hidden size, and no other lane's.
   __device__ __forceinline__ bool owns(int p) const {
@@ -129,8 +129,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       for (int c = 0; c < kColumns; ++c) {
         slot.cut[c] = 0;
         if (crosses && t < limit[c])
-          slot.cut[c] = device::load_global(problem.resets + (row_at(t) + share.first_row + share.row(0)) +
-                                            (share.row(c) - share.row(0)));
+          slot.cut[c] =
+              device::load_global(problem.resets + (row_at(t) + share.first_row + share.row(0)) + Product::row_step(c));
       }
       if (problem.offsets && s + 1 < stop) next = mine + row_at(time(s + 1)) * row_bytes;
     }
@@ -152,9 +152,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     if (!Product::owner(share.thread)) return;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
-      shared.template store<Pair>(
-          buffer * Config::kStateBytes + StateT::row(share.row(p)) + share.neuron(p) * E::kBytes,
-          Product::to_state(x[p]));
+      shared.template store<Pair>(buffer * Config::kStateBytes + Product::in_state(share.thread, p),
+                                  Product::to_state(x[p]));
   };
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
@@ -218,7 +217,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 
   // ---- h_n, or the gradient of h0; and zeros past the lengths. What the thread owns is found anew: kept through the
   // loop, it took the registers by which some kernels spilled on sm_100 and sm_120.
-  const Share<Config, Product> again(problem, device::opaque(block), device::opaque(device::thread_idx()));
+  const Share<Config, Product> again(problem, device::opaque(block), device::thread_idx_anew());
   if (!kBackward && stop > 0) {
     const uint32_t last = down ? 0 : device::opaque(stop) - 1;
     const int64_t bytes = again.mine + row_at(last) * again.row_bytes;

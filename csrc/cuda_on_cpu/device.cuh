@@ -48,6 +48,7 @@ struct Float16 {};
 inline int thread_idx() { return fibres::thread_idx(); }
 inline int lane_idx() { return thread_idx() & 31; }
 inline int warp_idx() { return thread_idx() >> 5; }
+inline int thread_idx_anew() { return thread_idx(); }
 inline int64_t block_idx() { return fibres::block_idx(); }
 inline void sync_block() { fibres::barrier_sync(0, 0); }
 inline void named_barrier_sync(int id, int threads) { fibres::barrier_sync(id, threads); }
