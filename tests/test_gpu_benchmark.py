@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks.gpu import measure, report, run
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, Case, Measurement, Results, cases
@@ -177,6 +178,22 @@ def test_the_sanitizer_is_given_tests_that_exist(tmp_path):
     command = memcheck.commands[0][memcheck.commands[0].index(sys.executable) :]
     listed = subprocess.run([*command, "--collect-only"], cwd=run.ROOT, capture_output=True, text=True)
     assert re.search(r"^6/\d+ tests collected", listed.stdout, re.MULTILINE), listed.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_torch_does_not_see_is_no_page_of_skipped_tests(tmp_path):
+    tests = next(s for s in run.stages(tmp_path, "90a", tmp_path, shards=1) if s.name == "tests")
+    run.run(tests, tmp_path, time.monotonic() + 300)
+    assert tests.status == "exit code 3"
+    assert "PyTorch sees no GPU" in tests.tail
+
+
+def test_results_name_no_paths_of_the_machine(tmp_path):
+    done = stage(f"import sys; print(sys.executable, sys.prefix + '/lib', {str(run.ROOT)!r} + '/csrc')")
+    run.run(done, tmp_path, time.monotonic() + 100)
+    assert done.tail == "python PYTHON/lib ./csrc\n"
+    run.record([done], tmp_path, tmp_path / "scratch")
+    assert str(run.ROOT) not in (tmp_path / "run.json").read_text()
 
 
 def test_shards_of_the_gpu_tests_are_all_of_them():

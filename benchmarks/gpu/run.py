@@ -91,7 +91,8 @@ print(torch.cuda.get_device_name(), "cuDNN", torch.backends.cudnn.version())
 
 
 def build() -> list[str]:
-    return [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
+    offline = ["--no-index", "--no-build-isolation", "--no-deps"]
+    return [sys.executable, "-m", "pip", "install", "-q", *offline, "-e", str(ROOT)]
 
 
 def stages(results: Path, arch: str, scratch: Path, *, nvcc: bool = True, shards: int = 8) -> list[Stage]:
@@ -100,7 +101,7 @@ def stages(results: Path, arch: str, scratch: Path, *, nvcc: bool = True, shards
     python = sys.executable
     # Not the addopts of pyproject.toml: they need plug-ins. The traceback of a test that hangs comes after a minute.
     pytest = [python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "-o", "addopts="]
-    pytest += ["-o", "faulthandler_timeout=60"]
+    pytest += ["-o", "faulthandler_timeout=60", "-W", "ignore::pytest.PytestConfigWarning"]
     small = [*pytest, "-x", "tests/gpu/test_cuda.py", "-k", "test_layouts and lengths and resets"]
     sanitizer = [find_tool("compute-sanitizer"), "--error-exitcode", "9", "--target-processes", "all", "--tool"]
     # Each tensor an allocation of its own, so that memcheck knows where it ends; and errors of CUDA calls that torch
@@ -144,7 +145,9 @@ def run(stage: Stage, results: Path, deadline: float) -> None:
         stage.status = "no time left"
         return
     print(f"== {stage.name}", flush=True)
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+    # One thread compiles for torch.compile: the tests are many processes already.
+    fixed = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    env = {**os.environ, **fixed, "FUSED_RIN_NEEDS_GPU": "1", **stage.environment}
     start = time.monotonic()
     running: list[subprocess.Popen[bytes]] = []
     problems = []
@@ -171,7 +174,7 @@ def run(stage: Stage, results: Path, deadline: float) -> None:
                 # With what it has started: a compiler or a test left behind would disturb the stages after it.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        texts = [output.read_text(errors="replace") for output in outputs if output.exists()]
+        texts = [public(output.read_text(errors="replace")) for output in outputs if output.exists()]
     stage.seconds = round(time.monotonic() - start, 1)
     stage.status = ", ".join(sorted(set(problems))) or "passed"
     # A failure's reason may stand before a page of the tools that passed it on.
@@ -183,13 +186,19 @@ def run(stage: Stage, results: Path, deadline: float) -> None:
     print(f"{stage.tail}\n-- {stage.name}: {stage.status} in {stage.seconds} s", flush=True)
 
 
+def public(text: str) -> str:
+    """Without this machine's paths, which are of no use to a reader of the results."""
+    prefixes = [(path, "PYTHON") for path in (sys.prefix, sys.base_prefix) if path not in ("/usr", "/usr/local")]
+    for path, name in ((sys.executable, "python"), *prefixes, (str(ROOT), "."), (str(Path.home()), "HOME")):
+        text = text.replace(path, name)
+    return text
+
+
 def record(planned: list[Stage], results: Path, scratch: Path) -> None:
     keep = ("name", "commands", "log", "environment", "status", "seconds", "tail")
     text = json.dumps([{k: v for k, v in asdict(stage).items() if k in keep} for stage in planned], indent=1)
-    # Paths of this machine are of no use to a reader of the results.
-    for path, name in ((scratch, "scratch"), (results, "results"), (ROOT, "."), (sys.executable, "python")):
-        text = text.replace(str(path), name)
-    (results / "run.json").write_text(text + "\n")
+    text = text.replace(str(scratch), "SCRATCH").replace(str(results), "RESULTS")
+    (results / "run.json").write_text(public(text) + "\n")
 
 
 def main() -> int:
