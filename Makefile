@@ -56,11 +56,12 @@ gpu:
 cuda-all: setup
 	$(BIN)/python -m tools.cuda_build all
 
-# The Triton kernels' tests with another release, e.g. TRITON=3.6.0, the oldest that is supported.
+# The Triton kernels' tests with another release, e.g. TRITON=3.6.0, the oldest that is supported. Its interpreter makes
+# an int of an array with one element, which NumPy 2.5 refuses.
 TRITON ?= 3.6.0
 test-triton: setup
 	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) \
-	    triton==$(TRITON)
+	    triton==$(TRITON) "numpy<2.4"
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)'"
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest tests/triton_kernels tests/triton_aot
 

@@ -28,8 +28,8 @@ struct MmaConfig {
   // Independent accumulators per output, so that each tensor core has four chains to choose from: about the latency of
   // an mma over its rate. A small tile waits for the chain, not for the rate.
   static constexpr int kChains = kTilesM * kTilesN * kWarps / 4 < 4 && kMath != Math::kTf32x3 ? 2 : 1;
-  // 3xTF32: keep both halves of the matrix where there is room; else split it anew in every step.
-  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kRegisterSteps == kSteps && kSteps * kTilesM <= 16;
+  // 3xTF32: keep both halves of the matrix where there is room for nearly all of it; else split it anew in every step.
+  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
   static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
@@ -208,8 +208,8 @@ class MmaProduct {
           uint32_t small_a[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if constexpr (Config::kSplitKept)
-              small_a[i] = a_[kept][m][4 + i];
+            if (Config::kSplitKept && step < Config::kRegisterSteps)
+              small_a[i] = a_[kept][m][Config::kSplitKept ? 4 + i : i];
             else  // opaque: or the compiler moves the splitting out of the loop, and spills what it gets
               device::split_tf32(device::as_float(device::opaque(a[i])), a[i], small_a[i]);
           }
