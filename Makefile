@@ -1,6 +1,7 @@
 # Everything starts from a fresh checkout: Python 3.10+, a C++17 compiler, and the network for the first `pip install`.
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
+#   make compat on demand: public packages that use torch.nn.RNN, installed under build/ and run after replace_rnn
 #   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one; RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint bench-cpu gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint bench-cpu compat gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -44,9 +45,22 @@ lint: $(VENV)/.deps
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 bench-cpu: setup
-	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-enable --benchmark-disable-gc -q \
+	$(BIN)/python -m pytest benchmarks/test_cpu.py benchmarks/test_streaming_cpu.py --benchmark-enable --benchmark-disable-gc -q \
 	    --benchmark-json=build/bench-cpu.json --benchmark-columns=median,rounds --benchmark-quiet
 	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(or $(RESULTS),benchmarks/results/cpu.json)
+
+# An environment of its own: these packages bring some hundred others, about 2 GB.
+COMPAT := build/compat
+$(COMPAT)/.deps: pyproject.toml constraints.txt
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
+	$(COMPAT)/bin/python -c "import tomllib" 2>/dev/null || $(COMPAT)/bin/python -m pip install -q tomli
+	$(COMPAT)/bin/python -m pip install -q -c constraints.txt $$($(COMPAT)/bin/python tools/extras.py real-models)
+	touch $@
+
+compat: $(COMPAT)/.deps
+	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	$(COMPAT)/bin/python -m pytest compat -rs
 
 # On a machine with a GPU, with the Python that has its torch: build, tests, sanitizer, latencies, benchmark, table, plot.
 gpu:

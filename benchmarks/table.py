@@ -1,4 +1,4 @@
-"""Turns pytest-benchmark's JSON of benchmarks/test_cpu.py into a small results file and a table.
+"""Turns pytest-benchmark's JSON of test_cpu.py and test_streaming_cpu.py into a small results file and a table.
 
 python -m benchmarks.table RAW.json RESULTS.json     writes RESULTS.json and RESULTS.md beside it, prints the table
 """
@@ -55,11 +55,24 @@ def render(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def render_calls(rows: list[dict[str, object]]) -> str:
+    """The points of test_streaming_cpu.py."""
+    lines = ["short calls, B = 1, 1 thread: us a call, RIN / nn.RNN or RINCell / nn.RNNCell (ratio)", ""]
+    lines.append(f"{'what':>10} {'module':>8} {'T, H':>8} {'h_0':>5}")
+    for row in rows:
+        sizes, state = f"{row['T']}, {row['H']}", "given" if row["state"] else "none"
+        times = f"{row['us_per_call']:7.1f} / {row['torch_us_per_call']:7.1f} ({row['ratio']:5.2f}x)"
+        lines.append(f"{row['what']:>10} {row['module']:>8} {sizes:>8} {state:>5}   {times}")
+    return "\n".join(lines)
+
+
 def main(raw: str, results: str) -> None:
+    """`points` of the results file are those of test_cpu.py, `calls` those of test_streaming_cpu.py."""
     rows = [entry["extra_info"] for entry in json.loads(Path(raw).read_text())["benchmarks"]]
+    points, calls = ([row for row in rows if ("us_per_call" in row) is short] for short in (False, True))
     about = machine()
-    table = render(rows)
-    Path(results).write_text(json.dumps({"machine": about, "points": rows}, indent=1) + "\n")
+    table = "\n\n".join(draw(part) for draw, part in ((render, points), (render_calls, calls)) if part)
+    Path(results).write_text(json.dumps({"machine": about, "points": points, "calls": calls}, indent=1) + "\n")
     heading = (
         "# RIN against torch.nn.RNN(relu) on the CPU\n\nThe same function, the same weights, float32; `make bench-cpu`."
     )

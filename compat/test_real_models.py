@@ -1,6 +1,8 @@
 """Public packages that use torch.nn.RNN, run unmodified after `fused_rin.replace_rnn`.
 
-Not part of `make test`: they bring many dependencies. `pip install ".[real-models]" && pytest compat`.
+Not part of `make test`: they bring many dependencies. `make compat` installs them apart from everything and runs this.
+speechbrain is not among them: it imports torchaudio, whose builds need a CUDA build of torch and this one is for CPUs.
+Where both are there (`pip install speechbrain torchaudio`), its test runs too.
 """
 
 from __future__ import annotations
@@ -58,6 +60,36 @@ def test_sktime_network(activation, bidirectional, skip):
         for _ in range(5):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(net(x), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-4)
+    assert losses[4] < losses[0]
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("nonlinearity", ["relu", "tanh"])
+def test_speechbrain_rnn(nonlinearity, bidirectional, skip):
+    """Its block packs padded batches by their relative lengths."""
+    try:
+        from speechbrain.nnet.RNN import RNN
+    except (ImportError, OSError) as error:
+        pytest.skip(f"speechbrain or the torchaudio it imports cannot be loaded: {error}")
+
+    torch.manual_seed(0)
+    theirs = RNN(24, input_shape=(6, 40, 5), nonlinearity=nonlinearity, num_layers=2, bidirectional=bidirectional)
+    ours = _replaced(copy.deepcopy(theirs), skip)
+    x, lengths = torch.randn(6, 40, 5), torch.tensor([1.0, 0.5, 0.7, 0.2, 1.0, 0.9])
+    for arguments in ((x,), (x, None, lengths)):
+        for a, b in zip(ours(*arguments), theirs(*arguments), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    losses = []
+    for net in (ours, theirs):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = net(x, lengths=lengths)[0].square().mean()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

@@ -31,6 +31,15 @@ def test_devices_without_kernels_go_to_the_reference_and_say_why():
     assert choice.backend == "reference"
 
 
+def test_a_layer_is_explained():
+    assert "input product" not in explain((5, 2, 8)).plan
+    assert "input product and gradients in chunks" in explain((5, 2, 8), input_size=3).plan
+    assert "input product in chunks" in explain((5, 2, 2, 8), input_size=3).plan
+    assert "input product" not in explain((5, 2, 8), input_size=3, backend="reference").plan
+    with pytest.raises(ValueError, match="input_size must not be negative, got -1"):
+        explain((5, 2, 8), input_size=-1)
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_backend_asked_for_by_name_raises_with_the_reason(backend):
     case = make_case(3, 2, 4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_rin import RIN, diagnostics
+from fused_rin import RIN, RINCell, diagnostics
 from torch import nn
 
 
@@ -98,9 +98,40 @@ def test_eigenvalues_are_those_of_identity_plus_u():
         diagnostics.eigenvalues(make(nn.LSTM))
 
 
-def test_a_model_without_recurrence_is_refused():
+def test_a_named_module_an_unbatched_sequence_and_a_named_argument():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = RIN(3, 6), nn.GRU(6, 5)
+
+        def forward(self, x):
+            return self.second(input=self.first(x)[0])[0]
+
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(9, 3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    states = model.first(x)[0].detach().requires_grad_()
+    model.second(states)[0].square().sum().backward()
+    norms = diagnostics.gradient_norms(model, (x,), lambda output: output.square().sum(), model.second)
+    torch.testing.assert_close(norms, states.grad.norm(dim=1))
+    to_last, _ = diagnostics.estimation_error(model, (x,))
+    torch.testing.assert_close(to_last, (states - states[-1]).mean(1).detach())
+
+
+def test_what_cannot_be_looked_into_is_refused():
+    x = torch.zeros(5, 2, 3)
     with pytest.raises(ValueError, match="name its recurrent module"):
         diagnostics.activity(nn.Linear(3, 3), (torch.zeros(2, 3),))
+    with pytest.raises(ValueError, match="reads whole sequences, got a RINCell"):
+        diagnostics.activity(nn.Identity(), (x,), RINCell(3, 3))
+    with pytest.raises(ValueError, match="does not call its recurrent module"):
+        diagnostics.gradient_norms(nn.Linear(3, 1), (x,), torch.sum, RIN(3, 3))
+    model = RIN(3, 3)
+    with pytest.raises(ValueError, match="must read a tensor, got a PackedSequence"):
+        diagnostics.activity(model, (nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3])),))
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 def test_everything_can_be_drawn(tmp_path):

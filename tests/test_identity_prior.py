@@ -2,11 +2,12 @@
 it.
 """
 
+import copy
 import math
 
 import pytest
 import torch
-from fused_rin import RIN, RINCell
+from fused_rin import RIN, RINCell, replace_rnn
 from fused_rin.identity_prior import (
     decoupled,
     identity_distance,
@@ -146,6 +147,90 @@ def test_penalty_and_decay_are_the_same_under_plain_sgd():
             optimizer.step()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_shared_matrix_counts_once():
+    """So that penalty and decay stay the same where weights are tied."""
+    model = nn.ModuleList([RIN(3, 4), RIN(3, 4), RIN(3, 4)])
+    nn.init.normal_(model[0].weight_hh_l0)
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    distances = identity_distance(model)
+    assert list(distances) == ["0.weight_hh_l0", "2.weight_hh_l0"]
+    identity_penalty(model, 0.3).backward()
+    torch.testing.assert_close(model[0].weight_hh_l0.grad, 0.3 * model[0].weight_hh_l0.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_small_u_is_not_lost_beside_the_identity(dtype):
+    """In bfloat16 the step at 1 is 2^-7: U = 0.001 would vanish in (U + I) - I."""
+    model = RIN(3, 4, dtype=dtype)
+    nn.init.constant_(model.weight_hh_l0, 1e-3)
+    expected = 4 * float(torch.tensor(1e-3, dtype=dtype))
+    assert identity_distance(model)["weight_hh_l0"] == pytest.approx(expected, rel=1e-6)
+    identity_penalty(model, 2.0).backward()
+    torch.testing.assert_close(model.weight_hh_l0.grad, 2 * model.weight_hh_l0.detach())
+
+
+def test_converted_models_decay_where_their_form_says():
+    """from_rnn gives U = V - I, which decays to the identity; replace_rnn keeps V, an ordinary weight."""
+    model = nn.ModuleList([nn.RNN(2, 3, nonlinearity="relu"), nn.RNN(2, 3)])
+    replace_rnn(model)
+    model[0] = RIN.from_rnn(model[0].to_rnn())
+    identity, others, _ = param_groups(model, identity_decay=0.1)
+    assert identity["params"] == [model[0].weight_hh_l0]
+    assert [id(weight) for weight in others["params"]] == [
+        id(weight) for weight in (model[0].weight_ih_l0, model[1].weight_ih_l0, model[1].weight_hh_l0)
+    ]
+
+
+def test_a_parametrized_matrix_has_a_distance_and_a_penalty_but_no_decay():
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = RIN(2, 3)
+    nn.init.constant_(model.weight_hh_l0, 1.0)
+    torch.nn.utils.parametrize.register_parametrization(model, "weight_hh_l0", Twice())
+    assert identity_distance(model) == {"weight_hh_l0": pytest.approx(6.0)}
+    identity_penalty(model).backward()
+    torch.testing.assert_close(model.parametrizations.weight_hh_l0.original.grad, torch.full((3, 3), 4.0))
+    assert sum(len(group["params"]) for group in param_groups(model)) == 4
+    with pytest.raises(ValueError, match="cannot act on weight_hh_l0: it is parametrized; use identity_penalty"):
+        param_groups(model, identity_decay=0.1)
+
+
+def test_decoupled_decay_survives_a_checkpoint_and_a_copy():
+    """A state dict has the decay but no hook, and so has a deep copy: `decoupled` gives the hook back."""
+
+    def make(model):
+        return torch.optim.SGD(param_groups(model, identity_decay=0.5), lr=0.1)
+
+    model = RIN(2, 3)
+    nn.init.constant_(model.weight_hh_l0, 1.0)
+    state = decoupled(make(model)).state_dict()
+    loaded = make(model)
+    loaded.load_state_dict(state)
+    model.weight_hh_l0.grad = torch.zeros(3, 3)
+    decoupled(loaded).step()
+    torch.testing.assert_close(model.weight_hh_l0.detach(), torch.full((3, 3), 0.95))
+    twin, optimizer = copy.deepcopy((model, loaded))
+    twin.weight_hh_l0.grad = torch.zeros(3, 3)
+    decoupled(optimizer).step()
+    torch.testing.assert_close(twin.weight_hh_l0.detach(), torch.full((3, 3), 0.95**2))
+
+
+@pytest.mark.parametrize("skip", [1.0, 0.5])
+def test_decay_of_a_cell_and_of_heads_pulls_v_to_the_skip(skip):
+    model = nn.ModuleList([RINCell(2, 4, skip=skip), RIN(2, 4, num_heads=2, bidirectional=True, skip=skip)])
+    optimizer = torch.optim.SGD(param_groups(model, identity_decay=1.0), lr=0.5)
+    for _ in range(60):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    matrices = recurrent_matrices(model)
+    assert [name for name, _ in matrices] == ["0.weight_hh", "1.weight_hh_l0", "1.weight_hh_l0_reverse"]
+    for _, matrix in matrices:
+        torch.testing.assert_close(matrix, (skip * torch.eye(matrix.shape[-1])).expand_as(matrix))
 
 
 def test_cells_and_torch_modules_count():

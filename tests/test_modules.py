@@ -1,11 +1,10 @@
-"""RIN and RINCell as modules: everything around the forward call that code written for torch.nn.RNN relies on."""
+"""RIN and RINCell as modules: construction, attributes, the forward call and its errors, beside torch.nn.RNN."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -13,33 +12,9 @@ from fused_rin import RIN, RINCell, recurrence
 from torch import nn
 from torch.nn.utils import rnn as rnn_utils
 
-MODES = [
-    {},
-    {"num_layers": 2},
-    {"bidirectional": True},
-    {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
-]
-
-
-def _pair(options=None, dtype=torch.float32, nonlinearity="relu", seed=0):
-    """A RIN with skip=0 and the torch.nn.RNN whose weights it has."""
-    torch.manual_seed(seed)
-    theirs = nn.RNN(5, 7, nonlinearity=nonlinearity, dtype=dtype, **(options or {}))
-    ours = RIN(5, 7, nonlinearity=nonlinearity, dtype=dtype, skip=0, **(options or {}))
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def _same(ours, theirs, **tolerance):
-    for a, b in zip(ours, theirs, strict=True):
-        if isinstance(b, rnn_utils.PackedSequence):
-            assert isinstance(a, rnn_utils.PackedSequence)
-            assert torch.equal(a.batch_sizes, b.batch_sizes)
-            for i, j in zip(a[2:], b[2:], strict=True):
-                assert (i is None and j is None) or torch.equal(i, j)
-            a, b = a.data, b.data
-        torch.testing.assert_close(a, b, **tolerance)
-
+from tests.rnn_pairs import MODES
+from tests.rnn_pairs import pair as _pair
+from tests.rnn_pairs import same as _same
 
 # ---- construction, attributes ----
 
@@ -167,16 +142,22 @@ def test_packed_is_torchs(options, with_hx, enforce_sorted):
 
 
 def test_packed_computes_no_padding(monkeypatch):
-    """One sequence of 1,000 steps and 63 of one: 1,063 rows reach the sweep, not 64,000."""
-    from fused_rin import ops
+    """One sequence of 1,000 steps and 63 of one: 1,063 rows reach the kernels, not 64,000."""
+    from fused_rin import cpu, ops
 
     seen = []
-    original = ops.sweep_forward
-    monkeypatch.setattr(ops, "sweep_forward", lambda pre, *rest: (seen.append(pre.shape), original(pre, *rest))[1])
+
+    def spy(original):
+        return lambda x, *rest, **options: (seen.append(tuple(x.shape)), original(x, *rest, **options))[1]
+
+    for module, name in ((cpu, "layer_forward"), (ops, "sweep_forward")):
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
     packed = rnn_utils.pack_sequence([torch.randn(n, 3) for n in [1000] + [1] * 63])
-    with torch.no_grad():
-        RIN(3, 4, num_layers=2)(packed)
-    assert seen == [(1063, 1, 4)] * 2
+    for backend, shapes in (("auto", [(1063, 3), (1063, 4)]), ("reference", [(1063, 1, 4)] * 2)):
+        seen.clear()
+        with torch.no_grad():
+            RIN(3, 4, num_layers=2, backend=backend)(packed)
+        assert seen == shapes
 
 
 def test_packed_with_wrong_arguments():
@@ -197,6 +178,46 @@ def test_packed_with_wrong_arguments():
         ours(rnn_utils.pack_sequence([torch.randn(3, 4)]))
     with pytest.raises(ValueError, match="does not match weight dtype"):
         ours(rnn_utils.pack_sequence([torch.randn(3, 5).double()]))
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_gradients_accumulate(options):
+    """Two batches before a step of the optimizer: no two gradients may be the same memory."""
+    results = []
+    for module in _pair(options):
+        torch.manual_seed(1)
+        for _ in range(3):
+            module(torch.randn(4, 3, 5))[0].square().sum().backward()
+        results.append([p.grad for p in module.parameters()])
+    _same(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("options", MODES)
+def test_carried_state_may_be_detached_in_place(options, steps):
+    """Truncated backpropagation as it is often written."""
+    losses = []
+    for module in _pair(options):
+        x, h, run = torch.randn(3, steps, 2, 5, generator=torch.Generator().manual_seed(0)), None, []
+        for part in x:
+            out, h = module(part.transpose(0, 1) if module.batch_first else part, h)
+            loss = out.square().mean()
+            loss.backward()
+            h.detach_()
+            run.append(loss.detach())
+        losses.append(run + [p.grad for p in module.parameters()])
+    _same(*losses)
+
+
+def test_the_output_is_kept_for_backward():
+    """As by torch.nn.RNN on cuDNN: whoever changes it in place before backward is told, not given wrong gradients."""
+    out, _ = RIN(5, 7)(torch.randn(4, 3, 5))
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.no_grad():
+        out, _ = RIN(5, 7)(torch.randn(4, 3, 5))
+        out.mul_(2)
 
 
 def test_dropout_draws_torchs_masks():
@@ -237,17 +258,23 @@ def test_errors_are_torchs(bad):
         with pytest.raises((RuntimeError, ValueError)) as info:
             module(x, hx)
         caught.append((info.type, str(info.value)))
-    assert caught[0] == caught[1]
+    if bad == "dtype":  # torch reworded this one after 2.6; both sides are named in any case
+        assert caught[0][0] is caught[1][0]
+        assert all("torch.float32" in text and "torch.float64" in text for _, text in caught)
+    else:
+        assert caught[0] == caught[1]
 
 
 def test_mixed_dtypes_and_devices_are_named():
     module, x = RIN(5, 7), torch.randn(4, 3, 5)
+    before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError, match=r"hx must have the dtype of input, torch.float32, got torch.float64"):
         module(x, torch.zeros(1, 3, 7).double())
     with pytest.raises(RuntimeError, match="input must be on the device of the weights, cpu, got meta"):
         module(x.to("meta"))
     with pytest.raises(RuntimeError, match="hx must be on the device of input, cpu, got meta"):
         module(x, torch.zeros(1, 3, 7, device="meta"))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     module.weight_hh_l0.data = module.weight_hh_l0.data.double()
     with pytest.raises(RuntimeError, match=r"weight_hh_l0 must have dtype torch.float32, got torch.float64"):
         module(x)
@@ -276,140 +303,6 @@ def test_skip_and_heads_against_the_formula():
     torch.testing.assert_close(module(x, h[None])[0], torch.stack(expected))
     with torch.no_grad():
         torch.testing.assert_close(module(x[:1], h[None])[0][0], expected[0])
-
-
-# ---- carrying modules around ----
-
-
-@pytest.mark.parametrize("module", [RIN(5, 6, 2, bidirectional=True, num_heads=2, skip=0.5), RINCell(5, 6, skip=0.5)])
-def test_deepcopy_pickle_and_setstate(module):
-    x = torch.randn(3, 5) if isinstance(module, RINCell) else torch.randn(4, 3, 5)
-    expected = module(x)
-    old = pickle.loads(pickle.dumps(module))
-    old.__setstate__(module.__getstate__())
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), old):
-        assert other.skip_factor == 0.5
-        assert repr(other) == repr(module)
-        for a, b in zip(_tuple(other(x)), _tuple(expected), strict=True):
-            assert torch.equal(a, b)
-
-
-def _tuple(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-def test_functional_call_uses_the_given_weights():
-    torch.manual_seed(0)
-    for module, x in (
-        (RIN(5, 7), torch.randn(4, 3, 5)),
-        (RIN(5, 7), torch.randn(1, 1, 5)),
-        (RINCell(5, 7), torch.randn(1, 5)),
-    ):
-        other = {name: torch.randn_like(p) for name, p in module.named_parameters()}
-        before = {name: p.clone() for name, p in module.named_parameters()}
-        changed = copy.deepcopy(module)
-        changed.load_state_dict({**module.state_dict(), **other})
-        with torch.no_grad():
-            _same(_tuple(torch.func.functional_call(module, other, (x,))), _tuple(changed(x)), rtol=0, atol=0)
-        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_parametrizations_and_weight_norm(steps):
-    x = torch.randn(steps, 1, 5)
-    for normed in (torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm):
-        results = []
-        for module in _pair():
-            torch.manual_seed(1)
-            normed(module, "weight_hh_l0").eval()
-            loss = module(x)[0].square().sum()
-            loss.backward()
-            gradient = next(module.parametrizations.weight_hh_l0.parameters()).grad
-            with torch.no_grad():
-                results.append((*module(x), gradient))
-        _same(*results)
-
-
-def test_old_weight_norm():
-    ours, theirs = (torch.nn.utils.weight_norm(module, "weight_hh_l0") for module in _pair())
-    for steps in (1, 4):
-        x = torch.randn(steps, 1, 5)
-        with torch.no_grad():
-            for module in (ours, theirs):
-                module.weight_hh_l0_g.mul_(1.5)
-            _same(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_tied_weights(steps):
-    ours, theirs = _pair({"num_layers": 2})
-    for module in (ours, theirs):
-        module.weight_hh_l1 = module.weight_hh_l0
-    x = torch.randn(steps, 1, 5)
-    results = []
-    for module in (ours, theirs):
-        out, h_n = module(x)
-        results.append((out, h_n, torch.autograd.grad(out.square().sum(), module.weight_hh_l0)[0]))
-    _same(*results)
-    with torch.no_grad():
-        _same(ours(x), theirs(x))
-    assert len(list(ours.parameters())) == len(list(theirs.parameters())) == 7
-
-
-@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_casts(steps, cast):
-    module = RIN(5, 7)
-    cell = RINCell(5, 7)
-    x = torch.randn(steps, 1, 5)
-    expected, expected_cell = module(x)[0], cell(x[0])
-    for move in (
-        lambda m: m.to(cast),
-        lambda m: getattr(m, {torch.float16: "half", torch.float64: "double"}.get(cast, "bfloat16"))(),
-    ):
-        cast_module, cast_cell = move(copy.deepcopy(module)), move(copy.deepcopy(cell))
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                out, h_n = cast_module(x.to(cast))
-                assert out.dtype == h_n.dtype == cast
-                torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=1e-4)
-                torch.testing.assert_close(cast_cell(x[0].to(cast)).float(), expected_cell, rtol=0.02, atol=1e-4)
-
-
-def test_shared_memory_and_data_parallel_replicas():
-    module = RIN(5, 7).share_memory()
-    assert all(p.is_shared() for p in module.parameters())
-    x = torch.randn(1, 1, 5)
-    with torch.no_grad():
-        assert torch.equal(module(x)[0], copy.deepcopy(module)(x)[0])
-    replica = module._replicate_for_data_parallel()
-    for name in module._flat_weights_names:  # what torch.nn.parallel.replicate does
-        setattr(replica, name, getattr(module, name).detach() * 2)
-    doubled = copy.deepcopy(module)
-    with torch.no_grad():
-        for p in doubled.parameters():
-            p.mul_(2)
-        torch.testing.assert_close(replica(x)[0], doubled(x)[0])
-
-
-def test_hooks_run_once():
-    module, calls = RIN(5, 7), []
-    module.register_forward_pre_hook(lambda *_: calls.append("before"))
-    module.register_forward_hook(lambda *_: calls.append("after"))
-    with torch.no_grad():
-        module(torch.randn(1, 1, 5))
-    assert calls == ["before", "after"]
-
-
-def test_deferred_initialisation_restores_the_mark():
-    with torch.device("meta"):
-        module = RIN(3, 4, skip=0.25)
-        cell = RINCell(3, 4, skip=0.25)
-    for made in (module, cell):
-        made.to_empty(device="cpu")
-        made.skip.fill_(float("nan"))
-        made.reset_parameters()
-        assert made.skip == 0.25
 
 
 def test_module_and_function_agree():

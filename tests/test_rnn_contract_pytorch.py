@@ -1,7 +1,8 @@
 """PyTorch's own module inputs for nn.RNN and nn.RNNCell (torch.testing._internal.common_modules), on our classes.
 
 The checks are those of PyTorch's test_modules.py that mean something on a CPU; each runs over every input that the
-installed release ships. Not run: `test_memory_format` (no 4-D tensors here), the device transfers and CUDA parity.
+installed release ships. Not run: `test_memory_format` (no 4-D tensors here), `test_check_inplace` (no such argument),
+`test_if_train_and_eval_modes_differ` (asks only that others do not read `training`), device transfers, CUDA parity.
 """
 
 from __future__ import annotations

@@ -96,6 +96,35 @@ def test_layouts_of_a_single_step(counted):
     assert len(counted) == 2 * 2 * 2
 
 
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_few_steps_in_one_call(dtype, layers, state, counted):
+    """Against torch.nn.RNN, in every layout; where rows do not follow one another, by the general way."""
+    for batch_first, shape, direct in (
+        (False, (16, 1, 5), True), (False, (4, 4, 5), True), (False, (5, 2, 5), True), (False, (7, 5), True),
+        (True, (1, 9, 5), True), (True, (2, 3, 5), False), (False, (17, 1, 5), False), (False, (5, 4, 5), False),
+    ):  # fmt: skip
+        ours = _randomize(RIN(5, 7, layers, batch_first=batch_first, skip=0.5, dtype=dtype))
+        theirs = ours.to_rnn()
+        x = torch.randn(shape, dtype=dtype)
+        expected = theirs(x)
+        hx = torch.randn_like(expected[1]) if state else None
+        counted.clear()
+        for a, b in zip(ours(x, hx), theirs(x, hx), strict=True):
+            torch.testing.assert_close(a, b)
+        assert len(counted) == (layers if direct else 0)
+
+
+def test_a_few_steps_in_16_bits_carry_the_state_in_float32(counted):
+    """So does the sweep; a step of its own has to round the state to hand it over."""
+    module = _randomize(RIN(5, 7, dtype=torch.bfloat16))
+    module(torch.randn(1, 1, 5, dtype=torch.bfloat16))
+    assert len(counted) == 1
+    module(torch.randn(2, 1, 5, dtype=torch.bfloat16))
+    assert len(counted) == 1
+
+
 def test_nan_and_inf_pass_as_in_torch(counted):
     ours = _randomize(RINCell(20, 20, skip=0))
     theirs = nn.RNNCell(20, 20, nonlinearity="relu")
@@ -223,6 +252,22 @@ def test_the_general_way_is_taken_where_operators_must_be_seen(counted):
     assert not counted
 
 
+@pytest.mark.parametrize("which", ["input", "hx"])
+def test_a_negated_view_is_not_read_as_it_lies(which, counted):
+    """The imaginary part of a conjugate keeps the sign in a flag of the tensor, not in memory."""
+    cell = _randomize(RINCell(1, 1))
+    cell.weight_ih.fill_(0.5), cell.weight_hh.fill_(0.5)
+    negated = torch.full((1, 1), complex(0, -2.0)).conj().imag
+    assert negated.is_neg()
+    plain = negated.clone()
+    x, h = (negated, torch.ones(1, 1)) if which == "input" else (torch.ones(1, 1), negated)
+    out = cell(x, h)
+    assert not counted
+    assert torch.equal(out, cell(*(plain if t is negated else t for t in (x, h))))
+    assert len(counted) == 1
+    assert out > 0
+
+
 def test_a_weight_of_a_wrong_shape_is_refused_not_read():
     module = _randomize(RIN(5, 7))
     module.weight_hh_l0.data = torch.zeros(3, 3)
@@ -241,7 +286,7 @@ def _median_us(call, rounds=15, calls=40):
 
 
 def test_overhead_of_a_step():
-    """Guards the order of magnitude only: the target, half of torch.nn.RNN's time, is `make bench-cpu`'s to show."""
+    """At most half of torch.nn.RNN's time, at most torch.nn.RNNCell's; the figures are `make bench-cpu`'s to show."""
     x, h = torch.randn(1, 1, 128), torch.rand(1, 1, 128)
     rin, rnn = RIN(128, 128), nn.RNN(128, 128, nonlinearity="relu")
     cell, rnn_cell = RINCell(128, 128), nn.RNNCell(128, 128, nonlinearity="relu")
@@ -249,6 +294,6 @@ def test_overhead_of_a_step():
         for _ in range(5):  # a machine that is busy for a moment is not a slow path
             ours, theirs = _median_us(lambda: rin(x, h)), _median_us(lambda: rnn(x, h))
             ours_cell, theirs_cell = _median_us(lambda: cell(x[0], h[0])), _median_us(lambda: rnn_cell(x[0], h[0]))
-            if ours < 0.9 * theirs and ours_cell < 1.2 * theirs_cell:
+            if ours < 0.5 * theirs and ours_cell < theirs_cell:
                 return
     pytest.fail(f"RIN {ours:.1f} us, nn.RNN {theirs:.1f}; RINCell {ours_cell:.1f} us, nn.RNNCell {theirs_cell:.1f}")

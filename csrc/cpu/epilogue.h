@@ -14,10 +14,12 @@ struct Columns {
   const Scalar<T>* carry;  // x U^T, or the carry a sequence starts from
   const Scalar<T>* x;      // this step's state, to be scaled by skip and added; null: nothing to add
   Scalar<T> skip;
-  const T* in;     // null: zero
-  const T* saved;  // backward only
-  T* out;
-  Scalar<T>* next;  // null: out is the only result
+  const T* in;           // null: zero
+  const Scalar<T>* pre;  // added likewise; null: zero
+  const T* saved;        // backward only
+  T* out;                // the result; null: not wanted
+  Scalar<T>* next;       // the result, unrounded; null: not wanted
+  Scalar<T>* kept;       // and once more
   int64_t count;
 
   // `op(vector of carry + skip * x + in, vector of saved)` over all columns. The last vector overlaps the one before
@@ -35,8 +37,11 @@ struct Columns {
       Vec<T> a = load(carry + i);
       if (x) a += load(x + i) * skip;
       if (in) a += streamed;
+      if (pre) a += load(pre + i);
       a = op(a, fetch(saved, i));
       if (next) store(next + i, a);
+      if (kept) store(kept + i, a);
+      if (!out) return;
       if (whole) {
         store(out + i, a);
       } else {

@@ -12,6 +12,9 @@
 
 #include "dot.h"
 #include "epilogue.h"
+#include "layer.h"
+#include "pack.h"
+#include "rows.h"
 #include "step.h"
 #include "vec.h"
 
@@ -28,60 +31,87 @@ class Sweep {
       : p_(p),
         l_(l),
         part_(part),
-        ascending_((part.group < p.groups - p.num_reversed) != p.backward),
+        rows_(part.rows),
+        ascending_(is_ascending(p, part.group)),
         direct_(p.backward || !p.state_in),
-        first_column_(l.first_vec(part.block_begin) * l.lanes),
-        end_column_(column_end(part.block_end - 1)),
+        first_column_(l.first_column(part.block_begin)),
+        end_column_(l.end_column(part.block_end - 1)),
         state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])} {
     nonzero_.index = part.index;
   }
 
   void run() {
-    int64_t active = 0;
-    const int64_t started = rows_longer_than(0);
+    const int64_t started = rows_at(p_, rows_, 0);
     copy_unstarted(started);
-    if (part_.lengths && !p_.offsets) zero_padding();
-    for (int64_t i = 0; i < p_.steps; ++i) {
-      const int64_t t = ascending_ ? i : p_.steps - 1 - i;
-      const int64_t now = rows_longer_than(t);
-      if (now < active) leave(now, active);
-      const int64_t stay = now < active ? now : active;
-      if (now > active && !direct_) enter(active, now);
-      multiply(0, direct_ ? stay : now, t);
-      if (direct_) start_from_carry(stay, now, t);
-      active = now;
-      if (p_.resets) drop_states(active, t);
-      if (part_.team) part_.team->meet(part_.rank);
-      swap_states();
+    if (rows_.lengths && !p_.offsets) zero_padding();
+    if (!part_.layer) {
+      run_steps(0, p_.steps);
+    } else if (p_.backward) {
+      run_layer_backward();
+    } else {
+      run_layer();
     }
-    leave(0, active);
+    leave(0, active_);
   }
 
  private:
+  // ---- a layer: what is done before and after some steps ----
+
+  S* chunk_rows(int64_t number) const { return static_cast<S*>(part_.chunk_rows[number % 2]); }
+  void meet() const {
+    if (part_.team) part_.team->meet(part_.rank);
+  }
+
+  // Each thread makes the input product of its own rows and columns.
+  void run_layer() {
+    const InputProduct<T> input(p_, part_);
+    chunk_data_ = chunk_rows(0);
+    while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
+      input.run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
+      run_steps(chunk_.begin, chunk_.end);
+    }
+  }
+
+  // The gradients of pre are kept for a chunk of steps of all threads' rows, in two places that take turns, so that
+  // one meeting a chunk is enough.
+  void run_layer_backward() {
+    WeightGradient<T> gradient(p_, l_, part_);
+    for (int64_t number = 0; chunk_.advance(p_, part_.all, ascending_, kOuterDepth); ++number) {
+      chunk_data_ = chunk_rows(number);
+      run_steps(chunk_.begin, chunk_.end);
+      if (!part_.meets) meet();
+      gradient.add(chunk_, chunk_data_);
+    }
+    meet();
+    const int64_t vecs = l_.vecs, n = part_.threads;
+    gradient.finish(part_.rank * vecs / n * l_.lanes, (part_.rank + 1) * vecs / n * l_.lanes);
+  }
+
   // ---- who runs when ----
 
-  int64_t length(int64_t row) const { return part_.lengths ? part_.lengths[row] : p_.steps; }
-
-  // Rows are sorted, longest first.
-  int64_t rows_longer_than(int64_t t) const {
-    if (!part_.lengths) return t < p_.steps ? part_.num_rows : 0;
-    int64_t low = 0, high = part_.num_rows;
-    while (low < high) {
-      const int64_t mid = (low + high) / 2;
-      if (length(mid) > t) {
-        low = mid + 1;
-      } else {
-        high = mid;
-      }
+  void run_steps(int64_t begin, int64_t end) {
+    if (rows_.count == 0) return;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = time_of(p_, ascending_, i);
+      if (part_.layer) chunk_base_ = chunk_.base[i - chunk_.begin];
+      const int64_t now = rows_at(p_, rows_, t);
+      if (now < active_) leave(now, active_);
+      const int64_t stay = now < active_ ? now : active_;
+      if (now > active_ && !direct_) enter(active_, now);
+      multiply(0, direct_ ? stay : now, t);
+      if (direct_) start_from_carry(stay, now, t);
+      active_ = now;
+      if (p_.resets) drop_states(active_, t);
+      if (part_.meets) meet();
+      swap_states();
     }
-    return low;
   }
 
-  int64_t row_at(int64_t t, int64_t row) const {
-    return (p_.offsets ? p_.offsets[t] : t * p_.batch) + part_.order[row];
+  int64_t element(int64_t t, int64_t row) const {
+    return (row_of(p_, t, rows_.order[row]) * p_.groups + part_.group) * p_.hidden;
   }
-  int64_t element(int64_t t, int64_t row) const { return (row_at(t, row) * p_.groups + part_.group) * p_.hidden; }
-  int64_t state_element(int64_t row) const { return (part_.order[row] * p_.groups + part_.group) * p_.hidden; }
+  int64_t state_element(int64_t row) const { return (rows_.order[row] * p_.groups + part_.group) * p_.hidden; }
+  int64_t length(int64_t row) const { return rows_.lengths ? rows_.lengths[row] : p_.steps; }
   S* state(int64_t row) const { return state_[0] + row * l_.padded(); }
   S* next_state(int64_t row) const { return state_[1] + row * l_.padded(); }
   void swap_states() {
@@ -89,25 +119,22 @@ class Sweep {
     state_[0] = state_[1];
     state_[1] = other;
   }
-  int64_t column_end(int64_t block) const {
-    const int64_t end = l_.first_vec(block + 1) * l_.lanes;
-    return end < l_.hidden ? end : l_.hidden;
-  }
 
   // ---- a step ----
 
-  // A block of the product for a tile of rows, into scratch.
+  // A block of the product for a tile of rows, into its columns of scratch.
   void dot_block(int64_t row, int64_t rows, int64_t block) {
     const int64_t vec = l_.first_vec(block), vecs = l_.first_vec(block + 1) - vec;
-    const S* panel = static_cast<const S*>(part_.panels) + vec * l_.lanes * l_.hidden;
+    const S* panel = static_cast<const S*>(part_.panels) + vec * l_.lanes * l_.depth;
+    S* const to = sums(0) + vec * l_.lanes;
     if (l_.chunks > 1) {
       const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
-      kDotChunked<S>[vecs - 1](state(row), panel, l_, nonzero, descending_, scratch());
+      kDotChunked<S>[vecs - 1](state(row), panel, l_, nonzero, descending_, sums(1), to);
     } else {
-      find_dot<S>(l_, rows, vecs)(state(row), l_.padded(), panel, l_.hidden, scratch());
+      find_dot<S>(l_, rows, vecs)(state(row), l_.padded(), panel, l_.depth, to, l_.padded());
     }
   }
-  S* scratch() const { return static_cast<S*>(part_.scratch); }
+  S* sums(int64_t row) const { return static_cast<S*>(part_.scratch) + row * l_.padded(); }
 
   // Rows in tiles of nearly equal size: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
   template <class Body>
@@ -119,39 +146,45 @@ class Sweep {
     }
   }
 
-  Columns<T> columns(int64_t row, int64_t t, int64_t column, int64_t count) const {
-    const int64_t at = element(t, row) + column;
-    return {nullptr,
-            nullptr,
-            static_cast<S>(p_.skip),
-            p_.in ? static_cast<const T*>(p_.in) + at : nullptr,
-            p_.backward ? static_cast<const T*>(p_.saved) + at : nullptr,
-            static_cast<T*>(p_.out) + at,
-            next_state(row) + column,
-            count};
+  // This part's columns of a row at step t.
+  Columns<T> columns(int64_t row, int64_t t) const {
+    const int64_t at = element(t, row) + first_column_;
+    Columns<T> c{};
+    c.skip = static_cast<S>(p_.skip);
+    if (p_.in) c.in = static_cast<const T*>(p_.in) + at;
+    if (p_.backward) c.saved = static_cast<const T*>(p_.saved) + at;
+    if (p_.out) c.out = static_cast<T*>(p_.out) + at;
+    c.next = next_state(row) + first_column_;
+    c.count = end_column_ - first_column_;
+    if (part_.layer) {
+      if (p_.backward) {
+        const int64_t place = chunk_base_ + part_.position + row * part_.stride;
+        c.kept = chunk_data_ + place * l_.padded() + first_column_;
+      } else {
+        c.pre = chunk_data_ + (chunk_base_ + row) * l_.padded() + first_column_;
+      }
+    }
+    return c;
   }
 
-  // state x U for rows [begin, end) and this part's blocks: body(row, its product from `column` on, column, count).
+  // state x U for rows [begin, end) and this part's columns: body(row, its product).
   template <class Body>
   void product(int64_t begin, int64_t end, Body body) {
     for_tiles(begin, end, [&](int64_t row, int64_t rows) {
       if (l_.chunks > 1) nonzero_.find(state(row), l_);
       for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
-        const int64_t block = descending_ ? part_.block_begin + part_.block_end - 1 - i : i;
-        dot_block(row, rows, block);
-        const int64_t column = l_.first_vec(block) * l_.lanes;
-        const int64_t width = l_.first_vec(block + 1) * l_.lanes - column;
-        for (int64_t r = 0; r < rows; ++r) body(row + r, scratch() + r * width, column, column_end(block) - column);
+        dot_block(row, rows, descending_ ? part_.block_begin + part_.block_end - 1 - i : i);
       }
+      for (int64_t r = 0; r < rows; ++r) body(row + r, sums(r) + first_column_);
       descending_ = !descending_;
     });
   }
 
   void multiply(int64_t begin, int64_t end, int64_t t) {
-    product(begin, end, [&](int64_t row, const S* carry, int64_t column, int64_t count) {
-      Columns<T> c = columns(row, t, column, count);
+    product(begin, end, [&](int64_t row, const S* carry) {
+      Columns<T> c = columns(row, t);
       c.carry = carry;
-      c.x = p_.skip != 0 ? state(row) + column : nullptr;
+      c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
       epilogue(p_, c);
     });
   }
@@ -160,7 +193,7 @@ class Sweep {
   void start_from_carry(int64_t begin, int64_t end, int64_t t) {
     for (int64_t row = begin; row < end; ++row) {
       load_state(row, state(row));
-      Columns<T> c = columns(row, t, first_column_, end_column_ - first_column_);
+      Columns<T> c = columns(row, t);
       c.carry = state(row) + first_column_;
       epilogue(p_, c);
     }
@@ -172,7 +205,7 @@ class Sweep {
     const bool into_h0 = !ascending_ && t == 0;
     if (into_h0 && !p_.backward) return;  // a reversed recurrence ends here; h_n is no crossing
     for (int64_t row = 0; row < active; ++row) {
-      if (start < length(row) && p_.resets[row_at(start, row)]) zero_columns(next_state(row));
+      if (start < length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) zero_columns(next_state(row));
     }
   }
   void zero_columns(S* row) const {
@@ -203,9 +236,9 @@ class Sweep {
   void enter(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       load_state(row, state(row));
-      if (p_.resets && ascending_ && p_.resets[row_at(0, row)]) zero_columns(state(row));
+      if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_columns(state(row));
     }
-    if (part_.team) part_.team->meet(part_.rank);
+    if (part_.meets) meet();
   }
 
   // Rows that have run all their steps: h_n is the state, the gradient of h0 one more product.
@@ -215,13 +248,13 @@ class Sweep {
       for (int64_t row = begin; row < end; ++row) store_state(row, state(row));
       return;
     }
-    product(begin, end, [&](int64_t row, const S* carry, int64_t column, int64_t count) {
+    product(begin, end, [&](int64_t row, const S* carry) {
       Columns<T> c{};
       c.carry = carry;
-      c.x = p_.skip != 0 ? state(row) + column : nullptr;
+      c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
       c.skip = static_cast<S>(p_.skip);
-      c.out = static_cast<T*>(p_.state_out) + state_element(row) + column;
-      c.count = count;
+      c.out = static_cast<T*>(p_.state_out) + state_element(row) + first_column_;
+      c.count = end_column_ - first_column_;
       c.apply([](Vec<T> a, Vec<T>) { return a; });
     });
   }
@@ -229,17 +262,24 @@ class Sweep {
   // Empty sequences: the state passes through.
   void copy_unstarted(int64_t started) {
     if (!p_.state_out) return;
-    for (int64_t row = started; row < part_.num_rows; ++row) {
+    for (int64_t row = started; row < rows_.count; ++row) {
       load_state(row, state(row));
       store_state(row, state(row));
     }
   }
 
   void zero_padding() const {
-    for (int64_t row = 0; row < part_.num_rows; ++row) {
+    for (int64_t row = 0; row < rows_.count; ++row) {
       for (int64_t t = length(row); t < p_.steps; ++t) {
-        memset(static_cast<T*>(p_.out) + element(t, row) + first_column_, 0,
-               static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
+        if (p_.out) {
+          memset(static_cast<T*>(p_.out) + element(t, row) + first_column_, 0,
+                 static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
+        }
+        if (part_.layer && part_.layer->grad_x && first_column_ == 0) {
+          const int64_t inputs = part_.layer->inputs;
+          memset(static_cast<T*>(part_.layer->grad_x) + row_of(p_, t, rows_.order[row]) * inputs, 0,
+                 static_cast<size_t>(inputs) * sizeof(T));
+        }
       }
     }
   }
@@ -247,10 +287,15 @@ class Sweep {
   const Problem& p_;
   const Layout& l_;
   const Part& part_;
+  const RowList& rows_;
   const bool ascending_;  // in time, this sweep
   const bool direct_;     // sequences start from a carry, not from a state to be multiplied
   const int64_t first_column_, end_column_;
-  S* state_[2];  // this step's and the next's
+  S* state_[2];              // this step's and the next's
+  int64_t active_ = 0;       // rows that have begun and not ended
+  Chunk chunk_;              // of a layer: the steps at hand,
+  S* chunk_data_ = nullptr;  // their input products or gradients of pre,
+  int64_t chunk_base_ = 0;   // and the first row of the step at hand
   Nonzero nonzero_;
   bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
@@ -260,61 +305,17 @@ void sweep(const Problem& p, const Layout& l, const Part& part) {
   Sweep<T>(p, l, part).run();
 }
 
-// Panel element [k][i] is what state k gives to output i: U[i][k] forward, U[k][i] backward.
-template <class T>
-bool pack(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64_t end, void* panels) {
-  using S = Scalar<T>;
-  const int64_t depth = l.hidden, lanes = l.lanes;
-  const T* u = static_cast<const T*>(p.weight) + group * depth * depth;
-  Vec<T> zero{};  // sum of 0 * u: NaN where a u is not finite
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t vec = l.first_vec(block), width = (l.first_vec(block + 1) - vec) * lanes;
-    S* panel = static_cast<S*>(panels) + vec * lanes * depth;
-    const int64_t column = vec * lanes;
-    const int64_t valid = column + width <= depth ? width : depth - column;
-    if (p.backward) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const T* from = u + k * depth + column;
-        S* to = panel + k * width;
-        for (int64_t i = 0; i < width; i += lanes) {
-          store(to + i, i + lanes <= valid ? load(from + i) : load_first(from + i, valid > i ? valid - i : int64_t{0}));
-        }
-      }
-    } else {
-      // A transposition: rows of U are read a vector at a time and scattered down one column of the panel. `lanes`
-      // columns at once share the panel's cache lines.
-      for (int64_t i = 0; i < width; i += lanes) {
-        for (int64_t k = 0; k < depth; k += lanes) {
-          const int64_t ks = k + lanes <= depth ? lanes : depth - k;
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            alignas(64) S values[VecOf<S>::kLanes] = {};
-            if (i + lane < valid) {
-              const T* from = u + (column + i + lane) * depth + k;
-              store(values, ks == lanes ? load(from) : load_first(from, ks));
-            }
-            for (int64_t j = 0; j < ks; ++j) panel[(k + j) * width + i + lane] = values[j];
-          }
-        }
-      }
-    }
-    for (int64_t i = 0; i < width * depth; i += lanes) zero += load(panel + i) * 0;
-  }
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    if (zero[lane] != 0) return false;
-  }
-  return true;
-}
-
-bool pack_any(const Problem& p, const Layout& l, int64_t group, int64_t begin, int64_t end, void* panels) {
-  switch (p.dtype) {
+bool pack_any(DType dtype, const void* matrix, bool transposed, const Panels& l, int64_t begin, int64_t end,
+              void* panels) {
+  switch (dtype) {
     case DType::kFloat32:
-      return pack<float>(p, l, group, begin, end, panels);
+      return pack<float>(matrix, transposed, l, begin, end, panels);
     case DType::kFloat64:
-      return pack<double>(p, l, group, begin, end, panels);
+      return pack<double>(matrix, transposed, l, begin, end, panels);
     case DType::kBFloat16:
-      return pack<BFloat16>(p, l, group, begin, end, panels);
+      return pack<BFloat16>(matrix, transposed, l, begin, end, panels);
     case DType::kFloat16:
-      return pack<Float16>(p, l, group, begin, end, panels);
+      return pack<Float16>(matrix, transposed, l, begin, end, panels);
   }
   return false;
 }

@@ -8,33 +8,77 @@
 
 namespace fused_rin {
 
-// How the matrix lies in memory while the sweep runs: cut into blocks of a few vectors of outputs, each block a panel
+// How a matrix lies in memory for `dot`: cut into blocks of a few vectors of outputs, each block a panel
 // [k][outputs of the block], so that the inner loop reads it front to back, and padded to whole vectors.
-struct Layout {
-  int64_t hidden;  // D
-  int64_t lanes;   // scalars in a vector
-  int64_t vecs;    // vectors that hold D scalars
-  int64_t blocks;  // panels; block b starts at vector b * vecs / blocks, so widths differ by at most one
+struct Panels {
+  int64_t depth;    // terms of each sum, k
+  int64_t outputs;  // sums
+  int64_t lanes;    // scalars in a vector
+  int64_t vecs;     // vectors that hold the outputs
+  int64_t blocks;   // block b starts at vector b * vecs / blocks, so widths differ by at most one
+  int64_t padded() const { return vecs * lanes; }
+  int64_t scalars() const { return padded() * depth; }
+  int64_t first_vec(int64_t block) const { return block * vecs / blocks; }
+  int64_t first_column(int64_t block) const { return first_vec(block) * lanes; }
+  int64_t end_column(int64_t block) const {
+    const int64_t end = first_column(block + 1);
+    return end < outputs ? end : outputs;
+  }
+};
+
+// U's panels (depth = outputs = D), and how sums over it are made.
+struct Layout : Panels {
   int64_t chains;  // independent sums per output; depends on D alone, so that no result depends on the batch
   int64_t chunks;  // parts of the depth with sums of their own; more than one only for a batch of one row
-  int64_t padded() const { return vecs * lanes; }
-  int64_t first_vec(int64_t block) const { return block * vecs / blocks; }
+};
+
+// Some rows of the batch, longest sequence first.
+struct RowList {
+  int64_t count;
+  const int64_t* order;    // [count] batch index
+  const int64_t* lengths;  // [count], each within [0, T]; null: all have T
+};
+
+// What a layer has beside the recurrence (layer.h): the product of its input, made just before the steps that need it,
+// and in a backward sweep the gradients of its weights and of its input, added up just after the steps that give them.
+struct Layer {
+  int64_t inputs;               // I
+  const void* x;                // [rows, I]
+  const void* w_ih;             // [G * D, I]
+  const void *b_ih, *b_hh;      // [G * D] or null; forward
+  const void* h0;               // backward: [B, D] or null, zero
+  void* grad_x;                 // backward: [rows, I] or null, not wanted
+  void *grad_w_ih, *grad_w_hh;  // backward: [D, I] and [D, D], or both null
+  void* grad_bias;              // backward: [D] or null
 };
 
 // What one thread does: some rows of one recurrence, all outputs or (in a team) some blocks of them.
 struct Part {
   int64_t group;
-  int64_t num_rows;
-  const int64_t* order;    // [num_rows] batch index of each row, longest sequence first
-  const int64_t* lengths;  // [num_rows] in that order, each within [0, T]; null: all have T
+  RowList rows;
   int64_t block_begin, block_end;
   const void* panels;  // packed U of this recurrence
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
-  void* state[2];      // each [num_rows, padded], scalars; shared by the team
-  void* scratch;       // kScratchScalars scalars of this thread's own
-  int32_t* index;      // [hidden] likewise
-  Team* team;          // null when no other thread works on these rows
-  int rank;
+  void* state[2];      // each [rows, padded], scalars; shared by a team
+  void* scratch;       // [kMaxTileRows, padded], or [1, padded] and kChunkScalars, scalars of this thread's own
+  int32_t* index;      // [D] likewise
+  Team* team;          // null when there is one thread
+  bool meets;          // threads share these rows: they meet once a step
+  int rank, threads;
+
+  // Of a layer.
+  const Layer* layer;        // null: the bare recurrence
+  RowList all;               // the rows of all threads
+  int64_t position, stride;  // row r of this thread is row position + r * stride of all
+  const Panels* input;       // W
+  const void* input_panels;  // packed W of this recurrence
+  void* bias;                // [padded] scalars of this thread's own
+  void* gathered;            // this thread's own: input of a chunk; backward: what entered its steps (WeightGradient)
+  void* chunk_rows[2];       // [max_chunk_rows, padded] scalars: input products, or gradients of them
+  void* panel;               // backward: [kOuterDepth, kOuterVecs vectors] of this thread's own
+  void* gradient;            // backward: sums of all weight gradients
+  int64_t* sources;          // backward: [2, max_chunk_rows] of this thread's own
+  int64_t max_chunk_rows;
 };
 
 // Rows of a matrix a step reads side by side: sums enough to hide the latency of a multiply-add.
@@ -56,15 +100,27 @@ struct Kernels {
   int64_t vector_bytes;
   int64_t narrow_block;  // vectors in a block when several rows share a tile
   int64_t wide_block;    // vectors in a block for a single row
-  // Writes panels [block_begin, block_end) of one recurrence; returns whether all they hold is finite.
-  bool (*pack)(const Problem&, const Layout&, int64_t group, int64_t block_begin, int64_t block_end, void* panels);
+  // Writes panels [block_begin, block_end); returns whether all they hold is finite. The matrix is [outputs, depth], or
+  // [depth, outputs] if `transposed`.
+  bool (*pack)(DType, const void* matrix, bool transposed, const Panels&, int64_t block_begin, int64_t block_end,
+               void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
   void (*step)(const Step&, int64_t output_begin, int64_t output_end);
 };
 
 constexpr int64_t kMaxTileRows = 6;
 constexpr int64_t kMaxChunks = 8;
-constexpr int64_t kScratchScalars = kMaxChunks * 8 * 16;  // rows or chunks x widest block x most lanes
+constexpr int64_t kChunkScalars = kMaxChunks * 8 * 16;  // chunks x widest block x most lanes
+
+// Steps are taken together, as many as make kInputRows rows for an input product (tiles of 6 rows; the result is still
+// in the second-level cache when the steps read it) or kOuterDepth for the weight gradients (the longer, the less often
+// their sums are loaded and stored), but at least one.
+constexpr int64_t kInputRows = 96;
+constexpr int64_t kOuterDepth = 256;
+constexpr int64_t kOuterVecs = 3;
+// Groups of columns of the left factor of those sums, kOuterDepth vectors each, that make 256 KB.
+constexpr int64_t outer_groups(int64_t vector_bytes) { return (int64_t{256} << 10) / (kOuterDepth * vector_bytes); }
+constexpr int64_t kMaxChunkSteps = 256;
 
 // One per build of kernels.cpp; which of them there are, CMakeLists.txt knows by the processor's family.
 const Kernels* kernels_neon();

@@ -42,40 +42,61 @@ int64_t scalar_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks) {
   Layout l;
-  l.hidden = p.hidden;
+  l.depth = l.outputs = p.hidden;
   l.lanes = kernels.vector_bytes / scalar_bytes(p.dtype);
   l.vecs = (p.hidden + l.lanes - 1) / l.lanes;
   // A sum needs several chains to hide the latency of its multiply-adds when a row has few vectors.
   l.chains = l.vecs == 1 ? 4 : l.vecs <= 4 ? 2 : 1;
-  const bool exceeds_l1 = l.vecs * kernels.vector_bytes * l.hidden > 24 * 1024;
-  l.chunks = p.batch == 1 && l.chains == 1 && exceeds_l1 ? std::clamp<int64_t>(l.hidden / 32, 1, kMaxChunks) : 1;
+  const bool exceeds_l1 = l.vecs * kernels.vector_bytes * l.depth > 24 * 1024;
+  l.chunks = p.batch == 1 && l.chains == 1 && exceeds_l1 ? std::clamp<int64_t>(l.depth / 32, 1, kMaxChunks) : 1;
   const int64_t width = p.batch == 1 && l.chains == 1 ? kernels.wide_block : kernels.narrow_block;
   l.blocks = std::min(l.vecs, std::max((l.vecs + width - 1) / width, min_blocks));
   return l;
 }
 
-// Cycles of one step over `rows` rows and `share` of the matrix: multiply-adds at one vector a cycle, or the panel's
-// way from the cache that holds it, once per tile of rows, whichever is longer. The constants are a Zen 4 core's,
-// rounded; only the order of the candidates hangs on them.
+// Cycles of a multiply-add of vectors: two 32-byte ones or one of 64 bytes.
+double multiply_add_cycles(double vector_bytes) { return vector_bytes / 64; }
+
+// Cycles of one step over `rows` rows and `share` of the matrix: multiply-adds, or the panel's way from the cache that
+// holds it, once per tile of rows, whichever is longer. The constants are a Zen 4 core's, rounded; only the order of
+// the candidates hangs on them.
 double step_cycles(const Layout& l, double vector_bytes, double rows, double share) {
-  const double multiply_adds = rows * static_cast<double>(l.vecs * l.hidden) * share;
-  const double bytes = static_cast<double>(l.vecs * l.hidden) * vector_bytes * share;
+  const double multiply_adds = rows * static_cast<double>(l.vecs * l.depth) * share * multiply_add_cycles(vector_bytes);
+  const double bytes = static_cast<double>(l.vecs * l.depth) * vector_bytes * share;
   const double bytes_per_cycle = bytes < 24e3 ? 64 : bytes < 700e3 ? 28 : 12;
   const double tiles = std::max(1.0, rows / kMaxTileRows);
   return 50 + 30 * rows + std::max(multiply_adds, tiles * bytes / bytes_per_cycle);
 }
 
-constexpr double kMeetCycles = 1300;   // a barrier and the misses on the state it exchanges
+// And of the products a layer has before or after the step.
+double product_cycles(const Problem& p, const Layer* layer, const Layout& l, double vector_bytes) {
+  if (!layer) return 0;
+  const double inputs = static_cast<double>(layer->inputs), hidden = static_cast<double>(p.hidden);
+  const double vecs = static_cast<double>(l.vecs), lanes = static_cast<double>(l.lanes);
+  double multiply_adds = 0;
+  if (!p.backward) multiply_adds += inputs * vecs;
+  if (layer->grad_w_hh) multiply_adds += (hidden + inputs) * vecs;
+  if (layer->grad_x) multiply_adds += hidden * inputs / lanes;
+  return static_cast<double>(p.batch * p.groups) * multiply_adds * multiply_add_cycles(vector_bytes);
+}
+
+constexpr double kMeetCycles =
+    4000;  // a barrier and the misses on the state it exchanges: 1,300 (Zen 4) to 5,000 (Zen 3)
 constexpr double kWakeCycles = 40000;  // a sleeping thread, once per call
 
 }  // namespace
 
-CpuPlan plan_cpu(const Problem& p, const Kernels& kernels, int max_threads) {
+CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
   const double bytes = static_cast<double>(kernels.vector_bytes);
   const double rows = static_cast<double>(p.batch), groups = static_cast<double>(p.groups);
   const double steps = static_cast<double>(std::max<int64_t>(p.steps, 1));
   const Layout alone = make_layout(p, kernels, 1);
-  CpuPlan best{1, false, alone, groups * step_cycles(alone, bytes, rows, 1)};
+  const double sweep = groups * step_cycles(alone, bytes, rows, 1), products = product_cycles(p, layer, alone, bytes);
+  CpuPlan best{1, Sharing::kNothing, alone, sweep + products};
+  const auto consider = [&](int64_t threads, Sharing sharing, const Layout& layout, double cycles) {
+    cycles += kWakeCycles / steps;
+    if (cycles < best.cycles_per_step) best = {static_cast<int>(threads), sharing, layout, cycles};
+  };
   const int64_t most = std::min<int64_t>(max_threads, Team::kMaxThreads);
 
   const int64_t apart = std::min<int64_t>(most, p.batch * p.groups);
@@ -83,15 +104,14 @@ CpuPlan plan_cpu(const Problem& p, const Kernels& kernels, int max_threads) {
     const double n = static_cast<double>(apart);
     const double share = std::max(1.0, rows * groups / n);  // rows of one thread, over one or more recurrences
     const double parts = std::max(1.0, groups / n);
-    const double cycles = parts * step_cycles(alone, bytes, share / parts, 1) + kWakeCycles / steps;
-    if (cycles < best.cycles_per_step) best = {static_cast<int>(apart), false, alone, cycles};
+    consider(apart, Sharing::kRows, alone, parts * step_cycles(alone, bytes, share / parts, 1) + products / n);
   }
   const int64_t together = std::min<int64_t>(most, alone.vecs);
   if (together > 1) {
     const Layout shared = make_layout(p, kernels, together);
-    const double share = 1.0 / static_cast<double>(together);
-    const double cycles = groups * (step_cycles(shared, bytes, rows, share) + kMeetCycles) + kWakeCycles / steps;
-    if (cycles < best.cycles_per_step) best = {static_cast<int>(together), true, shared, cycles};
+    const double n = static_cast<double>(together);
+    consider(together, Sharing::kOutputs, shared,
+             groups * (step_cycles(shared, bytes, rows, 1 / n) + kMeetCycles) + products / n);
   }
   return best;
 }

@@ -6,6 +6,10 @@
 #include <new>
 #include <numeric>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "pool.h"
 
 namespace fused_rin {
@@ -55,20 +59,35 @@ class Carver {
   size_t used_ = 0;
 };
 
-// The rows of one recurrence that one thread works on.
+Panels make_panels(int64_t depth, int64_t outputs, int64_t lanes, int64_t width) {
+  Panels l{depth, outputs, lanes, (outputs + lanes - 1) / lanes, 0};
+  l.blocks = (l.vecs + width - 1) / width;
+  return l;
+}
+
+// Batch indices of some rows, and the steps they have.
 struct Rows {
   std::vector<int64_t> order, lengths;
+  int64_t position = 0, stride = 1;
+  RowList list(bool with_lengths) const {
+    return {static_cast<int64_t>(order.size()), order.data(), with_lengths ? lengths.data() : nullptr};
+  }
 };
 
 class Call {
  public:
-  Call(const Problem& p, const Kernels& kernels, const CpuPlan& plan)
-      : p_(p), kernels_(kernels), plan_(plan), scalar_(kernels.vector_bytes / plan.layout.lanes) {
+  Call(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan)
+      : p_(p), layer_(layer), kernels_(kernels), plan_(plan), scalar_(kernels.vector_bytes / plan.layout.lanes) {
+    std::vector<int64_t> order(static_cast<size_t>(p.batch));
+    std::iota(order.begin(), order.end(), int64_t{0});
     if (p.lengths) {
-      sorted_.resize(static_cast<size_t>(p.batch));
-      std::iota(sorted_.begin(), sorted_.end(), int64_t{0});
-      std::stable_sort(sorted_.begin(), sorted_.end(),
-                       [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+    }
+    for (const int64_t b : order) add(all_, b);
+    if (layer) {
+      const int64_t lanes = plan.layout.lanes;
+      input_ = p.backward ? make_panels(p.hidden, layer->inputs, lanes, kernels.narrow_block)
+                          : make_panels(layer->inputs, p.hidden, lanes, kernels.narrow_block);
     }
   }
 
@@ -83,68 +102,130 @@ class Call {
   }
 
  private:
-  int64_t panel_bytes() const { return plan_.layout.padded() * p_.hidden * scalar_; }
+  void add(Rows& rows, int64_t b) const {
+    rows.order.push_back(b);
+    if (p_.lengths) rows.lengths.push_back(std::clamp<int64_t>(p_.lengths[b], 0, p_.steps));
+  }
+
+  int64_t panel_bytes() const { return plan_.layout.scalars() * scalar_; }
+  int64_t input_bytes() const { return input_.scalars() * scalar_; }
+  bool needs_input() const { return layer_ && (!p_.backward || layer_->grad_x); }
   int64_t state_bytes() const { return plan_.layout.padded() * p_.batch * scalar_; }
+  int64_t max_chunk_rows() const { return std::max(p_.batch, p_.backward ? kOuterDepth : kInputRows); }
 
   size_t carve(Carver carver) {
-    panels_ = static_cast<char*>(carver.take(p_.groups * panel_bytes()));
+    const auto scalars = [&](int64_t count) { return carver.take(count * scalar_); };
+    panels_ = static_cast<char*>(scalars(p_.groups * plan_.layout.scalars()));
     for (int i = 0; i < 2; ++i) states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
+    if (needs_input()) input_panels_ = static_cast<char*>(scalars(p_.groups * input_.scalars()));
+    const int64_t padded = plan_.layout.padded(), lanes = plan_.layout.lanes, rows = max_chunk_rows();
+    // Gradients of pre are shared by all threads; an input product is its thread's own.
+    if (layer_) {
+      for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
+      const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes) / lanes;
+      if (p_.backward) gradient_ = scalars(groups * lanes * padded);
+      gathered_ = p_.backward ? std::min(groups, outer_groups(kernels_.vector_bytes)) * kOuterDepth * lanes
+                              : rows * layer_->inputs;
+    }
     for (int i = 0; i < plan_.threads; ++i) {
-      scratch_[i] = carver.take(kScratchScalars * scalar_);
-      index_[i] = static_cast<int32_t*>(carver.take(p_.hidden * static_cast<int64_t>(sizeof(int32_t))));
+      Own& own = own_[i];
+      own.scratch = scalars(kMaxTileRows * std::max(padded, input_.padded()) + kChunkScalars);
+      own.index = static_cast<int32_t*>(carver.take(p_.hidden * static_cast<int64_t>(sizeof(int32_t))));
+      if (!layer_) continue;
+      own.gathered = scalars(gathered_);
+      if (p_.backward) {
+        own.panel = scalars(kOuterDepth * kOuterVecs * lanes);
+        own.sources = static_cast<int64_t*>(carver.take(2 * rows * static_cast<int64_t>(sizeof(int64_t))));
+      } else {
+        own.bias = scalars(padded);
+      }
     }
     return carver.used();
   }
 
-  void pack(int rank) {
-    const int64_t blocks = plan_.layout.blocks, all = blocks * p_.groups;
-    const int64_t begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
-    for (int64_t i = begin; i < end; ++i) {
-      char* panels = panels_ + i / blocks * panel_bytes();
-      if (!kernels_.pack(p_, plan_.layout, i / blocks, i % blocks, i % blocks + 1, panels)) {
-        finite_.store(false, std::memory_order_relaxed);
-      }
-    }
+  // Calls body(recurrence, first block, end block) for this thread's share of the panels of all recurrences.
+  template <class Body>
+  void for_blocks(int rank, int64_t blocks, Body body) const {
+    const int64_t all = blocks * p_.groups, begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
+    for (int64_t i = begin; i < end; ++i) body(i / blocks, i % blocks);
   }
 
-  // Rows g * batch + b, dealt in turn when they differ in length, else in runs.
+  void pack(int rank) {
+    const int64_t scalar = p_.dtype == DType::kFloat64 ? 8 : p_.dtype == DType::kFloat32 ? 4 : 2;
+    const auto matrix = [&](const void* all, int64_t group, const Panels& l) {
+      return static_cast<const char*>(all) + group * l.depth * l.outputs * scalar;
+    };
+    for_blocks(rank, plan_.layout.blocks, [&](int64_t group, int64_t block) {
+      const void* u = matrix(p_.weight, group, plan_.layout);
+      char* panels = panels_ + group * panel_bytes();
+      if (!kernels_.pack(p_.dtype, u, p_.backward, plan_.layout, block, block + 1, panels)) {
+        finite_.store(false, std::memory_order_relaxed);
+      }
+    });
+    if (!needs_input()) return;
+    for_blocks(rank, input_.blocks, [&](int64_t group, int64_t block) {
+      const void* w = matrix(layer_->w_ih, group, input_);
+      kernels_.pack(p_.dtype, w, p_.backward, input_, block, block + 1, input_panels_ + group * input_bytes());
+    });
+  }
+
+  // What a thread has of rows g * batch + b: dealt in turn when they differ in length, else in runs.
   Rows rows_of(int64_t group, int rank) const {
+    if (plan_.sharing != Sharing::kRows) return all_;
     Rows rows;
-    const int64_t n = plan_.team ? 1 : plan_.threads, first = group * p_.batch, all = p_.groups * p_.batch;
+    const int64_t n = plan_.threads, first = group * p_.batch, all = p_.groups * p_.batch;
     for (int64_t i = 0; i < p_.batch; ++i) {
       const int64_t owner = p_.lengths ? (first + i) % n : ((first + i + 1) * n - 1) / all;
-      if (!plan_.team && owner != rank) continue;
-      const int64_t b = p_.lengths ? sorted_[static_cast<size_t>(i)] : i;
-      rows.order.push_back(b);
-      if (p_.lengths) rows.lengths.push_back(std::clamp<int64_t>(p_.lengths[b], 0, p_.steps));
+      if (owner != rank) continue;
+      if (rows.order.empty()) rows.position = i;
+      add(rows, all_.order[static_cast<size_t>(i)]);
     }
+    rows.stride = p_.lengths ? n : 1;
     return rows;
   }
 
   void run_group(int64_t group, int rank) {
     const Rows rows = rows_of(group, rank);
-    if (rows.order.empty()) return;
+    if (rows.order.empty() && !layer_) return;  // in a layer's backward sweep there are gradients to share
     const Layout& l = plan_.layout;
+    const Own& own = own_[rank];
+    const bool team = plan_.sharing == Sharing::kOutputs, with_lengths = p_.lengths != nullptr;
     Part part{};
     part.group = group;
-    part.num_rows = static_cast<int64_t>(rows.order.size());
-    part.order = rows.order.data();
-    part.lengths = p_.lengths ? rows.lengths.data() : nullptr;
-    part.block_begin = plan_.team ? rank * l.blocks / plan_.threads : 0;
-    part.block_end = plan_.team ? (rank + 1) * l.blocks / plan_.threads : l.blocks;
+    part.rows = rows.list(with_lengths);
+    part.block_begin = team ? rank * l.blocks / plan_.threads : 0;
+    part.block_end = team ? (rank + 1) * l.blocks / plan_.threads : l.blocks;
     part.panels = panels_ + group * panel_bytes();
     part.finite = finite_.load(std::memory_order_relaxed);
-    part.index = index_[rank];
-    // Threads with rows of their own take state memory by their first row: rows of one group never overlap, since
-    // a run of rows starts at its batch index, and rows dealt in turn are placed by rank.
-    const int64_t row_bytes = l.padded() * scalar_;
-    int64_t slot = 0;
-    if (!plan_.team) slot = p_.lengths ? first_slot(group, rank) : part.order[0];
-    for (int i = 0; i < 2; ++i) part.state[i] = states_[i] + group * state_bytes() + slot * row_bytes;
-    part.scratch = scratch_[rank];
-    part.team = plan_.team ? &team_ : nullptr;
+    part.index = own.index;
+    // Rows of different threads never overlap in state memory: a run of rows starts at its batch index, and rows dealt
+    // in turn are placed by rank.
+    const int64_t slot = p_.lengths && plan_.sharing == Sharing::kRows ? first_slot(group, rank) : rows.position;
+    for (int i = 0; i < 2; ++i) part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
+    part.scratch = own.scratch;
+    part.team = plan_.threads > 1 ? &team_ : nullptr;
+    part.meets = team;
     part.rank = rank;
+    part.threads = plan_.threads;
+    if (layer_) add_layer(part, rows, rank);
     kernels_.sweep(p_, l, part);
+  }
+
+  void add_layer(Part& part, const Rows& rows, int rank) {
+    const Own& own = own_[rank];
+    part.layer = layer_;
+    part.all = all_.list(p_.lengths != nullptr);
+    part.position = rows.position;
+    part.stride = rows.stride;
+    part.input = &input_;
+    part.input_panels = needs_input() ? input_panels_ + part.group * input_bytes() : nullptr;
+    part.bias = own.bias;
+    part.gathered = own.gathered;
+    for (int i = 0; i < 2; ++i) part.chunk_rows[i] = chunk_rows_[p_.backward ? i : rank];
+    part.panel = own.panel;
+    part.gradient = gradient_;
+    part.sources = own.sources;
+    part.max_chunk_rows = max_chunk_rows();
   }
 
   // Where a thread's rows lie when rows are dealt in turn: after those of the lower ranks.
@@ -154,40 +235,64 @@ class Call {
     return slot;
   }
 
+  // Memory of one thread's own.
+  struct Own {
+    void *scratch, *gathered, *panel, *bias;
+    int32_t* index;
+    int64_t* sources;
+  };
+
   const Problem& p_;
+  const Layer* layer_;
   const Kernels& kernels_;
   const CpuPlan& plan_;
-  const int64_t scalar_;
-  std::vector<int64_t> sorted_;
-  char* panels_ = nullptr;
+  const int64_t scalar_;  // bytes
+  Rows all_;
+  Panels input_{};
+  char *panels_ = nullptr, *input_panels_ = nullptr;
   char* states_[2] = {};
-  void* scratch_[Team::kMaxThreads] = {};
-  int32_t* index_[Team::kMaxThreads] = {};
+  void* chunk_rows_[Team::kMaxThreads] = {};
+  void* gradient_ = nullptr;
+  int64_t gathered_ = 0;
+  Own own_[Team::kMaxThreads] = {};
   std::atomic<bool> finite_{true};
   Team team_;
 };
 
-void run_plan(const Problem& p, const Kernels& kernels, const CpuPlan& plan, bool& done) {
+bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan) {
   thread_local Workspace workspace;
-  Call call(p, kernels, plan);
+  Call call(p, layer, kernels, plan);
   call.bind(workspace.get(call.bytes()));
+  bool done = true;
   if (plan.threads == 1) {
     call.run(0);
-    done = true;
   } else {
     call.team().start(plan.threads);
     done = Pool::instance().try_run(plan.threads, [&](int rank) { call.run(rank); });
   }
   workspace.release_if_large();
+  return done;
 }
 
 }  // namespace
 
-void sweep_cpu(const Problem& p, const Kernels& kernels, int max_threads) {
+void sweep_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
   if (p.batch == 0 || p.groups == 0 || p.hidden == 0) return;
-  bool done = false;
-  run_plan(p, kernels, plan_cpu(p, kernels, max_threads), done);
-  if (!done) run_plan(p, kernels, plan_cpu(p, kernels, 1), done);  // the pool is another caller's just now
+  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, max_threads))) return;
+  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, 1));  // the pool is another caller's just now
+}
+
+void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  // An advice: a system without huge pages refuses it, and nothing is lost.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }
 
 void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {

@@ -7,12 +7,15 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if !defined(FUSED_RIN_ISA)
 #error "FUSED_RIN_ISA must name the instruction set"
 #endif
 
-#if defined(__AVX512F__)
+// (Given on the command line, a processor without such vectors makes them of several: tests run AVX-512's shapes so.)
+#if defined(FUSED_RIN_VECTOR_BYTES)
+#elif defined(__AVX512F__)
 #define FUSED_RIN_VECTOR_BYTES 64
 #define FUSED_RIN_VECTOR_REGISTERS 32
 #elif defined(__AVX2__)
@@ -166,6 +169,39 @@ inline void store_first(Storage* to, Vec<Storage> value, int64_t count) {
   Storage lanes[VecOf<Scalar<Storage>>::kLanes];
   store(lanes, value);
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// ---- transposition ----
+
+// Lane i of the result is lane i of a where `kStride` is not in i, else that of b; the lanes in question of a, or of b,
+// come from kStride further on, or back, in the other one.
+template <int kStride, class V, int... i>
+inline void swap_blocks(V& a, V& b, std::integer_sequence<int, i...>) {
+  constexpr int kLanes = sizeof...(i);
+#if defined(__clang__) || __GNUC__ >= 12
+  const V low = __builtin_shufflevector(a, b, ((i & kStride) ? i - kStride + kLanes : i)...);
+  b = __builtin_shufflevector(a, b, ((i & kStride) ? i + kLanes : i + kStride)...);
+#else
+  typedef decltype(a < b) Mask;
+  const V low = __builtin_shuffle(a, b, Mask{((i & kStride) ? i - kStride + kLanes : i)...});
+  b = __builtin_shuffle(a, b, Mask{((i & kStride) ? i + kLanes : i + kStride)...});
+#endif
+  a = low;
+}
+
+// A square of vectors, rows to columns: blocks of 1, 2, 4, ... lanes across the diagonal change places.
+template <class S, int kStride = 1>
+inline void transpose(typename VecOf<S>::Vec* rows) {
+  constexpr int kLanes = VecOf<S>::kLanes;
+  if constexpr (kStride < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (!(i & kStride)) {
+        swap_blocks<kStride>(rows[i], rows[i + kStride], std::make_integer_sequence<int, kLanes>{});
+      }
+    }
+    transpose<S, kStride * 2>(rows);
+  }
 }
 
 // ---- activations ----

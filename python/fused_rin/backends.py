@@ -157,20 +157,26 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    input_size: int = 0,
 ) -> Choice:
-    """Which backend and plan `recurrence` would use for a problem, and why.
+    """Which backend and plan `recurrence` would use for a problem, and why; with `input_size`, a layer of `RIN`.
 
     Args:
         problem: `pre` itself, or its shape (T, B, G, D), or (T, B, D) for one recurrence.
         dtype, device: of the problem where only its shape is given.
         backend: as in `recurrence`.
+        input_size: of a layer, which on a CPU makes its input product and its gradients step by step as well (outside
+            compilers, tracers and autocast); 0 for the bare recurrence.
 
-    Raises ValueError for a shape of another rank and BackendError if the backend named cannot run the problem.
+    Raises ValueError for a shape of another rank or a negative input_size, and BackendError if the backend named cannot
+    run the problem.
     """
     if isinstance(problem, Tensor):
         dtype, device, problem = problem.dtype, problem.device, tuple(problem.shape)
     if len(problem) not in (3, 4):
         raise ValueError(f"problem must be (T, B, G, D) or (T, B, D), got {tuple(problem)}")
+    if input_size < 0:
+        raise ValueError(f"input_size must not be negative, got {input_size}")
     steps, batch, *groups, hidden = problem
     name = requested(backend)
     device = torch.device(device)
@@ -182,5 +188,9 @@ def explain(
         reason = "the backends before it cannot run this problem"
     else:
         reason = f"it is the first choice for {device.type} tensors"
-    plan = module.describe(steps, batch, groups[0] if groups else 1, hidden, dtype, device)
+    size = (steps, batch, groups[0] if groups else 1, hidden)
+    if module is cpu and input_size:
+        plan = cpu.describe(*size, dtype, device, input_size)
+    else:
+        plan = module.describe(*size, dtype, device)
     return Choice(chosen, plan, reason, passed_over)

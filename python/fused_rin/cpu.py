@@ -55,21 +55,39 @@ def use_instruction_set(name: str) -> Iterator[None]:
 
 
 def describe(
-    steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    steps: int,
+    batch: int,
+    groups: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    input_size: int = 0,
 ) -> str:
-    """The plan for a problem, in words."""
-    plan = _native.plan(steps, batch, groups, hidden, DTYPES[dtype], torch.get_num_threads(), _isa)
-    if plan["threads"] == 1:
-        sharing = "one thread"
-    elif plan["team"]:
-        sharing = f"{plan['threads']} threads that share the outputs and meet once a step"
-    else:
-        sharing = f"{plan['threads']} threads, each with sequences of its own"
+    """The plan for a problem, in words; with `input_size`, for the forward pass of a layer."""
+    plan = _native.plan(steps, batch, groups, hidden, input_size, DTYPES[dtype], torch.get_num_threads(), _isa)
+    sharing = {
+        "nothing": "one thread",
+        "rows": f"{plan['threads']} threads, each with sequences of its own",
+        "outputs": f"{plan['threads']} threads that share the outputs and meet once a step",
+    }[plan["sharing"]]
     scalar = "float64" if dtype == torch.float64 else "float32"
+    # Several recurrences have their gradients from products over all steps (see layer.py).
+    products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
     return (
-        f"{plan['isa']}, {sharing}; U packed once per call as {plan['blocks']} panel(s) over {plan['vectors']} "
-        f"vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
+        f"{plan['isa']}, {sharing}{products}; U packed once per call as {plan['blocks']} panel(s) over "
+        f"{plan['vectors']} vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
     )
+
+
+# From here on the C library takes memory fresh from the system and gives it back, and its pages are worth an advice.
+_HUGE = 8 << 20  # bytes
+
+
+def _advised(tensor: Tensor) -> Tensor:
+    """A fresh tensor that is about to be written as a whole."""
+    if tensor.numel() * tensor.element_size() >= _HUGE:
+        _native.prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -96,7 +114,7 @@ def forward(
     groups, hidden = pre.shape[-2:]
     steps, batch = pre.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
     if out is None:
-        out = torch.empty_like(pre)
+        out = _advised(torch.empty_like(pre))
     h_n = pre.new_empty(batch, groups, hidden)
     _native.sweep(
         steps, batch, groups, hidden, num_reversed, DTYPES[pre.dtype], ACTIVATIONS[activation], False, skip,
@@ -122,7 +140,7 @@ def backward(
     """The backward sweep; shapes and meaning as in `fused_rin.reference.backward`, all tensors contiguous."""
     groups, hidden = out.shape[-2:]
     steps, batch = out.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
-    grad_pre = torch.empty_like(out)
+    grad_pre = _advised(torch.empty_like(out))
     grad_h0 = out.new_empty(batch, groups, hidden)
     _native.sweep(
         steps, batch, groups, hidden, num_reversed, DTYPES[out.dtype], ACTIVATIONS[activation], True, skip,
@@ -130,3 +148,74 @@ def backward(
         out.data_ptr(), _address(grad_h_n), grad_pre.data_ptr(), grad_h0.data_ptr(), torch.get_num_threads(), _isa,
     )  # fmt: skip
     return grad_pre, grad_h0
+
+
+def layer_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    *,
+    groups: int,
+    skip: float,
+    activation: str,
+    num_reversed: int,
+) -> tuple[Tensor, Tensor]:
+    """A layer's forward pass: `forward` on pre = x W^T + b_ih + b_hh, which is never stored as a whole.
+
+    All tensors contiguous: x [T, B, I] (or [rows, I]), w_ih [G * D, I], w_hh [G * D, D], biases [G * D], h0
+    [B, G, D]. Returns out [T, B, G * D] (or [rows, G * D]) and h_n [1, B, G * D].
+    """
+    width, inputs = w_ih.shape
+    steps, batch = x.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    out = _advised(x.new_empty(*x.shape[:-1], width))
+    h_n = x.new_empty(1, batch, width)
+    _native.layer_forward(
+        steps, batch, groups, width // groups, num_reversed, DTYPES[x.dtype], ACTIVATIONS[activation], skip,
+        _address(lengths), _address(offsets), _address(resets), inputs, x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(),
+        _address(b_ih), _address(b_hh), _address(h0), out.data_ptr(), h_n.data_ptr(), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return out, h_n
+
+
+def layer_backward(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    out: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    resets: Tensor | None,
+    *,
+    skip: float,
+    activation: str,
+    num_reversed: int,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Gradients of x, w_ih, w_hh, of each bias, and of h0, for a layer of one recurrence; None where not needed.
+
+    The gradient of pre is never stored as a whole: a thread that has it for some steps adds it to the gradients.
+    """
+    hidden, inputs = w_ih.shape
+    steps, batch = x.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    grad_x = _advised(torch.empty_like(x)) if needs_x else None
+    grad_w_ih, grad_w_hh, grad_bias = (
+        (torch.empty_like(w_ih), torch.empty_like(w_hh), w_ih.new_empty(hidden)) if needs_weights else (None,) * 3
+    )
+    grad_h0 = x.new_empty(batch, 1, hidden)
+    _native.layer_backward(
+        steps, batch, hidden, num_reversed, DTYPES[x.dtype], ACTIVATIONS[activation], skip, _address(lengths),
+        _address(offsets), _address(resets), inputs, x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(h0),
+        out.data_ptr(), _address(grad_out), _address(grad_h_n), _address(grad_x), _address(grad_w_ih),
+        _address(grad_w_hh), _address(grad_bias), grad_h0.data_ptr(), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return grad_x, grad_w_ih, grad_w_hh, grad_bias, grad_h0

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rin.identity_prior import recurrent_matrices
+from fused_rin.modules import RINCell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,10 +58,12 @@ def gradient_norms(
         alone. loss: makes a 0-dim loss of what the model returns. rnn: the recurrent module to look at, by
         default the first in `model`.
 
-    Raises ValueError when there is no recurrent module.
+    Raises ValueError when there is no recurrent module, when it is a cell or is not called, and when it reads
+    a packed sequence.
     """
-    with torch.enable_grad(), _watch(model, rnn) as seen:
-        value = loss(model(*inputs))
+    with torch.enable_grad():
+        with _watch(model, rnn) as seen:
+            value = loss(model(*inputs))
         (gradient,) = torch.autograd.grad(value, [seen["input"]])
     return _time_first(gradient, seen).flatten(1).norm(dim=1)
 
@@ -129,7 +132,7 @@ def draw_eigenvalues(values: Mapping[str, Tensor]) -> Figure:
     axis.set_aspect("equal")
     axis.set_xlabel("real part")
     axis.set_ylabel("imaginary part")
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below: points may be anywhere
     return figure
 
 
@@ -171,18 +174,25 @@ def _watch(model: nn.Module, rnn: nn.Module | None) -> Iterator[dict[str, Any]]:
         rnn = next(recurrent, None)
     if rnn is None:
         raise ValueError("the model has no torch.nn.RNNBase; name its recurrent module: rnn=...")
+    if isinstance(rnn, (nn.RNNCellBase, RINCell)):
+        raise ValueError(f"rnn must be a module that reads whole sequences, got a {type(rnn).__name__}")
     seen: dict[str, Any] = {"batch_first": bool(getattr(rnn, "batch_first", False))}
 
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen["input"] = arguments[0].detach().requires_grad_(torch.is_grad_enabled())
-        return (seen["input"], *arguments[1:])
+    def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        x = arguments[0] if arguments else named["input"]
+        if not isinstance(x, Tensor):
+            raise ValueError(f"the recurrent module must read a tensor, got a {type(x).__name__}")
+        seen["input"] = x.detach().requires_grad_(torch.is_grad_enabled())
+        return ((seen["input"], *arguments[1:]), named) if arguments else ((), {**named, "input": seen["input"]})
 
     def after(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
         seen["output"] = result[0]
 
-    handles = (rnn.register_forward_pre_hook(before), rnn.register_forward_hook(after))
+    handles = (rnn.register_forward_pre_hook(before, with_kwargs=True), rnn.register_forward_hook(after))
     try:
         yield seen
+        if "input" not in seen:
+            raise ValueError("the model does not call its recurrent module")
     finally:
         for handle in handles:
             handle.remove()

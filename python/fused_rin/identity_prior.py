@@ -3,9 +3,12 @@ as penalty.
 
 Writing V = U + I changes no function; what it changes is where anything that keeps weights small pulls:
 decay of U pulls to identity, to remembering, decay of V pulls to zero, to forgetting. With a loss that is a
-mean over N samples, the maximum a posteriori estimate under V ~ N(I, sigma^2) adds strength / 2 * ||V -
-I||^2 with strength = 1 / (sigma^2 N): a *constant* strength is a prior that grows with the data, and a
-fixed prior is a strength that vanishes.
+mean over N samples, the maximum a posteriori estimate under V_ij ~ N(I_ij, sigma^2) minimises
+
+    (1/N) sum_n loss_n + (strength / 2) ||V - I||^2,    strength = 1 / (sigma^2 N)
+
+(the logarithm of the posterior, divided by -N): a *constant* strength is a prior that grows with the data,
+and a fixed prior is a strength that vanishes against them.
 
     strength = prior_strength(sigma=0.1, samples=50_000)                # or any constant
     groups = param_groups(model, identity_decay=strength, weight_decay=1e-4)
@@ -45,18 +48,26 @@ def param_groups(model: nn.Module, *, identity_decay: float = 0.0, weight_decay:
     Every trainable parameter is in exactly one of the three groups: the recurrent matrices whose identity
     is fixed (`weight_hh` of a RIN or RINCell with skip != 0, and what a module lists in a method
     `identity_weights()`), all others of two dimensions or more, and the rest (biases, gains), which do not
-    decay. Recurrent matrices in the V form (torch.nn.RNN, skip = 0) are other weights: their decay pulls to
-    zero.
+    decay. Decay of U pulls V to skip * I. Recurrent matrices in the V form (torch.nn.RNN, skip = 0) are
+    other weights: their decay pulls to zero.
 
-    How an optimizer decays is its own affair: AdamW and SGD without momentum shrink the weight by lr * decay,
-    Adam and RMSprop add decay * weight to the gradient they normalise; see `decoupled`.
+    How an optimizer decays is its own affair. AdamW shrinks the weight, w *= 1 - lr * decay; SGD, Adam and
+    RMSprop add decay * w to the gradient, which is the same for SGD without momentum only: Adam and RMSprop
+    normalise the sum. See `decoupled`.
 
-    Raises ValueError for a negative decay, and for an identity_decay on a model without such a matrix.
+    Raises ValueError for a negative decay, and for an identity_decay on a model without such a matrix or
+    with one that is computed from other parameters (torch.nn.utils.parametrize).
     """
     for name, value in (("identity_decay", identity_decay), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
-    identity = {id(weight): weight for weight in _identity_weights(model) if weight.requires_grad}
+    identity: dict[int, Tensor] = {}
+    for path, weight, skip in _weights(model):
+        if skip and not isinstance(weight, nn.Parameter):
+            if identity_decay:
+                raise ValueError(f"identity_decay cannot act on {path}: it is parametrized; use identity_penalty")
+        elif skip and weight.requires_grad:
+            identity[id(weight)] = weight
     if identity_decay and not identity:
         raise ValueError("identity_decay needs a RIN with skip != 0 in the model, there is none")
     others: dict[int, Tensor] = {}
@@ -73,9 +84,10 @@ def decoupled(optimizer: Optimizer) -> Optimizer:
     decay.
 
     So it acts the same in every optimizer (Loshchilov and Hutter, arXiv 1711.05101). Learning rate
-    schedules are followed. Changes the optimizer in place and returns it; a second call changes nothing.
+    schedules are followed. Changes the optimizer in place and returns it; a second call changes nothing, but
+    is needed where torch drops the hook: for a copy or an unpickled optimizer. State dicts keep the decay.
     """
-    if not any("decoupled_decay" in group for group in optimizer.param_groups):
+    if _decay not in optimizer._optimizer_step_pre_hooks.values():
         optimizer.register_step_pre_hook(_decay)
     for group in optimizer.param_groups:
         group["decoupled_decay"] = group.get("decoupled_decay", 0.0) + group.get("weight_decay", 0.0)
@@ -97,11 +109,12 @@ def identity_penalty(model: nn.Module, strength: float = 1.0) -> Tensor:
     """strength / 2 * sum of ||V - I||^2 over the recurrent matrices of the model: a differentiable 0-dim
     term.
 
-    Its gradient is strength * (V - I), which for a RIN is strength * U. Works on V forms as well.
+    Its gradient is strength * (V - I), which for a RIN is strength * U. Works on V forms as well, and pulls to
+    I whatever the skip. A matrix that several modules share counts once. 16-bit weights are summed in float32.
 
     Raises ValueError when the model has no recurrent matrix with a ReLU or tanh.
     """
-    squares = [_square(difference) for _, difference in _differences(model)]
+    squares = [(difference * difference).sum() for _, difference in _differences(model)]
     return 0.5 * strength * torch.stack(squares).sum()
 
 
@@ -113,50 +126,54 @@ def identity_distance(model: nn.Module) -> dict[str, float]:
 
     Raises ValueError as `identity_penalty` does.
     """
-    return {name: _square(difference).sqrt().item() for name, difference in _differences(model)}
+    return {name: difference.norm().item() for name, difference in _differences(model)}
 
 
 def recurrent_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(parameter name, V) of every plain recurrent matrix, V of shape [heads, D, D], differentiable.
+    """(parameter name, V) of every plain recurrent matrix, V of shape [heads, D, D], differentiable, in
+    float32 where the weight has 16 bits.
 
     Raises ValueError as `identity_penalty` does.
     """
-    found = []
-    for path, module in model.named_modules():
-        for name, weight, skip in _plain_weights(module):
-            heads = weight.reshape(-1, weight.shape[-1], weight.shape[-1])
-            eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-            found.append((f"{path}.{name}" if path else name, heads + skip * eye if skip else heads))
-    if not found:
-        raise ValueError("the model has no recurrent matrix of a RIN, RINCell, torch.nn.RNN or torch.nn.RNNCell")
-    return found
+    return [(name, heads + skip * _eye(heads) if skip else heads) for name, heads, skip in _heads(model)]
 
 
 def _differences(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, matrix in recurrent_matrices(model):
-        yield name, matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    """V - I = U + (skip - 1) I; never by way of U + I, which would round U to what is left beside 1."""
+    for name, heads, skip in _heads(model):
+        yield name, heads if skip == 1 else heads + (skip - 1) * _eye(heads)
 
 
-def _square(difference: Tensor) -> Tensor:
-    return (difference * difference).sum()
+def _heads(model: nn.Module) -> list[tuple[str, Tensor, float]]:
+    """(name, U or V as [heads, D, D], skip) of every recurrent matrix; shared ones once, by their first name."""
+    found: dict[tuple[int, float], tuple[str, Tensor, float]] = {}
+    for name, weight, skip in _weights(model):
+        found.setdefault((id(weight), skip), (name, weight, skip))
+    if not found:
+        raise ValueError("the model has no recurrent matrix of a RIN, RINCell, torch.nn.RNN or torch.nn.RNNCell")
+    heads = []
+    for name, weight, skip in found.values():
+        wide = weight.float() if weight.dtype.itemsize == 2 else weight
+        heads.append((name, wide.reshape(-1, weight.shape[-1], weight.shape[-1]), skip))
+    return heads
 
 
-def _plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
-    """(name, weight_hh, skip) of every recurrent matrix that is this module's own."""
-    identity_weights = getattr(module, "identity_weights", None)
-    if callable(identity_weights):
-        own = {id(weight): name for name, weight in module.named_parameters(recurse=False)}
-        for weight in identity_weights():
-            yield own[id(weight)], weight, 1.0
-    elif isinstance(module, (RIN, RINCell, nn.RNN, nn.RNNCell)):
-        skip = float(module.skip) if isinstance(module, (RIN, RINCell)) else 0.0
-        for name, weight in module.named_parameters(recurse=False):
-            if name.startswith("weight_hh"):
-                yield name, weight, skip
+def _eye(heads: Tensor) -> Tensor:
+    return torch.eye(heads.shape[-1], dtype=heads.dtype, device=heads.device)
 
 
-def _identity_weights(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        for _, weight, skip in _plain_weights(module):
-            if skip:
-                yield weight
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
+    """(name in the model, weight_hh, skip) of every recurrent matrix of every module."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        identity_weights = getattr(module, "identity_weights", None)
+        if callable(identity_weights):
+            own = {id(weight): name for name, weight in module.named_parameters(recurse=False)}
+            for weight in identity_weights():
+                yield prefix + own[id(weight)], weight, 1.0
+        elif isinstance(module, (RIN, RINCell, nn.RNN, nn.RNNCell)):
+            skip = module.skip_factor if isinstance(module, (RIN, RINCell)) else 0.0
+            names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ["weight_hh"]
+            for name in names:
+                if name.startswith("weight_hh"):  # read as attribute: a parametrized weight is no parameter
+                    yield prefix + name, getattr(module, name), skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import backends, convert, ops, step
+from fused_rin import backends, convert, layer, ops, step
 from fused_rin.functional import check_lengths, unpack_batch_sizes
 from fused_rin.skip import SkipModule, check_backend, check_nonlinearity, check_skip
 
@@ -211,7 +212,10 @@ class RIN(SkipModule, torch.nn.RNNBase):
             raise RuntimeError(f"input must be on the device of the weights, {weight.device}, got {input.device}")
         if hx is not None:
             directions = 2 if self.bidirectional else 1
-            self.check_hidden_size(hx, (self.num_layers * directions, batch, self.hidden_size))
+            # Not by check_hidden_size(), which torch.export of torch 2.6 does not see through.
+            expected = (self.num_layers * directions, batch, self.hidden_size)
+            if hx.size() != expected:
+                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.size())}")
             if hx.dtype != input.dtype and not autocast:
                 raise RuntimeError(f"hx must have the dtype of input, {input.dtype}, got {hx.dtype}")
             if hx.device != input.device:
@@ -238,42 +242,79 @@ class RIN(SkipModule, torch.nn.RNNBase):
         directions = 2 if self.bidirectional else 1
         heads, head_size = self.num_heads, self.hidden_size // self.num_heads
         groups = directions * heads
-        backend = backends.requested(self.backend)
         states = []
-        for layer in range(self.num_layers):
-            w_ih, w_hh, bias = self._layer_weights(layer)
-            pre = F.linear(x, w_ih, bias)
-            if w_hh.dtype != pre.dtype:
-                if not torch._C._is_any_autocast_enabled():
-                    raise RuntimeError(f"weight_hh_l{layer} must have dtype {pre.dtype}, got {w_hh.dtype}")
-                w_hh = w_hh.to(pre.dtype)
-            if w_hh.device != pre.device:
-                raise RuntimeError(f"weight_hh_l{layer} must be on {pre.device}, got {w_hh.device}")
+        for number in range(self.num_layers):
+            w_ih, w_hh, b_ih, b_hh = self._layer_weights(number)
             h0 = None
             if hx is not None:
-                h0 = hx[layer * directions : (layer + 1) * directions].to(pre.dtype)
+                h0 = hx[number * directions : (number + 1) * directions]
                 h0 = h0.transpose(0, 1).reshape(batch, groups, head_size)
-            out, h_n = ops.recurrence(
-                pre.view(*x.shape[:-1], groups, head_size), w_hh.reshape(groups, head_size, head_size), h0, lengths,
-                offsets, resets, self.skip_factor, self.nonlinearity, heads if self.bidirectional else 0, backend,
-            )  # fmt: skip
-            x = out.view(*x.shape[:-1], directions * self.hidden_size)
-            if self.dropout and self.training and layer < self.num_layers - 1:
+            result = None
+            if not torch.compiler.is_compiling():
+                result = layer.run(
+                    x, w_ih, w_hh, b_ih, b_hh, h0, lengths, offsets, resets, groups=groups, skip=self.skip_factor,
+                    activation=self.nonlinearity, num_reversed=heads if self.bidirectional else 0, backend=self.backend,
+                )  # fmt: skip
+            fused = result is not None
+            if result is None:
+                result = self._run_layer(x, w_ih, w_hh, b_ih, b_hh, h0, lengths, offsets, resets, number)
+            x, h_n = result
+            if self.dropout and self.training and number < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
-            states.append(h_n.view(batch, directions, self.hidden_size).transpose(0, 1))
-        return x, states[0].contiguous() if self.num_layers == 1 else torch.cat(states)
+            states.append(
+                h_n if fused and directions == 1 else h_n.view(batch, directions, self.hidden_size).transpose(0, 1)
+            )
+        # No view, of one layer either: code for torch.nn.RNN calls h_n.detach_(), which views refuse.
+        return x, h_n if fused and directions == self.num_layers == 1 else torch.cat(states)
 
-    def _layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """W, U and b_ih + b_hh of a layer, its directions one after the other."""
+    def _run_layer(
+        self,
+        x: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        h0: Tensor | None,
+        lengths: Tensor | None,
+        offsets: Tensor | None,
+        resets: Tensor | None,
+        number: int,
+    ) -> tuple[Tensor, Tensor]:
+        """A layer as a matrix product and the recurrence, by operators: any device, under compilers and autocast."""
+        pre = F.linear(x, w_ih, b_ih if b_ih is None or b_hh is None else b_ih + b_hh)
+        if w_hh.dtype != pre.dtype:
+            if not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(f"weight_hh_l{number} must have dtype {pre.dtype}, got {w_hh.dtype}")
+            w_hh = w_hh.to(pre.dtype)
+        if w_hh.device != pre.device:
+            raise RuntimeError(f"weight_hh_l{number} must be on {pre.device}, got {w_hh.device}")
+        head_size = self.hidden_size // self.num_heads
+        groups = w_ih.shape[0] // head_size
+        out, h_n = ops.recurrence(
+            pre.view(*x.shape[:-1], groups, head_size), w_hh.reshape(groups, head_size, head_size),
+            None if h0 is None else h0.to(pre.dtype), lengths, offsets, resets, self.skip_factor, self.nonlinearity,
+            self.num_heads if self.bidirectional else 0, backends.requested(self.backend),
+        )  # fmt: skip
+        return out.view(pre.shape), h_n
+
+    def _layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """W, U, b_ih and b_hh of a layer, its directions one after the other, the biases then as one."""
         directions = 2 if self.bidirectional else 1
+        own: dict[str, Any] = (
+            self._parameters
+        )  # asked first: an attribute of a module is found last of all, after 0.8 us
         weights = [
-            [getattr(self, name) for name in names]
+            [own[name] if name in own else getattr(self, name) for name in names]
             for names in self._all_weights[layer * directions : (layer + 1) * directions]
         ]
-        w_ih, w_hh, *biases = (
-            weights[0] if directions == 1 else [torch.cat(pair) for pair in zip(*weights, strict=True)]
-        )
-        return w_ih, w_hh, biases[0] + biases[1] if biases else None
+        if directions == 1:
+            w_ih, w_hh, b_ih, b_hh = (*weights[0], None, None)[:4]
+            return w_ih, w_hh, b_ih, b_hh
+        # Biases are added before they are joined: the other way round the gradients of b_ih and b_hh would be two views
+        # of the same memory, and what is accumulated into one of them would be in the other too.
+        parts = [(w_ih, w_hh, *([biases[0] + biases[1]] if biases else [])) for w_ih, w_hh, *biases in weights]
+        w_ih, w_hh, *bias = (torch.cat(pair) for pair in zip(*parts, strict=True))
+        return w_ih, w_hh, bias[0] if bias else None, None
 
 
 class RINCell(SkipModule, torch.nn.RNNCellBase):

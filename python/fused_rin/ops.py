@@ -194,9 +194,21 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.permute(1, 2, 0) @ b.transpose(0, 1)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may read it: fake, functional and other wrapped tensors have no data to point at."""
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+
+
+def is_observed() -> bool:
+    """Whether somebody records operators from plain tensors: torch.jit.trace, make_fx, any TorchDispatchMode.
+
+    What a kernel writes behind its back would be missing from the record, silently.
+    """
+    return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,14 +217,16 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tup
     arguments = (grad_out, grad_h_n, weight, out, lengths, offsets, resets)
     if grad_out is None and grad_h_n is None:
         return (None,) * 10
-    if torch.compiler.is_compiling() or not _is_plain(out):
+    if torch.compiler.is_compiling() or not is_plain(out):
         sweep = torch.ops.fused_rin.sweep_backward
         grad_pre, grad_h0 = sweep(*arguments, skip, activation, num_reversed, backend)
-    elif torch.is_grad_enabled():
-        # A graph of this backward is asked for. It depends on pre through `out` alone, which is part of the graph.
+    elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        # A graph of this backward is asked for (it depends on pre through `out` alone, which is part of the graph), or
+        # gradients are batched.
         grad_pre, grad_h0 = reference.backward(*arguments, skip=skip, activation=activation, num_reversed=num_reversed)
     else:
-        grad_pre, grad_h0 = sweep_backward(*arguments, skip, activation, num_reversed, backend)
+        direct = torch.ops.fused_rin.sweep_backward if is_observed() else sweep_backward
+        grad_pre, grad_h0 = direct(*arguments, skip, activation, num_reversed, backend)
     needs = ctx.needs_input_grad
     grad_weight = weight_gradient(grad_pre, out, h0, lengths, offsets, resets, num_reversed) if needs[1] else None
     return grad_pre if needs[0] else None, grad_weight, grad_h0 if needs[2] else None, *(None,) * 7
@@ -235,15 +249,15 @@ class Recurrence(torch.autograd.Function):
     # every call, for some 50 us. Transforms that need it never come here (see recurrence below).
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        sweep = torch.ops.fused_rin.sweep_forward if torch.compiler.is_compiling() else sweep_forward
-        output = sweep(*inputs)
+        output = sweep_forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
     backward = staticmethod(_backward)
 
 
-# The operator itself is differentiable too, so that an exported program can be trained on.
+# The operator itself is differentiable too: for compilers (torch.export of torch 2.6 cannot take an autograd.Function
+# over dynamic sizes), for tracers, and so that an exported program can be trained on.
 torch.library.register_autograd("fused_rin::sweep_forward", _backward, setup_context=_setup_context)
 
 
@@ -262,7 +276,7 @@ def recurrence(
     """(out, h_n) by the shortest way that fits: direct, through autograd, or through the registered operator."""
     arguments = (pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend)
     if torch.compiler.is_compiling():
-        return Recurrence.apply(*arguments)
+        return torch.ops.fused_rin.sweep_forward(*arguments)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         # vmap, per-sample gradients, forward-mode derivatives: no kernel has them, the reference does.
         return reference.recurrence(
@@ -276,7 +290,7 @@ def recurrence(
             activation=activation,
             num_reversed=num_reversed,
         )
-    if not (_is_plain(pre) and _is_plain(weight)):
+    if not (is_plain(pre) and is_plain(weight)) or is_observed():
         return torch.ops.fused_rin.sweep_forward(*arguments)
     if torch.is_grad_enabled() and (pre.requires_grad or weight.requires_grad or (h0 is not None and h0.requires_grad)):
         return Recurrence.apply(*arguments)

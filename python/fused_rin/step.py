@@ -1,8 +1,10 @@
-"""One step for inference, straight from the weights: what a streaming model calls for every sample that arrives.
+"""A few steps for inference, straight from the weights: what a streaming model calls for every sample that arrives.
 
-At B = 1 and D = 128 the arithmetic of a step takes 3 us, a registered operator 6 and a matrix packed for the sweep
-5 to 10. So a single step has a way of its own: one native call that reads W and U as they lie. Nothing derived from
-the weights is kept between calls, so an optimizer, `load_state_dict` or an edit of `.data` cannot make it stale.
+At B = 1 and D = 128 the arithmetic of a step takes 2 to 3 us, a registered operator 6 and a matrix packed for the sweep
+5 to 10. So short calls have a way of their own: one native call a layer that reads W and U as they lie. Nothing derived
+from the weights is kept between calls, so an optimizer, `load_state_dict` or an edit of `.data` cannot make it stale:
+`.data = ` changes address, shape and layout and leaves `_version` alone, so there is no key to a cache but what is
+looked at here in every call.
 
 `rin` and `cell` return None when this way does not fit; the general one then runs, or says what is wrong.
 """
@@ -20,6 +22,9 @@ from fused_rin import backends, cpu
 # Above this many rows a matrix product over all of them is faster than a dot product for each (measured: at 4 rows
 # this way is ahead of torch.nn.RNNCell at every D from 8 to 1,024, at 16 rows behind it from D = 512 on).
 MAX_ROWS = 4
+# And above this many rows times steps the sweep, with its packed matrix, is: measured up to 1,024 units, where 16 steps
+# of one row and 4 of four rows are still ahead of it, 8 of four rows behind; up to 256 units it would be far more.
+MAX_ROW_STEPS = 16
 
 # Looked up once: together they would cost as much as the arithmetic of a step of 64 units.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -28,10 +33,12 @@ _tracing_state = torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
 _transforms = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
-_kinds = (Tensor, torch.nn.Parameter)
+_grad_enabled, _num_threads = torch.is_grad_enabled, torch.get_num_threads
+_empty, _empty_like = torch.empty, torch.empty_like
+_Parameter = torch.nn.Parameter
 
 
-def _unobserved(backend: str) -> bool:
+def unobserved(backend: str) -> bool:
     """Whether nothing has to see operators here: no tracer, transform, mode or autocast, and the CPU backend's turn."""
     return (
         backends.requested(backend) in ("auto", "cpu")
@@ -42,71 +49,121 @@ def _unobserved(backend: str) -> bool:
     )
 
 
-def _plain(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], grad: bool) -> bool:
-    return (
-        type(tensor) in _kinds
+def _address(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], grad: bool) -> int:
+    """Where the numbers of a plain tensor of this dtype and shape lie; 0 if it is anything else, or empty.
+
+    `is_neg`: the imaginary part of a conjugate is a view whose numbers are read with the other sign.
+    """
+    kind = type(tensor)
+    if (
+        (kind is _Parameter or kind is Tensor)
         and tensor.dtype is dtype
         and tensor.shape == shape
         and tensor.is_contiguous()
         and tensor.is_cpu
         and not (grad and tensor.requires_grad)
-    )
+        and not tensor.is_neg()
+    ):
+        return tensor.data_ptr()
+    return 0
 
 
 def _addresses(
-    module: Any, names: Sequence[str], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], grad: bool
-) -> list[int]:
-    """Addresses of W, U, b_ih, b_hh (0 if there are none), or nothing unless each is a plain tensor of its shape."""
-    parameters = module._parameters
-    found = [0, 0, 0, 0]
-    for i, name in enumerate(names):
-        tensor: Any = parameters.get(name)
-        if not _plain(tensor, dtype, shapes[i], grad):
-            return []
-        found[i] = tensor.data_ptr()
-    return found
+    parameters: dict[str, Any],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    matrices: tuple[tuple[int, int], tuple[int, int]],
+    hidden: int,
+    grad: bool,
+) -> tuple[int, int, int, int] | None:
+    """Addresses of W, U, b_ih, b_hh (0 if there are none), or None unless each is a plain tensor of its shape."""
+    get, vector = parameters.get, (hidden,)
+    w_ih, w_hh = _address(get(names[0]), dtype, matrices[0], grad), _address(get(names[1]), dtype, matrices[1], grad)
+    if not (w_ih and w_hh):
+        return None
+    if len(names) == 2:
+        return w_ih, w_hh, 0, 0
+    b_ih, b_hh = _address(get(names[2]), dtype, vector, grad), _address(get(names[3]), dtype, vector, grad)
+    return (w_ih, w_hh, b_ih, b_hh) if b_ih and b_hh else None
+
+
+def _leaf(module: Any, input: Any, hx: Any) -> Any:
+    """torch.fx.symbolic_trace keeps torch.nn's modules whole, by their place; here its proxies are met and told so."""
+    tracer = getattr(input, "tracer", None)
+    if not isinstance(tracer, torch.fx.Tracer):
+        return None
+    arguments = (input,) if hx is None else (input, hx)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """One step of all layers of a unidirectional RIN; shapes as in RIN.forward."""
-    if type(input) is not Tensor or not _unobserved(module.backend):
+    """A few steps of all layers of a unidirectional RIN; shapes as in RIN.forward."""
+    if type(input) is not Tensor:
+        return _leaf(module, input, hx)
+    if not unobserved(module.backend):
         return None
-    layers, hidden, shape = module.num_layers, module.hidden_size, input.shape
+    shape, dtype, hidden, layers = input.shape, input.dtype, module.hidden_size, module.num_layers
+    # Sizes one by one: a slice of a torch.Size takes 0.5 us, a tuple makes torch.empty 0.7 us slower.
     if len(shape) == 3:
-        steps, batch = (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
+        first, second, features = shape
+        steps, batch = (second, first) if module.batch_first else (first, second)
         state_shape: tuple[int, ...] = (layers, batch, hidden)
+        out_shape: tuple[int, ...] = (first, second, hidden)
     elif len(shape) == 2:
-        steps, batch = shape[0], 1
-        state_shape = (layers, hidden)
+        steps, features = shape
+        batch, state_shape, out_shape = 1, (layers, hidden), (steps, hidden)
     else:
         return None
-    if steps != 1 or not 0 < batch <= MAX_ROWS or module.bidirectional or (module.dropout and module.training):
+    inputs, code, grad = module.input_size, cpu.DTYPES.get(dtype), _grad_enabled()
+    if (
+        not 0 < batch <= MAX_ROWS
+        or not 0 < steps * batch <= MAX_ROW_STEPS
+        or features != inputs
+        or code is None
+        or module.bidirectional
+        or (module.dropout and module.training)
+    ):
         return None
-    grad, dtype = torch.is_grad_enabled(), input.dtype
-    inputs = module.input_size
-    if dtype not in cpu.DTYPES or not _plain(input, dtype, (*shape[:-1], inputs), grad):
+    # Steps are read one after the other, and in 16 bits the sweep carries the state in float32 where a step rounds it.
+    if steps > 1 and (code > 1 or (batch > 1 and module.batch_first)):
         return None
-    if hx is not None and not _plain(hx, dtype, state_shape, grad):
+    x, h = _address(input, dtype, shape, grad), 0
+    if not x:
         return None
+    if hx is not None:
+        h = _address(hx, dtype, state_shape, grad)
+        if not h:
+            return None
 
-    heads = module.num_heads
-    square, bias, weights = (hidden, hidden // heads), (hidden,), []
+    heads, weights = module.num_heads, []
+    block, parameters, width = hidden // heads, module._parameters, inputs
     for names in module._all_weights:
-        addresses = _addresses(module, names, dtype, ((hidden, inputs), square, bias, bias), grad)
-        if not addresses:
+        addresses = _addresses(parameters, names, dtype, ((hidden, width), (hidden, block)), hidden, grad)
+        if addresses is None:
             return None
         weights.append(addresses)
-        inputs = hidden
-    out, h_n = torch.empty((*shape[:-1], hidden), dtype=dtype), torch.empty(state_shape, dtype=dtype)
-    stride = batch * hidden * input.element_size()
-    x, inputs, state, h = input.data_ptr(), module.input_size, h_n.data_ptr(), 0 if hx is None else hx.data_ptr()
-    for layer, addresses in enumerate(weights):
-        cpu._native.step(
-            batch, inputs, heads, hidden // heads, cpu.DTYPES[dtype], cpu.ACTIVATIONS[module.nonlinearity],
-            module.skip_factor, *addresses, x, h, state, out.data_ptr() if layer == layers - 1 else 0,
-            torch.get_num_threads(), cpu._isa,
+        width = hidden
+    h_n = _empty(*state_shape, dtype=dtype) if hx is None else _empty_like(hx)
+    out = _empty(*out_shape, dtype=dtype)
+    activation, skip, threads, isa = cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, _num_threads(), cpu._isa
+    state, y, native = h_n.data_ptr(), out.data_ptr(), cpu._native.step
+    size = batch * hidden * input.element_size()
+    if layers > 1 and steps > 1:
+        between = _empty(layers - 1, steps, size, dtype=torch.uint8)  # what the layers but the last one put out
+        next_y = between.data_ptr()
+    for addresses in weights:
+        layers -= 1
+        if not layers:
+            target, copy = y, state
+        elif steps == 1:
+            target, copy = state, 0
+        else:
+            target, copy = next_y, state
+            next_y += steps * size
+        native(
+            steps, batch, inputs, heads, block, code, activation, skip, *addresses, x, h, target, copy, threads, isa
         )  # fmt: skip
-        x, inputs, state, h = state, hidden, state + stride, h + stride if h else 0
+        x, inputs, state, h = target, hidden, state + size, h + size if h else 0
     return out, h_n
 
 
@@ -115,28 +172,35 @@ _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     """One step of a RINCell; shapes as in RINCell.forward."""
-    if type(input) is not Tensor or not _unobserved(module.backend):
+    if type(input) is not Tensor:
+        return _leaf(module, input, hx)
+    if not unobserved(module.backend):
         return None
-    shape, inputs, hidden, dtype = input.shape, module.input_size, module.hidden_size, input.dtype
-    batch = shape[0] if len(shape) == 2 else 1
-    state_shape = (*shape[:-1], hidden)
-    grad = torch.is_grad_enabled()
-    if (
-        len(shape) not in (1, 2)
-        or not 0 < batch <= MAX_ROWS
-        or dtype not in cpu.DTYPES
-        or not _plain(input, dtype, (*shape[:-1], inputs), grad)
-        or not (hx is None or _plain(hx, dtype, state_shape, grad))
-    ):
+    shape, dtype, inputs, hidden = input.shape, input.dtype, module.input_size, module.hidden_size
+    if len(shape) == 2:
+        batch, features = shape
+        state_shape: tuple[int, ...] = (batch, hidden)
+    elif len(shape) == 1:
+        batch, features, state_shape = 1, shape[0], (hidden,)
+    else:
         return None
-    shapes = ((hidden, inputs), (hidden, hidden), (hidden,), (hidden,))
-    addresses = _addresses(module, _CELL if module.bias else _CELL[:2], dtype, shapes, grad)
-    if not addresses:
+    code, grad = cpu.DTYPES.get(dtype), _grad_enabled()
+    if not 0 < batch <= MAX_ROWS or features != inputs or code is None:
         return None
-    out = torch.empty(state_shape, dtype=dtype)
+    x, h = _address(input, dtype, shape, grad), 0
+    if not x:
+        return None
+    if hx is not None:
+        h = _address(hx, dtype, state_shape, grad)
+        if not h:
+            return None
+    names = _CELL if module.bias else _CELL[:2]
+    addresses = _addresses(module._parameters, names, dtype, ((hidden, inputs), (hidden, hidden)), hidden, grad)
+    if addresses is None:
+        return None
+    out = _empty(*state_shape, dtype=dtype) if hx is None else _empty_like(hx)
     cpu._native.step(
-        batch, inputs, 1, hidden, cpu.DTYPES[dtype], cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor,
-        *addresses, input.data_ptr(), 0 if hx is None else hx.data_ptr(), out.data_ptr(), 0,
-        torch.get_num_threads(), cpu._isa,
+        1, batch, inputs, 1, hidden, code, cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, *addresses, x, h,
+        out.data_ptr(), 0, _num_threads(), cpu._isa,
     )  # fmt: skip
     return out

@@ -83,7 +83,7 @@ bool check(DType dtype, const Shape& s, const Kernels& kernels, double allowed) 
     p.dtype = dtype, p.activation = Activation::kReLU, p.backward = backward, p.skip = 0.75;
     p.weight = u.data(), p.in = backward ? grad.data() : pre.data(), p.saved = h.data(), p.state_in = state.data();
     p.out = out.data(), p.state_out = end.data();
-    sweep_cpu(p, kernels, 2);
+    sweep_cpu(p, nullptr, kernels, 2);
     plain(s, backward, p.skip, wide(u), wide(backward ? grad : pre), wide(h), wide(state), want, want_end);
     const double error = std::fmax(worst(out, want), worst(end, want_end));
     good = good && error <= allowed;
@@ -94,15 +94,83 @@ bool check(DType dtype, const Shape& s, const Kernels& kernels, double allowed) 
   return good;
 }
 
+// A layer of one recurrence: against the plain loop on the input product, and products over all rows.
+template <class T>
+bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& kernels, double allowed) {
+  const int64_t d = s.hidden, rows = s.steps * s.batch, width = inputs;
+  std::mt19937 draw(static_cast<unsigned>(d + inputs));
+  std::normal_distribution<double> normal;
+  auto make = [&](int64_t n, double scale) {
+    std::vector<T> v(n);
+    for (T& x : v) x = static_cast<T>(scale * normal(draw));
+    return v;
+  };
+  auto wide = [](const std::vector<T>& v) { return std::vector<double>(v.begin(), v.end()); };
+  auto fresh = [](int64_t n) { return std::vector<T>(n, static_cast<T>(NAN)); };
+  const std::vector<T> u = make(d * d, 0.3 / std::sqrt(d)), w = make(d * width, 1 / std::sqrt(width)), b = make(d, 1),
+                       x = make(rows * width, 1), h0 = make(s.batch * d, 1), grad = make(rows * d, 1),
+                       grad_end = make(s.batch * d, 1);
+
+  Problem p{};
+  p.steps = s.steps, p.batch = s.batch, p.groups = 1, p.hidden = d, p.num_reversed = s.num_reversed;
+  p.dtype = dtype, p.activation = Activation::kReLU, p.skip = 0.75, p.weight = u.data();
+  Layer layer{};
+  layer.inputs = width, layer.x = x.data(), layer.w_ih = w.data(), layer.b_ih = b.data(), layer.b_hh = b.data();
+  std::vector<T> out = fresh(rows * d), end = fresh(s.batch * d);
+  p.state_in = h0.data(), p.out = out.data(), p.state_out = end.data();
+  sweep_cpu(p, &layer, kernels, 3);
+  std::vector<double> pre(rows * d), want(rows * d), want_end(s.batch * d);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < d; ++i) {
+      pre[r * d + i] = 2 * b[i];
+      for (int64_t k = 0; k < width; ++k) pre[r * d + i] += double{x[r * width + k]} * w[i * width + k];
+    }
+  }
+  plain(s, false, p.skip, wide(u), pre, {}, wide(h0), want, want_end);
+  double error = std::fmax(worst(out, want), worst(end, want_end));
+
+  std::vector<T> dx = fresh(rows * width), dw = fresh(d * width), du = fresh(d * d), db = fresh(d),
+                 dh0 = fresh(s.batch * d);
+  p.backward = true, p.in = grad.data(), p.saved = out.data(), p.state_in = grad_end.data(), p.out = nullptr;
+  p.state_out = dh0.data();
+  layer.h0 = h0.data(), layer.grad_x = dx.data(), layer.grad_w_ih = dw.data(), layer.grad_w_hh = du.data();
+  layer.grad_bias = db.data();
+  sweep_cpu(p, &layer, kernels, 3);
+  plain(s, true, p.skip, wide(u), wide(grad), wide(out), wide(grad_end), want, want_end);
+  std::vector<double> want_dx(rows * width), want_dw(d * width), want_du(d * d), want_db(d);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t t = r / s.batch, before = s.num_reversed ? t + 1 : t - 1;
+    const T* h = before < 0 || before == s.steps ? &h0[r % s.batch * d] : &out[(before * s.batch + r % s.batch) * d];
+    for (int64_t i = 0; i < d; ++i) {
+      const double g = want[r * d + i];
+      want_db[i] += g;
+      for (int64_t k = 0; k < width; ++k) want_dw[i * width + k] += g * x[r * width + k];
+      for (int64_t k = 0; k < width; ++k) want_dx[r * width + k] += g * w[i * width + k];
+      for (int64_t j = 0; j < d; ++j) want_du[i * d + j] += g * h[j];
+    }
+  }
+  error = std::fmax(error, std::fmax(worst(dx, want_dx), worst(dw, want_dw)));
+  error = std::fmax(error, std::fmax(worst(du, want_du), worst(db, want_db)));
+  error = std::fmax(error, worst(dh0, want_end));
+  std::printf("%s layer T=%d B=%d I=%d D=%d: %.2g\n", kernels.name, static_cast<int>(s.steps),
+              static_cast<int>(s.batch), static_cast<int>(width), static_cast<int>(d), error);
+  return error <= allowed;
+}
+
 }  // namespace
 
 int main() {
   bool good = true;
   for (const Kernels* kernels : cpu_kernels()) {
     for (const Shape& s : {Shape{5, 1, 1, 1, 0}, Shape{4, 3, 2, 5, 1}, Shape{3, 7, 1, 16, 0}, Shape{6, 1, 1, 129, 0},
-                           Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}}) {
+                           Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}}) {
       good = check<float>(DType::kFloat32, s, *kernels, 1e-5) && good;
       good = check<double>(DType::kFloat64, s, *kernels, 1e-13) && good;
+      if (s.groups > 1) continue;
+      for (const int64_t inputs : {1, 16, 21}) {
+        good = check_layer<float>(DType::kFloat32, s, inputs, *kernels, 1e-5) && good;
+        good = check_layer<double>(DType::kFloat64, s, inputs, *kernels, 1e-13) && good;
+      }
     }
   }
   std::puts(good ? "all within bounds" : "OUT OF BOUNDS");

@@ -126,3 +126,21 @@ def test_adding_with_a_fixed_training_set_shows_every_sequence_once_an_epoch():
     assert torch.equal(epochs[0].sort(0).values, epochs[1].sort(0).values)
     assert not torch.equal(epochs[0], epochs[1])
     assert len(epochs[0].unique()) == 12
+
+
+def test_a_subset_is_part_of_the_training_set_and_of_a_larger_subset():
+    task = digits()
+    images = {row.numpy().tobytes() for row in task.subset(1437, 3)._train[0]}
+    small, large = task.subset(90, 3), task.subset(360, 3)
+    assert torch.equal(small._train[0], large._train[0][:90])
+    assert torch.equal(small._train[1], large._train[1][:90])
+    assert {row.numpy().tobytes() for row in task._train[0]} == images
+    assert not torch.equal(task.subset(90, 4)._train[1], small._train[1])
+    assert task.train_size == 1437
+    (x,), labels = small.train_batch(0, 90)  # an epoch has every sample once
+    assert sorted(labels.tolist()) == sorted(small._train[1].tolist())
+    assert torch.equal(next(small.test_batches(360)).target, next(task.test_batches(360)).target)
+    assert x.shape == (64, 90, 1)
+    for size in (0, 1438):
+        with pytest.raises(UserError, match=f"between 1 and 1437 training samples, got {size}"):
+            task.subset(size, 0)

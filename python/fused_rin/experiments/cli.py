@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _add_train(commands)
     _add_demo(commands)
     _add_reproduce(commands)
+    _add_experiment(commands)
     _add_diagnose(commands)
     _add_download(commands)
     options = parser.parse_args(arguments)
@@ -167,22 +168,58 @@ def _reproduce(options: argparse.Namespace) -> int:
     )
 
 
+def _add_experiment(commands: Any) -> None:
+    parser = commands.add_parser(
+        "experiment",
+        help="what the paper does not show: does decay towards the identity help?",
+        description="Decay of U, decay of V, no decay, small rate: over sizes of the training set, strengths and "
+        "optimizers, on digits and mnist-rows. On the CPU; the same command goes on with it.",
+    )
+    parser.set_defaults(run=_experiment)
+    parser.add_argument("experiment", choices=("identity-prior",))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/identity-prior")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of the planned updates")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of every trial (default: 3)")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="trials to run, e.g. 'digits-adam-*'")
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help=HELP["threads"])
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="run nothing: table and pictures of a results.json")
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from .identity_folder import experiment, redraw
+
+    out = options.out or Path("runs") / options.experiment
+    if options.draw is not None:
+        return redraw(options.draw, out)
+    return experiment(
+        out, budget=options.budget, seeds=options.seeds, only=options.only, data_dir=options.data_dir,
+        threads=options.threads,
+    )  # fmt: skip
+
+
 def _add_diagnose(commands: Any) -> None:
     parser = commands.add_parser(
         "diagnose",
-        help="gradients over time, eigenvalues, dead units of a trained model",
-        description="Look into a trained model: gradients over time, estimation error, eigenvalues, dead units.",
+        help="gradients over time, eigenvalues, dead units of trained models",
+        description="Look into trained models: gradients over time, estimation error, eigenvalues, dead units.",
     )
     parser.set_defaults(run=_diagnose)
-    parser.add_argument("checkpoint", type=Path, help="the checkpoint.pt of a run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the checkpoint")
+    parser.add_argument("checkpoint", type=Path, nargs="*", help="the checkpoint.pt of a run folder; several compare")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the first checkpoint")
     parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+    parser.add_argument("--first", action="store_true", help="look at the weights before the first update instead")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: pictures of a diagnostics.json")
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from .diagnose import diagnose
+    from .diagnose import diagnose, redraw
 
-    return diagnose(options.checkpoint, options.out, options.data_dir)
+    if bool(options.checkpoint) == bool(options.draw):
+        raise UserError("diagnose needs a checkpoint, or --draw FILE; not both")
+    if options.draw:
+        return redraw(options.draw, options.out or options.draw.parent)
+    return diagnose(options.checkpoint, options.out, options.data_dir, options.first)
 
 
 def _add_download(commands: Any) -> None:

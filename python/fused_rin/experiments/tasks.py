@@ -6,6 +6,7 @@ the seed and n alone (see `seeding`), and `part` of a batch is what one of sever
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -146,6 +147,19 @@ class Classification(Task):
         self.output_size, self.seed, self.train_size = classes, seed, len(train[-1])
         self.baseline = float(torch.special.entr(torch.bincount(train[-1]) / self.train_size).sum())
         self._epochs = Epochs(self.train_size, seed, device)
+
+    def subset(self, size: int, seed: int) -> Classification:
+        """The same task with `size` of the training samples, drawn by `seed`: larger subsets hold the smaller.
+
+        Raises UserError where there are not so many.
+        """
+        if not 1 <= size <= self.train_size:
+            raise UserError(f"a subset must have between 1 and {self.train_size} training samples, got {size}")
+        part = copy.copy(self)
+        rows = torch.randperm(self.train_size, generator=generator(seed, "subset"))[:size]
+        part._train = tuple(values[rows.to(values.device)] for values in self._train)
+        part.train_size, part.seed, part._epochs = size, seed, Epochs(size, seed, self._train[-1].device)
+        return part
 
     def train_batch(self, number: int, batch_size: int, part: Part = WHOLE) -> Batch:
         return self._batch(self._train, self._epochs.rows(number, batch_size)[part.rank :: part.world])

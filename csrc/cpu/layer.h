@@ -1,0 +1,286 @@
+// What surrounds the recurrence in a layer, in chunks of steps that stay in the caches: W x_t + b before the steps that
+// need it, and after a backward sweep's steps the gradients of U, W, b and x. Compiled once per instruction set
+// (vec.h).
+//
+// Computed for all steps at once, as a library would, these read and write tensors of T * B * D numbers six more times.
+// At B = 128, D = 100, T = 784 each is 40 MB, fresh from the operating system, and takes longer than the arithmetic.
+#pragma once
+
+#include "dot.h"
+#include "kernels.h"
+#include "outer.h"
+#include "rows.h"
+#include "vec.h"
+
+namespace fused_rin {
+namespace FUSED_RIN_ISA {
+namespace {
+
+// `count` values, converted.
+template <class T>
+void copy_row(const T* from, Scalar<T>* to, int64_t count) {
+  constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+}
+
+// body(first row, rows) over tiles of rows for `dot`.
+template <class Body>
+void for_row_tiles(int64_t begin, int64_t end, Body body) {
+  for (int64_t row = begin; row < end; row += kMaxTileRows)
+    body(row, end - row < kMaxTileRows ? end - row : kMaxTileRows);
+}
+
+template <class T>
+class InputProduct {
+  using S = Scalar<T>;
+
+ public:
+  InputProduct(const Problem& p, const Part& part) : p_(p), part_(part), layer_(*part.layer), l_(*part.input) {
+    S* const bias = static_cast<S*>(part.bias);
+    for (int64_t i = 0; i < l_.padded(); i += l_.lanes) {
+      Vec<T> sum{};
+      const int64_t count = l_.outputs - i < l_.lanes ? l_.outputs - i : l_.lanes;
+      const void* const biases[] = {layer_.b_ih, layer_.b_hh};
+      for (const void* b : biases) {
+        if (b) sum += load_first(static_cast<const T*>(b) + part.group * l_.outputs + i, count);
+      }
+      store(bias + i, sum);
+    }
+  }
+
+  // For a chunk of `rows`, columns [first_column, end_column), into to[row of the chunk][padded].
+  void run(const RowList& rows, const Chunk& chunk, bool ascending, int64_t first_column, int64_t end_column,
+           S* to) const {
+    gather(rows, chunk, ascending);
+    for (int64_t block = 0; block < l_.blocks; ++block) {
+      if (l_.end_column(block) <= first_column || l_.first_column(block) >= end_column) continue;
+      const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
+      const S* panel = static_cast<const S*>(part_.input_panels) + column * l_.depth;
+      for_row_tiles(0, chunk.rows(), [&](int64_t row, int64_t count) {
+        find_dot<S, 1>(count, vecs)(gathered() + row * l_.depth, l_.depth, panel, l_.depth,
+                                    to + row * l_.padded() + column, l_.padded());
+      });
+    }
+    const S* bias = static_cast<const S*>(part_.bias);
+    for (int64_t row = 0; row < chunk.rows(); ++row) {
+      S* const sums = to + row * l_.padded();
+      for (int64_t i = first_column; i < end_column; i += l_.lanes) store(sums + i, load(sums + i) + load(bias + i));
+    }
+  }
+
+ private:
+  S* gathered() const { return static_cast<S*>(part_.gathered); }
+
+  void gather(const RowList& rows, const Chunk& chunk, bool ascending) const {
+    const T* x = static_cast<const T*>(layer_.x);
+    S* to = gathered();
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      const int64_t t = time_of(p_, ascending, i),
+                    count = chunk.base[i + 1 - chunk.begin] - chunk.base[i - chunk.begin];
+      for (int64_t r = 0; r < count; ++r, to += l_.depth) {
+        copy_row(x + row_of(p_, t, rows.order[r]) * l_.depth, to, l_.depth);
+      }
+    }
+  }
+
+  const Problem& p_;
+  const Part& part_;
+  const Layer& layer_;
+  const Panels& l_;
+};
+
+// Gradients of U, W and b, one product: the sum over rows of [h that entered, x, 1] x [gradient of pre]. Its left
+// factor lies in groups of `lanes` columns, first those of h, then those of x and the 1; a thread owns some groups, for
+// the whole call, so that the order of every sum follows from the rows alone. And the gradient of x, its rows divided
+// alike.
+template <class T>
+class WeightGradient {
+  using S = Scalar<T>;
+  static constexpr int64_t kLanes = VecOf<S>::kLanes;
+
+ public:
+  WeightGradient(const Problem& p, const Layout& l, const Part& part)
+      : p_(p),
+        l_(l),
+        part_(part),
+        layer_(*part.layer),
+        ascending_(is_ascending(p, part.group)),
+        state_groups_(groups_of(p.hidden)),
+        groups_(layer_.grad_w_hh ? state_groups_ + groups_of(layer_.inputs + 1) : 0),
+        begin_(part.rank * groups_ / part.threads),
+        end_((part.rank + 1) * groups_ / part.threads),
+        rows_(part.sources),
+        entered_(rows_ + part.max_chunk_rows) {
+    for (int64_t i = begin_ * kLanes * l.padded(); i < end_ * kLanes * l.padded(); i += kLanes) {
+      store(sums() + i, Vec<T>{});
+    }
+  }
+
+  // The gradients of pre in the rows of a chunk, [rows][padded].
+  void add(const Chunk& chunk, const S* grad_pre) {
+    find_rows(chunk);
+    const int64_t rows = chunk.rows();
+    for (int64_t k = 0; k < rows && begin_ < end_; k += kOuterDepth) {
+      add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, grad_pre + k * l_.padded());
+    }
+    const int64_t rank = part_.rank, n = part_.threads;
+    if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, grad_pre);
+  }
+
+  // Writes what all threads have added up: this one's share of the outputs, rows [begin, end) of each gradient.
+  void finish(int64_t begin, int64_t end) const {
+    if (!layer_.grad_w_hh) return;
+    const S* inputs = sums() + state_groups_ * kLanes * l_.padded();
+    for (int64_t i = begin; i < end; i += kLanes) {
+      write(sums(), i, p_.hidden, static_cast<T*>(layer_.grad_w_hh));
+      write(inputs, i, layer_.inputs, static_cast<T*>(layer_.grad_w_ih));
+      if (!layer_.grad_bias) continue;
+      const int64_t count = p_.hidden - i < kLanes ? p_.hidden - i : kLanes;
+      store_first(static_cast<T*>(layer_.grad_bias) + i, load(inputs + layer_.inputs * l_.padded() + i), count);
+    }
+  }
+
+ private:
+  static int64_t groups_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
+  static constexpr int64_t kZero = -1, kInitial = -2;  // in place of a row: zero, or minus the index into h0
+
+  S* sums() const { return static_cast<S*>(part_.gradient); }
+  S* gathered(int64_t group) const { return static_cast<S*>(part_.gathered) + group * kOuterDepth * kLanes; }
+
+  // For every row of the chunk, its own place and that of the state that entered it.
+  void find_rows(const Chunk& chunk) {
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      const int64_t t = time_of(p_, ascending_, i), base = chunk.base[i - chunk.begin];
+      const int64_t count = chunk.base[i + 1 - chunk.begin] - base;
+      for (int64_t r = 0; r < count; ++r) {
+        rows_[base + r] = row_of(p_, t, part_.all.order[r]);
+        entered_[base + r] = entered(t, r);
+      }
+    }
+  }
+  int64_t entered(int64_t t, int64_t r) const {
+    const int64_t b = part_.all.order[r], length = part_.all.lengths ? part_.all.lengths[r] : p_.steps;
+    const int64_t boundary = ascending_ ? t + 1 : t;  // the recurrence runs against the sweep
+    if (boundary < length && p_.resets && p_.resets[row_of(p_, boundary, b)]) return kZero;
+    if (ascending_ ? t + 1 < length : t > 0) return row_of(p_, ascending_ ? t + 1 : t - 1, b);
+    return layer_.h0 ? kInitial - b : kZero;
+  }
+
+  // As many groups at a time as stay in the second-level cache while the panels of gradients pass by.
+  void add_rows(int64_t first, int64_t rows, const S* grad_pre) {
+    constexpr int64_t kAtATime = outer_groups(FUSED_RIN_VECTOR_BYTES);
+    for (int64_t begin = begin_; begin < end_; begin += kAtATime) {
+      const int64_t end = end_ - begin < kAtATime ? end_ : begin + kAtATime;
+      for (int64_t g = begin; g < end; ++g) gather(g, first, rows, gathered(g - begin));
+      add_groups(begin, end, rows, grad_pre);
+    }
+  }
+
+  void add_groups(int64_t begin, int64_t end, int64_t rows, const S* grad_pre) {
+    const int64_t vecs = l_.vecs, blocks = (vecs + kOuterVecs - 1) / kOuterVecs;
+    S* const panel = static_cast<S*>(part_.panel);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t vec = block * vecs / blocks, width = (block + 1) * vecs / blocks - vec;
+      for (int64_t k = 0; k < rows; ++k) {
+        for (int64_t v = 0; v < width; ++v) {
+          store(panel + (k * width + v) * kLanes, load(grad_pre + k * l_.padded() + (vec + v) * kLanes));
+        }
+      }
+      for (int64_t g = begin; g < end; ++g) {
+        const S* a = gathered(g - begin);
+        for (int64_t r = 0; r < columns_in(g); r += kOuterRows<S>) {
+          outer(width, a + r, panel, rows, sums() + (g * kLanes + r) * l_.padded() + vec * kLanes, l_.padded());
+        }
+      }
+    }
+  }
+
+  int64_t columns_in(int64_t group) const {
+    const int64_t left =
+        group < state_groups_ ? p_.hidden - group * kLanes : layer_.inputs + 1 - (group - state_groups_) * kLanes;
+    return left < kLanes ? left : kLanes;
+  }
+
+  // One group of columns of the left factor: [rows][lanes].
+  void gather(int64_t group, int64_t first, int64_t rows, S* to) const {
+    if (group < state_groups_) {
+      const int64_t column = group * kLanes, count = columns_in(group);
+      const T* out = static_cast<const T*>(p_.saved) + column;
+      const T* h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
+      for (int64_t k = 0; k < rows; ++k) {
+        const int64_t row = entered_[first + k];
+        Vec<T> state{};
+        if (row != kZero) {
+          const T* from = row >= 0 ? out + row * p_.hidden : h0 + (kInitial - row) * p_.hidden;
+          state = count == kLanes ? load(from) : load_first(from, count);
+        }
+        store(to + k * kLanes, state);
+      }
+      return;
+    }
+    const int64_t column = (group - state_groups_) * kLanes, left = layer_.inputs - column;
+    const int64_t count = left < kLanes ? left : kLanes;
+    const T* x = static_cast<const T*>(layer_.x) + column;
+    for (int64_t k = 0; k < rows; ++k) {
+      const T* from = x + rows_[first + k] * layer_.inputs;
+      store(to + k * kLanes, count == kLanes ? load(from) : load_first(from, count));
+      if (count < kLanes) to[k * kLanes + count] = 1;
+    }
+  }
+
+  void input_gradient(int64_t begin, int64_t end, const S* grad_pre) const {
+    const Panels& l = *part_.input;
+    S* const sum = static_cast<S*>(part_.scratch);
+    for (int64_t block = 0; block < l.blocks; ++block) {
+      const int64_t column = l.first_column(block), count = l.end_column(block) - column;
+      const int64_t vecs = l.first_vec(block + 1) - l.first_vec(block);
+      const S* panel = static_cast<const S*>(part_.input_panels) + column * l.depth;
+      for_row_tiles(begin, end, [&](int64_t row, int64_t rows) {
+        find_dot<S, 1>(rows, vecs)(grad_pre + row * l_.padded(), l_.padded(), panel, l.depth, sum, l.padded());
+        for (int64_t r = 0; r < rows; ++r) {
+          T* to = static_cast<T*>(layer_.grad_x) + rows_[row + r] * layer_.inputs + column;
+          for (int64_t i = 0; i < count; i += kLanes) {
+            const Vec<T> value = load(sum + r * l.padded() + i);
+            if (i + kLanes <= count) {
+              store(to + i, value);
+            } else {
+              store_first(to + i, value, count - i);
+            }
+          }
+        }
+      });
+    }
+  }
+
+  // Rows [i, i + lanes) of a gradient [D, columns], from sums that lie transposed.
+  void write(const S* from, int64_t i, int64_t columns, T* to) const {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t count = columns - j < kLanes ? columns - j : kLanes;
+      Vec<T> square[kLanes] = {};
+      for (int64_t c = 0; c < count; ++c) square[c] = load(from + (j + c) * l_.padded() + i);
+      transpose<S>(square);
+      for (int64_t r = 0; r < kLanes && i + r < p_.hidden; ++r) {
+        T* row = to + (i + r) * columns + j;
+        if (count == kLanes) {
+          store(row, square[r]);
+        } else {
+          store_first(row, square[r], count);
+        }
+      }
+    }
+  }
+
+  const Problem& p_;
+  const Layout& l_;
+  const Part& part_;
+  const Layer& layer_;
+  const bool ascending_;
+  const int64_t state_groups_, groups_, begin_, end_;
+  int64_t *rows_, *entered_;
+};
+
+}  // namespace
+}  // namespace FUSED_RIN_ISA
+}  // namespace fused_rin

@@ -1,0 +1,168 @@
+"""The folder of `fused-rin experiment identity-prior`, and the command: trials are run, reported and drawn.
+
+    config.json      what is run, and the versions it started with
+    records.jsonl    one JSON object for every recorded update of every trial
+    results.json     means over the seeds, table.md and *.png made of it
+
+A trial's lines are written together when it is finished, so what is there is whole, and the same command goes
+on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import identity_report
+from .errors import INTERRUPTED, UserError
+from .files import read_results, reporting, write_atomically
+from .identity import PLANS, Trial, run_trial, trials
+from .identity_plots import draw
+from .plots import save_figure
+from .tasks import Classification
+
+FORMAT = "fused-rin identity-prior"
+VERSION = 1
+Records = list[dict[str, Any]]
+
+
+def experiment(
+    out: Path,
+    *,
+    budget: float = 1.0,
+    seeds: int = 3,
+    only: str = "*",
+    data_dir: str = "",
+    threads: int = 0,
+) -> int:
+    """Runs the trials that are not finished, and reports all that are. Returns the exit code.
+
+    Args:
+        budget: share of the planned updates, over 0. seeds: 0, 1, ... only: a pattern of trial names, as in a
+        shell, e.g. "digits-adam-*". data_dir: see `data.data_folder`. threads: of the CPU; 0: as PyTorch
+        chooses.
+    """
+    if not 0 < budget < math.inf:
+        raise UserError(f"budget must be positive and finite, got {budget}")
+    for name, value, least in (("seeds", seeds, 1), ("threads", threads, 0)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
+    chosen = [trial for trial in trials(seeds) if fnmatch.fnmatch(trial.name, only)]
+    if not chosen:
+        raise UserError(f"no trial matches {only!r}; the first is {next(trials(1)).name!r}")
+    if threads:
+        torch.set_num_threads(threads)
+    tasks = {name: _build(name, data_dir) for name in dict.fromkeys(trial.task for trial in chosen)}
+    folder = Folder(out, budget)
+    finished = folder.open()
+    try:
+        waiting = [trial for trial in chosen if trial.name not in finished]
+        with tqdm(total=len(chosen), initial=len(chosen) - len(waiting), unit="trial", disable=None) as bar:
+            for trial in waiting:
+                bar.set_description(trial.name)
+                plan = PLANS[trial.task]
+                records = run_trial(trial, tasks[trial.task], plan, max(1, round(budget * plan.updates)))
+                folder.append(records)
+                finished[trial.name] = records
+                bar.update()
+                last = records[-1]
+                outcome = "diverged" if "diverged" in last else f"accuracy {last['accuracy']:.1%}"
+                bar.write(f"{trial.name}: {outcome}")
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(finished)} trials; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    with reporting(out, "write the results"):
+        write_atomically(folder.results_path, identity_report.summarise(finished.values(), budget).encode())
+    return redraw(folder.results_path, out)
+
+
+def redraw(results: Path, out: Path) -> int:
+    """Writes table.md and the pictures of a results file into `out`; runs nothing. Returns the exit code."""
+    content = read_results(results, identity_report.FORMAT, identity_report.VERSION, "cells")
+    try:
+        text, figures = identity_report.table(content) + "\n", draw(content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{results}: is damaged: {error!r}") from error
+    with reporting(out, "write the table"):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "table.md", text.encode())
+    for name, figure in figures.items():
+        save_figure(figure, out / f"{name}.png")
+    print(f"{len(content['cells'])} cells of the table: {out / 'table.md'}; {len(figures)} pictures beside it")
+    return 0
+
+
+class Folder:
+    """Where the records of finished trials are. Every method raises UserError when the disk refuses."""
+
+    def __init__(self, path: Path, budget: float):
+        self.path, self.budget = path, budget
+        self.records_path, self.results_path = path / "records.jsonl", path / "results.json"
+
+    def open(self) -> dict[str, Records]:
+        """Makes the folder, or reads the records of the finished trials in it, by name.
+
+        Raises UserError for a folder that holds anything else, or trials with another budget or plan.
+        """
+        plans = {name: json.loads(json.dumps(dataclasses.asdict(plan))) for name, plan in PLANS.items()}
+        asked = {"format": FORMAT, "version": VERSION, "budget": self.budget, "plans": plans}
+        with reporting(self.path, "use the folder"):
+            if not self.path.exists() or not any(self.path.iterdir()):
+                self.path.mkdir(parents=True, exist_ok=True)
+                config = {**asked, "torch": torch.__version__, "python": platform.python_version()}
+                write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        try:
+            there = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError):
+            there = None
+        if not isinstance(there, dict) or there.get("format") != FORMAT:
+            raise UserError(f"{self.path}: is not empty and not a folder of this experiment")
+        for name, value in asked.items():
+            if there.get(name) != value:
+                hint = f"{there.get(name)}, {value} is asked for" if name != "plans" else "other settings"
+                raise UserError(f"{self.path}: was started with {name} {hint}; name another folder")
+        return self._read()
+
+    def append(self, records: Records) -> None:
+        with reporting(self.path, "write the records"), self.records_path.open("a") as file:
+            file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> dict[str, Records]:
+        """Drops, also on the disk, the lines of a trial that are not whole: a process was killed over them."""
+        lines = []
+        if self.records_path.exists():
+            with reporting(self.path, "read the records"):
+                lines = self.records_path.read_text().splitlines()
+        trials: dict[str, Records] = {}
+        fields = [field.name for field in dataclasses.fields(Trial)]
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                name = Trial(**{field: record[field] for field in fields}).name
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise UserError(f"{self.records_path}: line {number} is damaged: {error}") from error
+            trials.setdefault(name, []).append(record)
+        whole = {name: records for name, records in trials.items() if records[-1].get("last")}
+        kept = [record for records in whole.values() for record in records]
+        if len(kept) < len(lines):
+            with reporting(self.path, "write the records"):
+                write_atomically(self.records_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        return whole
+
+
+def _build(task: str, data_dir: str) -> Classification:
+    return PLANS[task].to_settings(task, data_dir=data_dir).build_task()
