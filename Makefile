@@ -2,6 +2,7 @@
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/ and run after replace_rnn
+#   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one; RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
 
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint bench-cpu compat gpu clean
+.PHONY: all setup demo test lint bench-cpu compat gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -64,6 +65,19 @@ compat: $(COMPAT)/.deps
 # On a machine with a GPU, with the Python that has its torch: build, tests, sanitizer, latencies, benchmark, table, plot.
 gpu:
 	$(PYTHON) -m benchmarks.gpu.run $(RESULTS)
+
+# The CUDA kernels on all six architectures: the committed table of registers, and the build's time and size.
+cuda-all: setup
+	$(BIN)/python -m tools.cuda_build all
+
+# The Triton kernels' tests with another release, e.g. TRITON=3.6.0, the oldest that is supported. Its interpreter makes
+# an int of an array with one element, which NumPy 2.5 refuses.
+TRITON ?= 3.6.0
+test-triton: setup
+	test -d build/triton-$(TRITON) || $(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) \
+	    triton==$(TRITON) "numpy<2.4"
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)'"
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest tests/triton_kernels tests/triton_aot
 
 clean:
 	rm -rf build demo $(VENV) *.egg-info python/*.egg-info python/fused_rin/*.so

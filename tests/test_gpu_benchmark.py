@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
-from benchmarks.gpu import report, run
+from benchmarks.gpu import measure, report, run
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, Case, Measurement, Results, cases
 
 
@@ -54,8 +58,8 @@ def test_plot(tmp_path):
     assert (tmp_path / "speedup.png").stat().st_size > 10_000
 
 
-def stage(code: str, limit: float = 30, name: str = "stage") -> run.Stage:
-    return run.Stage(name, [sys.executable, "-c", code], limit, "log.txt")
+def stage(*codes: str, limit: float = 30, name: str = "stage") -> run.Stage:
+    return run.Stage(name, [[sys.executable, "-c", code] for code in codes], limit, "log.txt")
 
 
 @pytest.mark.parametrize(
@@ -63,48 +67,197 @@ def stage(code: str, limit: float = 30, name: str = "stage") -> run.Stage:
     [
         ("print('fine')", 30, "passed", "fine\n"),
         ("import sys; print('bad', file=sys.stderr); sys.exit(3)", 30, "exit code 3", "bad\n"),
-        ("import time; print('slow', flush=True); time.sleep(60)", 1.5, "ended after 2 s", "slow\n"),
+        ("import time; print('slow', flush=True); time.sleep(60)", 3, "ended after 3 s", "slow\n"),
     ],
 )
 def test_stage(tmp_path, code, limit, status, tail):
-    done = stage(code, limit)
+    done = stage(code, limit=limit)
     run.run(done, tmp_path, time.monotonic() + 100)
     assert (done.status, done.tail) == (status, tail)
     assert (tmp_path / "log.txt").read_text() == tail
 
 
+def test_what_a_stage_has_started_ends_with_it(tmp_path):
+    """A compiler that a build leaves behind would disturb the benchmark."""
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    done = stage(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", limit=2)
+    run.run(done, tmp_path, time.monotonic() + 100)
+    assert done.status == "ended after 2 s"
+    time.sleep(4)
+    assert not mark.exists()
+
+
+def test_commands_of_a_stage_run_side_by_side_and_one_failure_fails_it(tmp_path):
+    wait = "import time; time.sleep(1.5); print({})"
+    done = stage(wait.format("'one'"), wait.format("'two'") + "; exit(4)", wait.format("'three'"))
+    run.run(done, tmp_path, time.monotonic() + 100)
+    assert done.status == "exit code 4"
+    assert done.failed
+    assert done.tail == "one\ntwo\nthree\n"
+    assert done.seconds < 4.5
+
+
 def test_stage_without_its_tool_or_time(tmp_path):
-    missing = run.Stage("sanitizer", ["no-such-tool"], 10)
+    missing = run.Stage("sanitizer", [["no-such-tool"]], 10)
     run.run(missing, tmp_path, time.monotonic() + 100)
     assert missing.status.startswith("could not be started")
     late = stage("print()")
     run.run(late, tmp_path, time.monotonic() - 1)
     assert late.status == "no time left"
+    assert late.failed
 
 
-def test_the_benchmark_is_told_how_long_it_has(tmp_path):
-    done = stage("import sys; print(sys.argv[1:])", 100, "benchmark")
-    run.run(done, tmp_path, time.monotonic() + 60)
-    assert done.tail.startswith("['--seconds', '2")  # 60 s, less 30 for the report, less what has passed
+@pytest.mark.parametrize(("left", "seconds"), [(400, 85), (140, 65), (30, 10)])
+def test_the_benchmark_is_told_how_long_it_has(tmp_path, left, seconds):
+    """It leaves 60 s to what comes after it, and ends 15 s before it would be ended."""
+    done = stage("import sys; print(sys.argv[1:])", limit=100, name="benchmark")
+    run.run(done, tmp_path, time.monotonic() + left)
+    assert done.tail == f"['--seconds', '{seconds}']\n"
+
+
+def pretend(monkeypatch, tmp_path, planned: list[run.Stage]) -> list[dict]:
+    """main() with other stages; returns what it wrote down, its exit code first."""
+    monkeypatch.setattr(run, "architecture", lambda: "90a")
+    monkeypatch.setattr(run, "stages", lambda *a, **k: planned)
+    monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "results")])
+    code = run.main()
+    return [{"exit code": code}, *json.loads((tmp_path / "results" / "run.json").read_text())]
 
 
 def test_a_run_goes_on_after_a_failure_and_writes_everything_down(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "architecture", lambda: "90a")
-    monkeypatch.setattr(run, "stages", lambda results, arch: [stage("exit(1)", name="a"), stage("print(2)", name="b")])
-    monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "results")])
-    assert run.main() == 1
-    record = json.loads((tmp_path / "results" / "run.json").read_text())
+    code, *record = pretend(monkeypatch, tmp_path, [stage("exit(1)", name="a"), stage("print(2)", name="b")])
+    assert code == {"exit code": 1}
     assert [s["status"] for s in record] == ["exit code 1", "passed"]
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "passed"
 
 
+def test_without_the_cuda_module_triton_goes_on(tmp_path, monkeypatch):
+    """A build that fails is made good by one without CUDA, and remains a failure."""
+    show = "import os; print(os.environ['FUSED_RIN_CUDA'])"
+    monkeypatch.setattr(run, "find_tool", lambda name: sys.executable)
+    monkeypatch.setattr(run, "build", lambda: [sys.executable, "-c", show])
+    code, *record = pretend(monkeypatch, tmp_path, [stage("exit(1)", name="build"), stage("print(2)", name="tests")])
+    assert code == {"exit code": 1}
+    assert [s["name"] for s in record] == ["build", "build without CUDA", "tests"]
+    assert record[1]["tail"] == "off\n"
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    for code in ("exit 9", "echo No devices were found >&2; exit 6"):
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{code}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "results")])
+        assert run.main() == 2
+        assert "make gpu needs an NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 def test_the_real_stages(tmp_path):
-    planned = run.stages(tmp_path, "90a")
-    assert next(s.name for s in planned) == "build"
+    planned = run.stages(tmp_path, "90a", tmp_path / "scratch", shards=3)
+    names = [s.name for s in planned]
+    assert names.index("look") < names.index("build") < names.index("tests") < names.index("benchmark")
+    # With bench.json, table.md, speedup.png and run.json these are seven files.
     assert {s.log for s in planned} == {"", "tests.txt", "sanitizer.txt", "latencies.json"}
-    assert "arch=compute_90a,code=sm_90a" in next(s for s in planned if s.name == "compile latencies").command
-    assert "--no-build-isolation" in planned[0].command
-    assert "--no-deps" in planned[0].command
+    stages = {s.name: s for s in planned}
+    assert "arch=compute_90a,code=sm_90a" in stages["compile latencies"].commands[0]
+    assert "--no-build-isolation" in stages["build"].commands[0]
+    assert "--no-deps" in stages["build"].commands[0]
+    assert len(stages["tests"].commands) == 4
+    assert not any(s.failed for s in planned if s.status.startswith(run.LEFT_OUT))
+    without = {s.name: s.status for s in run.stages(tmp_path, "90a", tmp_path, nvcc=False)}
+    left_out = {name for name, status in without.items() if status.startswith(run.LEFT_OUT)}
+    assert left_out == {"compile latencies", "latencies", "memcheck", "racecheck"}
+
+
+def test_the_sanitizer_is_given_tests_that_exist(tmp_path):
+    """Its tests are chosen by their names: a renaming would leave it with none."""
+    memcheck = next(s for s in run.stages(tmp_path, "90a", tmp_path) if s.name == "memcheck")
+    command = memcheck.commands[0][memcheck.commands[0].index(sys.executable) :]
+    listed = subprocess.run([*command, "--collect-only"], cwd=run.ROOT, capture_output=True, text=True)
+    assert re.search(r"^6/\d+ tests collected", listed.stdout, re.MULTILINE), listed.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_torch_does_not_see_is_no_page_of_skipped_tests(tmp_path):
+    tests = next(s for s in run.stages(tmp_path, "90a", tmp_path, shards=1) if s.name == "tests")
+    run.run(tests, tmp_path, time.monotonic() + 300)
+    assert tests.status == "exit code 3"
+    assert "PyTorch sees no GPU" in tests.tail
+
+
+def test_results_name_no_paths_of_the_machine(tmp_path):
+    done = stage(f"import sys; print(sys.executable, sys.prefix + '/lib', {str(run.ROOT)!r} + '/csrc')")
+    run.run(done, tmp_path, time.monotonic() + 100)
+    assert done.tail == "python PYTHON/lib ./csrc\n"
+    run.record([done], tmp_path, tmp_path / "scratch")
+    assert str(run.ROOT) not in (tmp_path / "run.json").read_text()
+
+
+def test_shards_of_the_gpu_tests_are_all_of_them():
+    def collected(*options: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", "tests/gpu/test_triton.py"]
+        listed = subprocess.run([*command, *options], cwd=run.ROOT, capture_output=True, text=True)
+        assert listed.returncode == 0, listed.stdout
+        return [line for line in listed.stdout.splitlines() if "::" in line]
+
+    parts = [collected("--shard", f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(test for part in parts for test in part) == sorted(collected())
+    assert min(map(len, parts)) > 30
+
+
+FAKE_WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    job = json.loads(line)
+    print("a library says hello", flush=True)
+    rows = []
+    for name in job["implementations"]:
+        print(json.dumps({"at": name}), flush=True)
+        size = job["case"]["hidden"]
+        if name == "cuda" and size == 64:
+            os.abort()
+        if name == "cuda" and size == 100:
+            print(json.dumps({"lost": "an illegal memory access"}), flush=True)
+            sys.exit(3)
+        if name == "cuda" and size == 128:
+            time.sleep(60)
+        rows.append({"implementation": name, "case": job["case"], "us": 1.0})
+    print(json.dumps({"rows": rows}), flush=True)
+"""
+
+
+def test_the_benchmark_outlives_the_processes_that_measure(tmp_path, monkeypatch):
+    """One that crashes, one that loses its context, one that hangs: each costs its own point alone; and what has
+    lost three of them is left out."""
+    monkeypatch.setattr(measure, "PATIENCE", 2.0)
+    results = Results({})
+    jobs = [(["cuda", PEER], Case("bfloat16", 1, hidden, "forward")) for hidden in (32, 64, 100, 128, 256)]
+    measure.supervise(
+        jobs, results, tmp_path / "bench.json", time.monotonic() + 60, [sys.executable, "-c", FAKE_WORKER]
+    )
+    assert Results.load(tmp_path / "bench.json") == results
+    found = {(row.implementation, row.case.hidden): row for row in results.rows}
+    assert len(found) == len(results.rows) == 10
+    assert all(found[PEER, hidden].us == 1.0 for hidden in (32, 64, 100, 128, 256))
+    assert found["cuda", 32].us == 1.0
+    assert found["cuda", 64].note == "process lost: the process ended with exit code -6"
+    assert found["cuda", 100].note == "process lost: an illegal memory access"
+    assert found["cuda", 128].note == "process lost: no answer within 2 s"
+    assert found["cuda", 256].note == "left out: 3 processes were lost"
+    assert measure.complaints(results) == {"cuda": "3 processes lost"}
+
+
+def test_no_time_is_no_complaint_but_nothing_measured_is(tmp_path):
+    results = Results({})
+    case = Case("bfloat16", 1, 32, "forward")
+    measure.supervise([(["cuda"], case)], results, tmp_path / "bench.json", time.monotonic() - 1, ["no-such-tool"])
+    assert [row.note for row in results.rows] == ["no time left"]
+    assert measure.complaints(results) == {}
+    results.rows.append(Measurement("triton", case, note="NoPlan: too wide"))
+    assert measure.complaints(results) == {"triton": "nothing measured (NoPlan: too wide)"}
 
 
 SASS = """

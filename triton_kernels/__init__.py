@@ -89,7 +89,9 @@ def unavailable_reason(
     if missing is not None or device is None:
         return missing
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it runs on GPUs, got {device}"
+        return f'it runs on CUDA and ROCm tensors, got {device}; use backend="auto"'
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return 'PyTorch sees no GPU here; use backend="auto"'
     try:
         _plan(hidden or 1, dtype or torch.float32, device)
     except NoPlan as reason:
@@ -115,11 +117,11 @@ def _plan(hidden: int, dtype: torch.dtype, device: torch.device, groups: int = 1
 def _missing() -> str | None:
     """What is wrong with the installed Triton."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return 'Triton is not installed (pip install triton); without it use backend="auto"'
     version = _triton_version()
     if version < OLDEST:
         old, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST))
-        return f"Triton {old} is older than {oldest} (pip install -U triton)"
+        return f'Triton {old} is older than {oldest} (pip install -U triton); with it use backend="auto"'
     return None
 
 

@@ -12,6 +12,7 @@ STEPS = 512
 DTYPES = ("bfloat16", "float16", "float32")
 BATCHES = (1, 4, 16, 64, 256)
 HIDDEN = (32, 64, 100, 128, 256, 384)
+WIDE_BATCHES, WIDE_HIDDEN = (1, 16, 64), (512, 1024, 2048)  # beyond one block: Triton against the peer
 MODES = ("forward", "training")  # training: forward and backward
 PEER = "torch.nn.RNN"  # cuDNN
 
@@ -63,4 +64,9 @@ class Results:
 
 def cases() -> Iterator[Case]:
     for dtype, mode, hidden, batch in itertools.product(DTYPES, MODES, HIDDEN, BATCHES):
+        yield Case(dtype, batch, hidden, mode)
+
+
+def wide_cases() -> Iterator[Case]:
+    for dtype, mode, hidden, batch in itertools.product(DTYPES, MODES, WIDE_HIDDEN, WIDE_BATCHES):
         yield Case(dtype, batch, hidden, mode)

@@ -9,7 +9,9 @@ import argparse
 import math
 from pathlib import Path
 
-from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, STEPS, Case, Measurement, Results
+from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, STEPS, WIDE_HIDDEN, Case, Measurement, Results
+
+SIZES = HIDDEN + WIDE_HIDDEN
 
 
 def number(value: float | None) -> str:
@@ -41,7 +43,7 @@ def table(results: Results) -> str:
     for mode in MODES:
         lines += [f"## {mode}", "", head, "|---|---|---|---|---|---|---|---|"]
         for dtype in DTYPES:
-            for hidden in HIDDEN:
+            for hidden in SIZES:
                 for batch in BATCHES:
                     row = by_case.get(Case(dtype, batch, hidden, mode))
                     if row:
@@ -77,13 +79,13 @@ def plot(results: Results, path: Path) -> None:
         for j, dtype in enumerate(DTYPES):
             axis = axes[i][j]
             for batch in BATCHES:
-                points = [(d, ratio(by_case.get(Case(dtype, batch, d, mode), {}))) for d in HIDDEN]
+                points = [(d, ratio(by_case.get(Case(dtype, batch, d, mode), {}))) for d in SIZES]
                 points = [(d, r) for d, r in points if r is not None]
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", label=f"B = {batch}")
             axis.axhline(1, color="black", linewidth=0.8)
-            axis.set(title=f"{dtype}, {mode}", xscale="log", yscale="log", xticks=HIDDEN)
-            axis.set_xticklabels(map(str, HIDDEN))
+            axis.set(title=f"{dtype}, {mode}", xscale="log", yscale="log", xticks=SIZES)
+            axis.set_xticklabels(map(str, SIZES), fontsize=7)
             axis.minorticks_off()
     axes[0][0].legend()
     figure.supxlabel("hidden size")

@@ -84,7 +84,8 @@ struct Nonzero {
   }
 };
 
-// dot for one row over listed states only. Adding 0 * u leaves a sum as it is, so the bits are those of dot, up to kTerms terms.
+// dot for one row over listed states only. Adding 0 * u leaves a sum as it is, so the bits are those of dot, up to
+// kTerms terms.
 template <class S, int V>
 void dot_listed(const S* x, const int32_t* index, int64_t count, const S* __restrict panel, S* __restrict acc) {
   constexpr int kLanes = VecOf<S>::kLanes;

@@ -118,6 +118,8 @@ constexpr int64_t kChunkScalars = kMaxChunks * 8 * 16;  // chunks x widest block
 constexpr int64_t kInputRows = 96;
 constexpr int64_t kOuterDepth = 256;
 constexpr int64_t kOuterVecs = 3;
+// Groups of columns of the left factor of those sums, kOuterDepth vectors each, that make 256 KB.
+constexpr int64_t outer_groups(int64_t vector_bytes) { return (int64_t{256} << 10) / (kOuterDepth * vector_bytes); }
 constexpr int64_t kMaxChunkSteps = 256;
 
 // One per build of kernels.cpp; which of them there are, CMakeLists.txt knows by the processor's family.

@@ -147,7 +147,7 @@ class WeightGradient {
   static constexpr int64_t kZero = -1, kInitial = -2;  // in place of a row: zero, or minus the index into h0
 
   S* sums() const { return static_cast<S*>(part_.gradient); }
-  S* gathered() const { return static_cast<S*>(part_.gathered); }
+  S* gathered(int64_t group) const { return static_cast<S*>(part_.gathered) + group * kOuterDepth * kLanes; }
 
   // For every row of the chunk, its own place and that of the state that entered it.
   void find_rows(const Chunk& chunk) {
@@ -168,8 +168,17 @@ class WeightGradient {
     return layer_.h0 ? kInitial - b : kZero;
   }
 
+  // As many groups at a time as stay in the second-level cache while the panels of gradients pass by.
   void add_rows(int64_t first, int64_t rows, const S* grad_pre) {
-    for (int64_t g = begin_; g < end_; ++g) gather(g, first, rows, gathered() + (g - begin_) * kOuterDepth * kLanes);
+    constexpr int64_t kAtATime = outer_groups(FUSED_RIN_VECTOR_BYTES);
+    for (int64_t begin = begin_; begin < end_; begin += kAtATime) {
+      const int64_t end = end_ - begin < kAtATime ? end_ : begin + kAtATime;
+      for (int64_t g = begin; g < end; ++g) gather(g, first, rows, gathered(g - begin));
+      add_groups(begin, end, rows, grad_pre);
+    }
+  }
+
+  void add_groups(int64_t begin, int64_t end, int64_t rows, const S* grad_pre) {
     const int64_t vecs = l_.vecs, blocks = (vecs + kOuterVecs - 1) / kOuterVecs;
     S* const panel = static_cast<S*>(part_.panel);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -179,8 +188,8 @@ class WeightGradient {
           store(panel + (k * width + v) * kLanes, load(grad_pre + k * l_.padded() + (vec + v) * kLanes));
         }
       }
-      for (int64_t g = begin_; g < end_; ++g) {
-        const S* a = gathered() + (g - begin_) * kOuterDepth * kLanes;
+      for (int64_t g = begin; g < end; ++g) {
+        const S* a = gathered(g - begin);
         for (int64_t r = 0; r < columns_in(g); r += kOuterRows<S>) {
           outer(width, a + r, panel, rows, sums() + (g * kLanes + r) * l_.padded() + vec * kLanes, l_.padded());
         }

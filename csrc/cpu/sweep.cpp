@@ -124,7 +124,8 @@ class Call {
       for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
       const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes) / lanes;
       if (p_.backward) gradient_ = scalars(groups * lanes * padded);
-      gathered_ = p_.backward ? (groups + 1) * kOuterDepth * lanes : rows * layer_->inputs;
+      gathered_ = p_.backward ? std::min(groups, outer_groups(kernels_.vector_bytes)) * kOuterDepth * lanes
+                              : rows * layer_->inputs;
     }
     for (int i = 0; i < plan_.threads; ++i) {
       Own& own = own_[i];

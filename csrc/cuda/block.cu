@@ -32,6 +32,10 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int d
   if (problem.steps >= kMost || problem.batch >= kMost)
     throw std::invalid_argument("steps and batch must be below 2^31, got " + std::to_string(problem.steps) + " and " +
                                 std::to_string(problem.batch));
+  // The rows of a tile are found by 32-bit offsets from its first.
+  if (problem.groups * problem.hidden > int64_t{1} << 24)
+    throw std::invalid_argument("groups x hidden must be at most 2^24, got " + std::to_string(problem.groups) + " x " +
+                                std::to_string(problem.hidden));
   uintptr_t addresses = 0;
   for (const void* p : {problem.weight, problem.in, problem.saved, problem.state_in,
                         static_cast<const void*>(problem.out), static_cast<const void*>(problem.state_out)})

@@ -33,16 +33,16 @@ using Tf32Configs = BlockConfigs<
     MmaConfig<float, Math::kTf32,  64, 32,  4,  8, 1, 1>,
     MmaConfig<float, Math::kTf32, 128,  8,  8, 16, 4, 4>,
     MmaConfig<float, Math::kTf32, 128, 32,  8, 12, 1, 1>,
-    MmaConfig<float, Math::kTf32, 192,  8, 12, 20, 2, 2>,
+    MmaConfig<float, Math::kTf32, 192,  8, 12, 18, 2, 2>,
     MmaConfig<float, Math::kTf32, 192, 16, 12, 14, 1, 1>,
     MmaConfig<float, Math::kTf32, 256,  8,  8, 14, 2, 2>>;
 
 // For few rows FMA is as fast and exact, so these begin where it ends.
 using Tf32x3Configs = BlockConfigs<
     MmaConfig<float, Math::kTf32x3,  64, 16,  4,  8, 2, 2>,
-    MmaConfig<float, Math::kTf32x3, 128, 16,  8, 16, 1, 1>,
+    MmaConfig<float, Math::kTf32x3, 128, 16,  8, 14, 1, 1>,
     MmaConfig<float, Math::kTf32x3, 192, 16, 12,  6, 1, 1>,
-    MmaConfig<float, Math::kTf32x3, 256,  8,  8,  6, 1, 1>>;
+    MmaConfig<float, Math::kTf32x3, 256,  8,  8,  5, 1, 1>>;
 
 using FmaConfigs = BlockConfigs<
     FmaConfig< 64, 1,  4,  4, 4, 4>,

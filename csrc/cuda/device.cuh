@@ -19,6 +19,12 @@ struct Float16 {};
 __device__ __forceinline__ int thread_idx() { return threadIdx.x; }
 __device__ __forceinline__ int lane_idx() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_idx() { return threadIdx.x >> 5; }
+// thread_idx(), of which the compiler does not know that: so it keeps nothing alive for what is computed from it later.
+__device__ __forceinline__ int thread_idx_anew() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // PTX 10.3
+  return (threadIdx.x & ~31u) | lane;
+}
 __device__ __forceinline__ int64_t block_idx() { return blockIdx.x; }
 
 // barrier.cta.sync 0 (PTX 9.7.13.1): all threads of the block, and their shared memory accesses, in order.
@@ -218,6 +224,10 @@ __device__ __forceinline__ void split_tf32(float value, uint32_t& big, uint32_t&
 __device__ __forceinline__ uint32_t opaque(uint32_t word) {
   asm volatile("" : "+r"(word));
   return word;
+}
+__device__ __forceinline__ const char* opaque(const char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
 }
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }

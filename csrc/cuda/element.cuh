@@ -43,22 +43,26 @@ struct Element<float> {
   }
 };
 
-// A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from `k`
-// on; zero past `hidden`. Forward multiplies by U (output = row), backward by its transpose; pairs run along memory.
+// A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from
+// `k + more` on, `more` known when compiled; zero past `hidden`. Forward multiplies by U (output = row), backward by
+// its transpose; pairs run along memory.
 template <class T, bool kBackward, int K>
 __device__ __forceinline__ void load_weight_block(typename Element<T>::Scalar (&block)[2][K],
-                                                  const typename Element<T>::Pair* weight, int neuron, int k,
+                                                  const typename Element<T>::Pair* weight, int neuron, int k, int more,
                                                   int hidden) {
   using E = Element<T>;
 #pragma unroll
   for (int i = 0; i < K; ++i) {  // K pairs
-    const int row = kBackward ? k + i : neuron + i / (K / 2);
-    const int column = kBackward ? neuron : k + i % (K / 2) * 2;
-    // Signed and in bytes: then a row has one address, and the columns are immediate offsets from it.
-    const char* const bytes =
-        reinterpret_cast<const char*>(weight) + int64_t{row * hidden} * E::kBytes + int64_t{column} * E::kBytes;
+    const int row = kBackward ? k + more + i : neuron + i / (K / 2);
+    const int column = kBackward ? neuron : k;
+    const int further = kBackward ? 0 : more + i % (K / 2) * 2;
+    // Signed and in bytes, opaque: then a row has one address, and the columns are immediate offsets from it. With an
+    // address for each of them some kernels spilled.
+    const char* const bytes = device::opaque(reinterpret_cast<const char*>(weight) + int64_t{row * hidden} * E::kBytes +
+                                             int64_t{column} * E::kBytes);
     const typename E::Pair pair =
-        device::load_if(row < hidden && column < hidden, reinterpret_cast<const typename E::Pair*>(bytes));
+        device::load_if(row < hidden && column + further < hidden,
+                        reinterpret_cast<const typename E::Pair*>(bytes + further * E::kBytes));
     if (kBackward) {
       block[0][i] = E::low(pair), block[1][i] = E::high(pair);
     } else {

@@ -8,7 +8,8 @@
 
 namespace fused_rin {
 
-// ReLU and none share a path without a branch: forward a maximum with 0 or -inf, backward a comparison with 0 or NaN.
+// ReLU and none share a path without a branch: forward a maximum with 0 or -inf, backward a comparison that is
+// combined with a predicate.
 template <bool kBackward>
 class Epilogue;
 
@@ -40,8 +41,7 @@ template <>
 class Epilogue<true> {
  public:
   __device__ __forceinline__ explicit Epilogue(Activation activation)
-      : tanh_(activation == Activation::kTanh),
-        floor_(activation == Activation::kReLU ? 0.f : device::as_float(0x7fc00000u)) {}
+      : tanh_(activation == Activation::kTanh), relu_(activation == Activation::kReLU) {}
 
   // x = g * act'(h), from h = act(a) alone
   template <int n>
@@ -51,13 +51,13 @@ class Epilogue<true> {
       for (int p = 0; p < n; ++p) g[p] = {g[p].x * (1.f - h[p].x * h[p].x), g[p].y * (1.f - h[p].y * h[p].y)};
     } else {
 #pragma unroll
-      for (int p = 0; p < n; ++p) g[p] = {h[p].x <= floor_ ? 0.f : g[p].x, h[p].y <= floor_ ? 0.f : g[p].y};
+      for (int p = 0; p < n; ++p)
+        g[p] = {relu_ & (h[p].x <= 0.f) ? 0.f : g[p].x, relu_ & (h[p].y <= 0.f) ? 0.f : g[p].y};
     }
   }
 
  private:
-  bool tanh_;
-  float floor_;
+  bool tanh_, relu_;
 };
 
 }  // namespace fused_rin

@@ -43,13 +43,22 @@ class FmaProduct {
 
  public:
   static constexpr int kPairs = kQuarter, kColumns = kQuarter;
+  static_assert(kRows % kPairs == 0 || kPairs % kRows == 0, "see group_pair");
 
   __device__ __forceinline__ FmaProduct(device::SharedMemory shared, int) : shared_(shared) {}
 
-  __device__ __forceinline__ int neuron(int p) const { return first_output() + group_pair(p) / kRows * 2; }
-  __device__ __forceinline__ int row(int column) const { return group_pair(column) % kRows; }
-  // Fewer pairs than lanes: several lanes hold the same pair, one speaks.
-  __device__ __forceinline__ bool owner() const { return device::lane_idx() % 4 < (kGroupPairs < 4 ? kGroupPairs : 4); }
+  // The pairs that `thread` of the block owns: the first, and from there to pair p, known when compiled. Fewer pairs
+  // than lanes: several lanes hold the same pair, one speaks.
+  static __device__ __forceinline__ int neuron(int thread) {
+    return first_output(thread) + group_pair(thread) / kRows * 2;
+  }
+  static __device__ __forceinline__ int row(int thread) { return group_pair(thread) % kRows; }
+  static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kRows * 2; }
+  static __device__ __forceinline__ constexpr int row_step(int p) { return p % kRows; }
+  static __device__ __forceinline__ bool owner(int thread) { return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4); }
+  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
+    return StateT::row(row(thread) + row_step(p)) + (neuron(thread) + neuron_step(p)) * 4;
+  }
 
   static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }
 
@@ -132,15 +141,15 @@ class FmaProduct {
  private:
   static __device__ __forceinline__ void load_block(uint32_t (&block)[2][4], const uint2* weight, int hidden, int chunk,
                                                     int r) {
-    const int k = 16 * chunk + 4 * (device::lane_idx() % 4);
-    load_weight_block<float, kBackward>(block, weight, first_output() + r, k, hidden);
+    const int k = 4 * (device::lane_idx() % 4);
+    load_weight_block<float, kBackward>(block, weight, first_output(device::thread_idx()) + r, k, 16 * chunk, hidden);
   }
-  static __device__ __forceinline__ int first_output() {
-    return (device::warp_idx() * 8 + device::lane_idx() / 4) * kOutputs;
-  }
-  __device__ __forceinline__ int group_pair(int p) const {
-    const int q = device::lane_idx() % 4;
-    return p + (kHalf < kGroupPairs ? q % 2 * kHalf : 0) + (kQuarter < kHalf ? q / 2 * kQuarter : 0);
+  static __device__ __forceinline__ int first_output(int thread) { return thread / 4 * kOutputs; }
+  // The first pair of a thread: a multiple of kPairs, so that those after it are in the same row or neuron, or whole
+  // rows of neurons.
+  static __device__ __forceinline__ int group_pair(int thread) {
+    const int q = thread % 4;
+    return (kHalf < kGroupPairs ? q % 2 * kHalf : 0) + (kQuarter < kHalf ? q / 2 * kQuarter : 0);
   }
   __device__ __forceinline__ uint32_t slot(int chunk, int r) const {
     return 2 * Config::kStateBytes +

@@ -28,8 +28,8 @@ struct MmaConfig {
   // Independent accumulators per output, so that each tensor core has four chains to choose from: about the latency of
   // an mma over its rate. A small tile waits for the chain, not for the rate.
   static constexpr int kChains = kTilesM * kTilesN * kWarps / 4 < 4 && kMath != Math::kTf32x3 ? 2 : 1;
-  // 3xTF32: keep both halves of the matrix where there is room; else split it anew in every step.
-  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kRegisterSteps == kSteps && kSteps * kTilesM <= 16;
+  // 3xTF32: keep both halves of the matrix where there is room for nearly all of it; else split it anew in every step.
+  static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
   static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
@@ -55,13 +55,19 @@ class MmaProduct {
     lane_offset_ = StateT::row(row) + 16 * q;
   }
 
-  __device__ __forceinline__ int neuron(int p) const {
-    return (device::warp_idx() * kTilesM + p / kColumns) * 16 + 2 * (device::lane_idx() / 4);
+  // The pairs that `thread` of the block owns: the first, and from there to pair p, known when compiled.
+  static __device__ __forceinline__ int neuron(int thread) {
+    return (thread >> 5) * kTilesM * 16 + 2 * ((thread & 31) / 4);
   }
-  __device__ __forceinline__ int row(int column) const {
-    return column / 2 * 8 + 2 * (device::lane_idx() % 4) + column % 2;
+  static __device__ __forceinline__ int row(int thread) { return 2 * (thread & 3); }
+  static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kColumns * 16; }
+  static __device__ __forceinline__ constexpr int row_step(int p) { return p % kColumns / 2 * 8 + p % 2; }
+  static __device__ __forceinline__ bool owner(int) { return true; }
+  // Where pair p is in the state: one of two places, as its row is even or odd, and from there a constant.
+  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
+    return StateT::row(row(thread) + p % 2) + neuron(thread) * E::kBytes +
+           (p % kColumns / 2 * 8 * StateT::kStride + neuron_step(p) * E::kBytes);
   }
-  __device__ __forceinline__ bool owner() const { return true; }
 
   static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
     if constexpr (Config::kMath == Math::kTf32)
@@ -155,10 +161,10 @@ class MmaProduct {
                                                        int step, int m) {
     constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
     const int lane = device::lane_idx();
-    const int word = 16 * (step / 2) + 4 * (lane % 4) + 2 * (step % 2);
+    const int word = 4 * (lane % 4), more = 16 * (step / 2) + 2 * (step % 2);
     const int output = (device::warp_idx() * kTilesM + m) * 16 + 2 * (lane / 4);
     typename E::Scalar block[2][2 * kWords];
-    load_weight_block<T, kBackward>(block, weight, output, word * kWords, hidden);
+    load_weight_block<T, kBackward>(block, weight, output, word * kWords, more * kWords, hidden);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (kWords == 2)
@@ -202,8 +208,8 @@ class MmaProduct {
           uint32_t small_a[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if constexpr (Config::kSplitKept)
-              small_a[i] = a_[kept][m][4 + i];
+            if (Config::kSplitKept && step < Config::kRegisterSteps)
+              small_a[i] = a_[kept][m][Config::kSplitKept ? 4 + i : i];
             else  // opaque: or the compiler moves the splitting out of the loop, and spills what it gets
               device::split_tf32(device::as_float(device::opaque(a[i])), a[i], small_a[i]);
           }

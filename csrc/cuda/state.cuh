@@ -20,6 +20,7 @@ struct State {
   static constexpr int kBytes = kRows * kStride;  // of one of the two buffers
   static_assert(kHidden * kElementBytes % 128 == 0, "a row is whole bank lines");
 
+  // 8 rows further is 8 * kStride further.
   static __device__ __forceinline__ uint32_t row(int n) { return n * kStride + (((n & 1) * 64 + (n >> 1) * 32) & 127); }
 };
 

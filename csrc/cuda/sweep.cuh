@@ -23,6 +23,34 @@
 
 namespace fused_rin {
 
+// What a thread of a block owns. Offsets are in bytes; pair p of a thread is at `mine + offset(p)` of a time step's
+// rows, or of the state. 32 bits hold what is within a tile: 64 rows of at most 2^24 elements (see block.cu).
+template <class Config, class Product>
+struct Share {
+  using E = Element<typename Config::T>;
+  int thread, hidden, live_rows;  // live: of the block's rows, those within the batch
+  int64_t row_bytes, group, first_row, mine;
+
+  __device__ __forceinline__ Share(const Problem& problem, uint32_t block, uint32_t thread_)
+      : thread(static_cast<int>(thread_)), hidden(static_cast<int>(problem.hidden)) {
+    const uint32_t tiles = static_cast<uint32_t>((problem.batch + Config::kRows - 1) / Config::kRows);
+    group = block / tiles;
+    first_row = int64_t{block % tiles} * Config::kRows;
+    live_rows = static_cast<int>(min(problem.batch - first_row, int64_t{Config::kRows}));
+    row_bytes = problem.groups * hidden * E::kBytes;
+    mine = (first_row + row(0)) * row_bytes + (group * hidden + neuron(0)) * E::kBytes;
+  }
+  __device__ __forceinline__ int row(int p) const { return Product::row(thread) + Product::row_step(p); }
+  __device__ __forceinline__ int neuron(int p) const { return Product::neuron(thread) + Product::neuron_step(p); }
+  __device__ __forceinline__ uint32_t offset(int p) const {
+    return Product::row_step(p) * static_cast<uint32_t>(row_bytes) + Product::neuron_step(p) * E::kBytes;
+  }
+  // In the batch, in the hidden size, and no other lane's.
+  __device__ __forceinline__ bool owns(int p) const {
+    return Product::owner(thread) && row(p) < live_rows && neuron(p) < hidden;
+  }
+};
+
 template <class Config, class Product, bool kBackward>
 __device__ __forceinline__ void sweep(const Problem& problem) {
   using T = typename Config::T;
@@ -32,26 +60,16 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   constexpr int kPairs = Product::kPairs, kColumns = Product::kColumns;
   constexpr int kAhead = kBackward ? Config::kAheadBackward : Config::kAheadForward;
 
-  // ---- what this block, and this thread, owns. Offsets are in bytes; pair p of a thread is at `offset(p)` from the
-  // thread's place in a (time, batch) row, and steps differ by a uniform stride: two adds make an address.
-  const int hidden = static_cast<int>(problem.hidden);
-  const int64_t tiles = (problem.batch + Config::kRows - 1) / Config::kRows;
-  const int64_t group = device::block_idx() / tiles;
-  const int64_t first_row = device::block_idx() % tiles * Config::kRows;
-  const int live_rows = static_cast<int>(min(problem.batch - first_row, int64_t{Config::kRows}));
-  const bool down = (group >= problem.groups - problem.num_reversed) != kBackward;
+  // Steps differ by a uniform stride: two adds make an address.
+  const uint32_t block = static_cast<uint32_t>(device::block_idx());  // fewer than 2^31: see launch.h
+  const Share<Config, Product> share(problem, block, device::thread_idx());
+  const int live_rows = share.live_rows;
+  const int64_t row_bytes = share.row_bytes, mine = share.mine;
+  const bool down = (share.group >= problem.groups - problem.num_reversed) != kBackward;
 
   const device::SharedMemory shared = device::shared_memory();
   Product product(shared, live_rows);
   const Epilogue<kBackward> epilogue(problem.activation);
-
-  const int64_t row_bytes = problem.groups * hidden * E::kBytes;
-  const int64_t my_row = first_row + product.row(0);
-  const int64_t mine = my_row * row_bytes + (group * hidden + product.neuron(0)) * E::kBytes;
-  const auto offset = [&](int p) {
-    return (product.row(p % kColumns) - product.row(0)) * row_bytes +
-           (product.neuron(p) - product.neuron(0)) * E::kBytes;
-  };
   const auto at = [](auto* tensor, int64_t bytes) {
     using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
     using Pairs = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;
@@ -60,15 +78,16 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 
   // Pair p is active at times t < limit[p]: none past the batch, past the hidden size, or past the row's length.
   const auto length = [&](int row) {  // clamped: values on a device are not checked, that would stall it
-    const int64_t steps = problem.lengths ? device::load_global(problem.lengths + first_row + row) : problem.steps;
+    const int64_t steps =
+        problem.lengths ? device::load_global(problem.lengths + share.first_row + row) : problem.steps;
     return static_cast<int>(min(max(steps, int64_t{0}), problem.steps));
   };
   uint32_t limit[kPairs];
   int stop = static_cast<int>(problem.steps);  // steps of the block's longest row
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const int row = product.row(p % kColumns);
-    limit[p] = row < live_rows && product.neuron(p) < hidden ? length(row) : 0;
+    const bool within = share.row(p) < live_rows && share.neuron(p) < share.hidden;
+    limit[p] = within ? length(share.row(p)) : 0;
   }
   if (problem.lengths) {
     stop = 0;
@@ -97,9 +116,9 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       const bool active = time(s) < limit[p];
-      slot.in[p] = device::load_streaming_if(active && read, at(problem.in, slot.bytes + offset(p)));
+      slot.in[p] = device::load_streaming_if(active && read, at(problem.in, slot.bytes + share.offset(p)));
       if constexpr (kBackward)
-        slot.saved[p] = device::load_streaming_if(active, at(problem.saved, slot.bytes + offset(p)));
+        slot.saved[p] = device::load_streaming_if(active, at(problem.saved, slot.bytes + share.offset(p)));
     }
     if (irregular) {
       // The boundary between two steps belongs to the later one in time. Running down that is the step before, and at
@@ -110,7 +129,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       for (int c = 0; c < kColumns; ++c) {
         slot.cut[c] = 0;
         if (crosses && t < limit[c])
-          slot.cut[c] = device::load_global(problem.resets + (row_at(t) + my_row) + (product.row(c) - product.row(0)));
+          slot.cut[c] =
+              device::load_global(problem.resets + (row_at(t) + share.first_row + share.row(0)) + Product::row_step(c));
       }
       if (problem.offsets && s + 1 < stop) next = mine + row_at(time(s + 1)) * row_bytes;
     }
@@ -118,7 +138,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
   for (int slot = 0; slot < kAhead - 1; ++slot) fetch(slot, ring[slot]);
 
-  product.load(static_cast<const Pair*>(problem.weight) + group * hidden * hidden / 2, hidden);
+  const int64_t matrix = int64_t{share.hidden} * share.hidden;
+  product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.hidden);
 
   // ---- the state before the first step: h0; backward 0, and the gradient of h_n carried beside it
   const float skip = static_cast<float>(problem.skip);
@@ -128,20 +149,16 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   Pair x[kPairs];           // the state as tensors hold it
   float2 residual[kPairs];  // what the next a gets besides in and the product: skip * x, in float32
   const auto store_state = [&](int buffer) {
-    if (!product.owner()) return;
+    if (!Product::owner(share.thread)) return;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
-      shared.template store<Pair>(
-          buffer * Config::kStateBytes + StateT::row(product.row(p % kColumns)) + product.neuron(p) * E::kBytes,
-          Product::to_state(x[p]));
-  };
-  const auto is_mine = [&](int p) {  // in the batch, in the hidden size, and no other lane's
-    return product.owner() && product.row(p % kColumns) < live_rows && product.neuron(p) < hidden;
+      shared.template store<Pair>(buffer * Config::kStateBytes + Product::in_state(share.thread, p),
+                                  Product::to_state(x[p]));
   };
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const Pair given =
-        device::load_streaming_if(problem.state_in && is_mine(p), at(problem.state_in, mine + offset(p)));
+        device::load_streaming_if(problem.state_in && share.owns(p), at(problem.state_in, mine + share.offset(p)));
     x[p] = kBackward ? Pair{} : given;
     residual[p] = kBackward ? E::unpack(given) : skipped(E::unpack(given));
   }
@@ -150,7 +167,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   const auto write_back = [&](int s, int64_t bytes) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
-      device::store_global_if(time(s) < limit[p] && product.owner(), at(problem.out, bytes + offset(p)), x[p]);
+      device::store_global_if(time(s) < limit[p] && Product::owner(share.thread),
+                              at(problem.out, bytes + share.offset(p)), x[p]);
   };
 
   // ---- the loop: step s, in slot s % kAhead; unrolled so that the ring stays in registers. Backward, one more product
@@ -196,15 +214,26 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     }
   };
   run();
-  if (!kBackward && stop > 0) write_back(stop - 1, mine + row_at(time(stop - 1)) * row_bytes);
 
-  // ---- h_n, or the gradient of h0; and zeros past the lengths
+  // ---- h_n, or the gradient of h0; and zeros past the lengths. What the thread owns is found anew: kept through the
+  // loop, it took the registers by which some kernels spilled on sm_100 and sm_120.
+  const Share<Config, Product> again(problem, device::opaque(block), device::thread_idx_anew());
+  if (!kBackward && stop > 0) {
+    const uint32_t last = down ? 0 : device::opaque(stop) - 1;
+    const int64_t bytes = again.mine + row_at(last) * again.row_bytes;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p)
+      device::store_global_if(last < limit[p] && Product::owner(again.thread), at(problem.out, bytes + again.offset(p)),
+                              x[p]);
+  }
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    device::store_global_if(is_mine(p), at(problem.state_out, mine + offset(p)), kBackward ? E::pack(a[p]) : x[p]);
-    if (!problem.lengths || problem.offsets || !is_mine(p)) continue;
-    for (int64_t t = limit[p]; t < problem.steps; ++t)
-      device::store_global(at(problem.out, mine + t * problem.batch * row_bytes + offset(p)), Pair{});
+    device::store_global_if(again.owns(p), at(problem.state_out, again.mine + again.offset(p)),
+                            kBackward ? E::pack(a[p]) : x[p]);
+    if (!problem.lengths || problem.offsets || !again.owns(p)) continue;
+#pragma unroll 1
+    for (int64_t t = device::opaque(limit[p]); t < problem.steps; ++t)
+      device::store_global(at(problem.out, again.mine + t * problem.batch * again.row_bytes + again.offset(p)), Pair{});
   }
 }
 

@@ -48,6 +48,7 @@ struct Float16 {};
 inline int thread_idx() { return fibres::thread_idx(); }
 inline int lane_idx() { return thread_idx() & 31; }
 inline int warp_idx() { return thread_idx() >> 5; }
+inline int thread_idx_anew() { return thread_idx(); }
 inline int64_t block_idx() { return fibres::block_idx(); }
 inline void sync_block() { fibres::barrier_sync(0, 0); }
 inline void named_barrier_sync(int id, int threads) { fibres::barrier_sync(id, threads); }
@@ -212,6 +213,7 @@ inline void split_tf32(float value, uint32_t& big, uint32_t& small) {
   small = (as_word(value - rounded) + 0x1000u) & 0xffffe000u;
 }
 inline uint32_t opaque(uint32_t word) { return word; }
+inline const char* opaque(const char* address) { return address; }
 inline float max_nan(float a, float b) { return a != a || b != b ? as_float(0x7fffffff) : a > b ? a : b; }
 
 // ---- tensor cores ------------------------------------------------------------------------------------------------

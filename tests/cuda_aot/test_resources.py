@@ -1,11 +1,12 @@
-"""What nvcc made of every kernel, on every architecture of the build: registers, stack, shared memory.
+"""What nvcc made of every kernel, on every architecture: registers, stack, shared memory.
 
-Nothing may spill or have a stack (sm_80, sm_90a; the rest: see STACK_ELSEWHERE), and the registers are compared with a
-committed table, so that a change is seen:
+Nothing may spill or have a stack, and the registers are compared with a committed table of six architectures, so that
+a change is seen. What is compared in every run is the built module, as a rule sm_80 and sm_90a, and on the other four
+the kernels that are shortest of registers. The table holds for one release of nvcc; with another one only the limits
+are checked, and the test says so. To make it anew:
 
-    python -m tests.cuda_aot.test_resources    # rewrites resources.json from the built module
-
-The table holds for one release of nvcc; with another one only the limits are checked, and the test says so.
+    make cuda-all                              all six, ten to fifteen minutes of one core
+    python -m tests.cuda_aot.test_resources    the architectures of the built module
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -26,9 +29,13 @@ from benchmarks.gpu.cubins import Resources, compiler_release, cubins, readable
 TABLE = Path(__file__).with_name("resources.json")
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a block may opt in to
 DEFAULT_ARCHS = {80, 90}
-# The kernels' register budgets are drawn up for sm_80 and sm_90a. On sm_100 and sm_120 a few of the largest tiles come
-# out one to four registers short (nvcc 13.0); more than that is a mistake there too.
-STACK_ELSEWHERE = 24
+# Kernels within a register or two of the limit, which spilled in one version or another of the sources.
+SHORT_OF_REGISTERS = {
+    86: ("float32 tf32x3 128x16", "bfloat16 mma 384x16"),
+    89: ("float32 tf32x3 256x8", "bfloat16 mma 256x32"),
+    100: ("float32 tf32x3 128x16", "float32 tf32x3 192x16", "bfloat16 mma 192x32", "bfloat16 mma 256x32"),
+    120: ("float32 tf32x3 192x16", "bfloat16 mma 128x64", "bfloat16 mma 256x32", "bfloat16 mma 384x16"),
+}
 
 
 def module() -> Path:
@@ -42,13 +49,25 @@ def module() -> Path:
     pytest.skip("no nvcc here and no CUDA module: nothing was compiled to look at")
 
 
-def compiled() -> dict[int, dict[str, Resources]]:
+def found_in(path: Path) -> dict[int, dict[str, Resources]]:
+    """{sm number: {kernel: what it takes}} of a module or a cubin."""
     found: dict[int, dict[str, Resources]] = {}
-    for arch, kernels in cubins(module()):
+    for arch, kernels in cubins(path):
         for name, resources in kernels.items():
             assert readable(name) not in found.setdefault(arch, {}), f"{readable(name)} twice for sm_{arch}"
             found[arch][readable(name)] = resources
     return found
+
+
+def compiled() -> dict[int, dict[str, Resources]]:
+    return found_in(module())
+
+
+def find_nvcc() -> str:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        pytest.skip("no nvcc here")
+    return nvcc
 
 
 def kernel_of(name: str) -> cuda_plan.Kernel:
@@ -57,17 +76,20 @@ def kernel_of(name: str) -> cuda_plan.Kernel:
     return next(k for k in cuda_plan.KERNELS if (k.math, k.hidden, k.rows) == (math, hidden, rows))
 
 
-def test_every_kernel_is_there_on_every_architecture():
-    expected = {
+def every_kernel() -> set[str]:
+    return {
         f"{dtype} {k.math} {k.hidden}x{k.rows} {direction}"
         for k in cuda_plan.KERNELS
         for dtype in (("bfloat16", "float16") if k.math == "mma" else ("float32",))
         for direction in ("forward", "backward")
     }
+
+
+def test_every_kernel_is_there_on_every_architecture():
     found = compiled()
     assert found, f"no cubin in {module()}: built with PTX alone, or compressed"
     for arch, kernels in found.items():
-        assert set(kernels) == expected, f"sm_{arch}"
+        assert set(kernels) == every_kernel(), f"sm_{arch}"
 
 
 def test_nothing_spills_and_everything_fits():
@@ -75,8 +97,7 @@ def test_nothing_spills_and_everything_fits():
         for name, resources in kernels.items():
             kernel = kernel_of(name)
             where = f"{name} on sm_{arch}"
-            allowed = STACK_ELSEWHERE if arch not in DEFAULT_ARCHS else 0
-            assert resources.stack <= allowed, f"{where}: a stack of {resources.stack} bytes: spills, or a local array"
+            assert resources.stack == 0, f"{where}: a stack of {resources.stack} bytes: spills, or a local array"
             assert resources.registers * kernel.threads <= 65536, f"{where}: {resources.registers} registers a thread"
             assert resources.static_shared <= 1024, f"{where}: static shared memory"  # sm_90 reserves 1 KB
             # A kernel too large for an architecture is never planned there: the planner asks for the device's limit.
@@ -100,11 +121,15 @@ def test_the_planner_leaves_out_what_an_architecture_cannot_hold():
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_the_latency_program_compiles(tmp_path, arch):
     """It runs in `make gpu` alone; wgmma, clusters and their PTX are only checked by the compiler here."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if not nvcc:
-        pytest.skip("no nvcc here")
     root = TABLE.parents[2]
-    command = [nvcc, "-std=c++17", "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-I", str(root / "csrc/cuda")]
+    command = [
+        find_nvcc(),
+        "-std=c++17",
+        "-gencode",
+        f"arch=compute_{arch},code=sm_{arch}",
+        "-I",
+        str(root / "csrc/cuda"),
+    ]
     command += ["-cubin", "-o", str(tmp_path / "latencies.cubin"), str(root / "benchmarks/gpu/latencies.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -127,12 +152,70 @@ def test_registers_are_those_of_the_committed_table():
         assert kernels == committed["registers"][arch], f"{arch}; if this is meant: python -m {__spec__.name}"
 
 
-if __name__ == "__main__":
-    found = compiled()
-    content = {"nvcc": compiler_release(module()), "registers": table(found)}
-    if TABLE.exists():  # architectures that this build does not have stay
-        before = json.loads(TABLE.read_text())
-        if before["nvcc"] == content["nvcc"]:
-            content["registers"] = dict(sorted({**before["registers"], **content["registers"]}.items()))
+def test_the_table_has_every_kernel_on_every_architecture():
+    committed = json.loads(TABLE.read_text())
+    assert set(committed["registers"]) == {f"sm_{arch}" for arch in SHARED_LIMIT}
+    for arch, kernels in committed["registers"].items():
+        assert set(kernels) == every_kernel(), arch
+        assert max(kernels.values()) <= 255
+
+
+def instantiations(kernels: tuple[str, ...]) -> str:
+    """C++ that has the compiler make both directions of the named kernels, with the columns of block_configs.h."""
+    configs = (TABLE.parents[2] / "csrc" / "cuda" / "block_configs.h").read_text()
+    lines = ['#include "block.cuh"', "namespace fused_rin {"]
+    for kernel in kernels:
+        dtype, math, size = kernel.split()
+        element = {"float32": "float", "bfloat16": "T", "float16": "T"}[dtype]
+        math_name = {"mma": "kMma", "tf32": "kTf32", "tf32x3": "kTf32x3"}[math]
+        columns = r",\s*".join(size.split("x"))
+        found = re.search(rf"MmaConfig<{element}, Math::{math_name},\s*{columns},[^>]*>", configs)
+        assert found, f"{kernel} is not in block_configs.h"
+        tag = {"bfloat16": "BFloat16", "float16": "Float16"}.get(dtype, "")
+        config = found.group().replace("<T,", f"<device::{tag},")
+        for backward in ("false", "true"):
+            lines.append(f"template __global__ void block_sweep<{config}, {backward}>(const Problem);")
+    return "\n".join([*lines, "}", ""])
+
+
+@pytest.mark.parametrize("arch", SHORT_OF_REGISTERS)
+def test_the_kernels_short_of_registers_elsewhere(tmp_path, arch):
+    """On the architectures that the default build leaves out."""
+    nvcc = find_nvcc()
+    source, cubin = tmp_path / "kernels.cu", tmp_path / "kernels.cubin"
+    source.write_text(instantiations(SHORT_OF_REGISTERS[arch]))
+    command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-I", str(TABLE.parents[2] / "csrc/cuda")]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(cubin), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = found_in(cubin)
+    assert set(found) == {arch}
+    assert len(found[arch]) == 2 * len(SHORT_OF_REGISTERS[arch])
+    for name, resources in found[arch].items():
+        assert resources.stack == 0, f"{name} on sm_{arch}: a stack of {resources.stack} bytes"
+    committed = json.loads(TABLE.read_text())
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    if f"release {committed['nvcc']}," not in release:
+        warnings.warn(f"the table is of nvcc {committed['nvcc']}: not compared", stacklevel=1)
+        return
+    expected = committed["registers"][f"sm_{arch}"]
+    got = {name: r.registers for name, r in found[arch].items()}
+    assert got == {name: expected[name] for name in got}, "if this is meant: make cuda-all"
+
+
+def write(path: Path, release: str) -> None:
+    """Puts the architectures of a module, by this release of nvcc, into the table, unless a kernel spills there."""
+    found = found_in(path)
+    spills = [f"{n} on sm_{a}: {r.stack} bytes" for a, ks in found.items() for n, r in sorted(ks.items()) if r.stack]
+    if spills:
+        sys.exit("\n".join(["the table is left as it is, these have a stack:", *spills]))
+    content = {"nvcc": release, "registers": table(found)}
+    before = json.loads(TABLE.read_text())
+    if before["nvcc"] == content["nvcc"]:  # architectures that this build does not have stay
+        content["registers"] = dict(sorted({**before["registers"], **content["registers"]}.items()))
     TABLE.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {TABLE}: {', '.join(content['registers'])}")
+
+
+if __name__ == "__main__":
+    write(module(), compiler_release(module()))

@@ -179,6 +179,13 @@ def test_a_lying_size_is_caught_with_coordinates(native, small, monkeypatch):
         cuda.forward(*case.tensors, **case.constants)
 
 
+def test_rows_longer_than_32_bit_offsets_reach_are_refused(native):
+    """Within a tile of up to 64 rows, offsets have 32 bits."""
+    pre, weight = torch.zeros(1, 1, (1 << 23) + 2, 2, dtype=BF16), torch.zeros((1 << 23) + 2, 2, 2, dtype=BF16)
+    with pytest.raises(KernelError, match=r"groups x hidden must be at most 2\^24, got 8388610 x 2"):
+        cuda.forward(pre, weight, None, None, None, None, skip=1.0, activation="relu", num_reversed=0)
+
+
 def test_the_planner_picks_the_kernel_that_runs(native):
     case = make_case(2, 3, 100, dtype=BF16)
     cuda.forward(*case.tensors, **case.constants)

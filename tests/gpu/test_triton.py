@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -144,9 +143,8 @@ def test_the_first_call_takes_less_than_3_s(tmp_path, monkeypatch):
 
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        case = make_case(
-            2, 2, 23, dtype=torch.float16
-        )  # a hidden size no other test has compiled: not a multiple of 16
+        # No other test compiles this one: float16, tanh, no skip.
+        case = make_case(2, 2, 23, dtype=torch.float16)
         arguments = [None if t is None else t.cuda() for t in case.tensors]
         before, start = compiled(), time.perf_counter()
         triton_kernels.forward(*arguments, **{**case.constants, "activation": "tanh", "skip": 0.0})
@@ -157,19 +155,43 @@ def test_the_first_call_takes_less_than_3_s(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("hidden", [64, 1024])
-def test_a_cuda_graph_replays_it(hidden):
+def test_a_cuda_graph_replays_forward_and_backward(hidden):
+    """On new inputs: those of the capture are not what is replayed."""
     case = make_case(9, 5, hidden, dtype=torch.bfloat16)
     arguments = [None if t is None else t.cuda() for t in case.tensors]
-    run = partial(triton_kernels.forward, *arguments, **case.constants)
-    expected = run()
+    weight = arguments[1]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out, h_n = triton_kernels.forward(*arguments, **case.constants)
+        return out, h_n, *triton_kernels.backward(out, h_n, weight, out, None, None, None, **case.constants)
+
+    run()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, h_n = run()
-    for _ in range(3):
-        out.fill_(float("nan"))
+        captured = run()
+    for seed in range(3):
+        arguments[0].copy_(make_case(9, 5, hidden, dtype=torch.bfloat16, seed=seed + 1).pre)
+        for tensor in captured:
+            tensor.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(out, expected[0])
-        assert torch.equal(h_n, expected[1])
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+def test_offsets_that_need_64_bits():
+    """2.3e9 elements: the second half, started from the first one's last state, must come out the same."""
+    steps, batch, hidden = 70_000, 256, 128
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GB of free memory")
+    constants = {"skip": 0.5, "activation": "relu", "num_reversed": 0}
+    weight = torch.randn(1, hidden, hidden, device="cuda", dtype=torch.bfloat16) * 1e-3
+    pre = torch.randn(steps, batch, 1, hidden, device="cuda", dtype=torch.bfloat16)
+    out, h_n = triton_kernels.forward(pre, weight, None, None, None, None, **constants)
+    half = steps // 2
+    again, _ = triton_kernels.forward(pre[half:], weight, out[half - 1], None, None, None, **constants)
+    # Its start is rounded to bfloat16, which a skip of 0.5 forgets.
+    assert torch.equal(again[100:], out[half + 100 :])
+    assert torch.equal(out[-1], h_n)
 
 
 def test_another_stream_and_device():

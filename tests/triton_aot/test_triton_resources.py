@@ -1,23 +1,35 @@
 """What the compiled kernels cost on GPUs that are not here, against a committed table (resources.json).
 
-The limits are the larger of what Triton 3.6 and the newest release make. A rise is either a regression or, after a
-look at it, a new line of the table (`python -m tests.triton_aot.triton_aot_compile --write`).
+The table has a part for every release of Triton, since each schedules differently. A change is either a regression or,
+after a look at it, a new part of the table (`python -m tests.triton_aot.triton_aot_compile --write`). With a release
+that the table does not have, nothing may spill and the plan's bounds hold. `make test-triton TRITON=3.6.0` runs these
+tests and those of the interpreter with another release.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
+from fused_rin import triton_kernels
+
+from tests.triton_aot import triton_aot_compile
 
 HERE = pathlib.Path(__file__).parent
-TABLE = json.loads((HERE / "resources.json").read_text())
-CLOSE = 1.05  # other releases of Triton schedule a little differently
+TABLES = json.loads((HERE / "resources.json").read_text())
+TABLE = TABLES.get(importlib.metadata.version("triton"), {})
+NAMES = [
+    triton_aot_compile.name_of(arch, *instance)
+    for arch in triton_aot_compile.DEVICES
+    for instance in triton_aot_compile.INSTANCES
+]
 
 
 def script(name: str) -> dict:
@@ -40,21 +52,28 @@ def called() -> dict:
     return script("triton_jit_calls")
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_within_the_table(name: str, compiled: dict) -> None:
+def test_the_oldest_and_the_newest_are_in_the_table() -> None:
+    """The oldest that the backend takes, the one that this environment is made with, and the release before it."""
+    assert {tuple(map(int, version.split(".")[:2])) for version in TABLES} >= {triton_kernels.OLDEST, (3, 8), (3, 9)}
+    for table in TABLES.values():
+        assert set(table) == set(NAMES)
+        assert all(figures["stack"] == 0 for figures in table.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_spills_and_the_plan_bounds_what_it_takes(name: str, compiled: dict) -> None:
     found = compiled["found"][name]
     assert found["stack"] == 0, f"{name}: {found['stack']} bytes of registers are spilled"
-    for figure, limit in TABLE[name].items():
-        assert found[figure] <= CLOSE * limit, f"{name}: {figure} {found[figure]}, the table allows {limit}"
+    assert found["registers"] <= found["most_registers"]
+    assert found["shared_memory"] <= found["bound"]
 
 
-def test_the_table_is_complete(compiled: dict) -> None:
-    assert set(compiled["found"]) == set(TABLE)
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_the_plan_bounds_shared_memory(name: str, compiled: dict) -> None:
-    assert compiled["found"][name]["shared_memory"] <= compiled["found"][name]["bound"]
+def test_as_in_the_table(compiled: dict) -> None:
+    if not TABLE:
+        warnings.warn(f"Triton {compiled['triton']} is not in the table, which has {sorted(TABLES)}", stacklevel=1)
+        return
+    found = {name: {f: figures[f] for f in triton_aot_compile.FIGURES} for name, figures in compiled["found"].items()}
+    assert found == TABLE, f"if this is meant: python -m {triton_aot_compile.__name__} --write"
 
 
 def test_u_stays_on_chip(compiled: dict) -> None:
@@ -66,7 +85,8 @@ def test_u_stays_on_chip(compiled: dict) -> None:
     for arch in ("sm_80", "sm_90", "sm_100"):
         found = compiled["found"][f"{arch} 128 bfloat16 forward"]
         assert found["global_loads"] == 1  # pre
-        assert found["shared_loads"] <= 16  # the exchange of the state's fragments between warps
+        # The exchange of the state's fragments between warps: 10 (Triton 3.6, 3.9) or 18 (3.8).
+        assert found["shared_loads"] <= 18
 
 
 def test_no_batch_and_no_length_compiles_again(called: dict) -> None:

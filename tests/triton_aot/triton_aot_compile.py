@@ -1,7 +1,7 @@
 """Compiles the sweep for GPUs that are not here and reads what it costs from the cubin. Run as a script, prints JSON.
 
     python -m tests.triton_aot.triton_aot_compile            what this Triton makes of every instance
-    python -m tests.triton_aot.triton_aot_compile --write    raise the limits in resources.json to it
+    python -m tests.triton_aot.triton_aot_compile --write    the same, and puts it into resources.json
 
 A process of its own, because the tests of the kernels make Triton interpret. Per instance: registers a thread, bytes of
 stack (spilled registers and local arrays live there), bytes of shared memory, and what one pass through the time
@@ -36,6 +36,10 @@ INSTANCES = [
 ]
 SCALARS = ("steps", "batch", "groups", "num_reversed", "first_tile", "D")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def name_of(arch: str, hidden: int, dtype: str, backward: bool, everything: bool) -> str:
+    return f"{arch} {hidden} {dtype} {'backward' if backward else 'forward'}" + " everything" * everything
 
 
 def compile_instance(arch: str, hidden: int, dtype: str, backward: bool, everything: bool):
@@ -118,28 +122,36 @@ def _time_loop(sass: str) -> list[str]:
     return [found[1] for line in lines[end - length : end + 1] if (found := operation.match(line))]
 
 
+def written(table: dict[str, dict[str, dict[str, int]]]) -> str:
+    """As JSON, a line for every kernel."""
+    parts = []
+    for version, kernels in sorted(table.items()):
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in kernels.items())
+        parts.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
+    from fused_rin.triton_kernels.launch import compile_options
 
     found, ptx = {}, {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for arch in DEVICES:
             for instance in INSTANCES:
-                hidden, dtype, backward, everything = instance
-                name = f"{arch} {hidden} {dtype} {'backward' if backward else 'forward'}" + " everything" * everything
+                name = name_of(arch, *instance)
                 kernel, chosen = compile_instance(arch, *instance)
-                found[name] = {**resources(kernel), "plan": chosen.describe(), "bound": chosen.shared_memory}
+                most = compile_options(chosen, "nvidia")["maxnreg"]
+                found[name] = {**resources(kernel), "bound": chosen.shared_memory, "most_registers": most}
                 if chosen.kind == "sliced":
                     ptx[name] = kernel.asm["ptx"]
     if "--write" in sys.argv:
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        for name, figures in found.items():
-            old = table.get(name, {})
-            table[name] = {f: max(figures[f], old.get(f, 0)) for f in FIGURES}
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        table[triton.__version__] = {name: {f: figures[f] for f in FIGURES} for name, figures in found.items()}
+        TABLE.write_text(written(table))
     print(json.dumps({"triton": triton.__version__, "found": found, "ptx": ptx}))
 
 

@@ -41,7 +41,8 @@ class Program(threading.Thread):
     def run(self) -> None:
         self.go.acquire()
         try:
-            self.body()
+            if self.schedule.error is None:  # else another has failed before this one began
+                self.body()
         except BaseException as e:
             self.schedule.error = self.schedule.error or e
         self.done = True

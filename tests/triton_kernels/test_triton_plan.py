@@ -102,7 +102,11 @@ def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(triton_kernels, "_triton_version", lambda: triton_kernels.OLDEST)
     assert unavailable_reason(None) is None
-    assert "it runs on GPUs, got cpu" in unavailable_reason(torch.device("cpu"))
+    for device in ("cpu", "xpu:0", "mps"):
+        reason = unavailable_reason(torch.device(device))
+        assert reason == f'it runs on CUDA and ROCm tensors, got {device}; use backend="auto"'
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert unavailable_reason(torch.device("cuda")) == 'PyTorch sees no GPU here; use backend="auto"'
     monkeypatch.setattr(triton_kernels, "_triton_version", lambda: (3, 2))
     assert "Triton 3.2 is older than 3.6" in unavailable_reason(None)
     monkeypatch.setattr(triton_kernels.importlib.util, "find_spec", lambda name: None)
