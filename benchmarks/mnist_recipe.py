@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_rin.experiments import paper
+from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.plots import draw_curves, save_figure
 from fused_rin.experiments.runs import Run
 
@@ -31,11 +32,12 @@ GOALS = {
 def add(name: str, folder: Path, results: Path = RESULTS) -> None:
     """Writes results/NAME.json: settings, machine and thinned metrics of a run, finished or not."""
     run = Run.open(folder)
+    settings = read_checkpoint(run.checkpoint_path)["settings"]  # a run that was resumed may have got other `steps`
     records = run.read_metrics()
     train = [record for record in records if record["split"] == "train"]
     kept = {record["step"] for record in train[:: max(1, len(train) // TRAIN_POINTS)]}
     content = {
-        "settings": {key: value for key, value in run.settings.to_dict().items() if key != "data_dir"},
+        "settings": {key: value for key, value in settings.items() if key != "data_dir"},
         "machine": machine(),
         "metrics": [
             {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
