@@ -15,6 +15,7 @@ from tests.conftest import check_sweeps, make_case, use_threads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SETS = cpu.instruction_sets()
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def test_every_set_that_the_processor_has_is_built_in():
@@ -270,6 +271,3 @@ def test_the_output_may_overwrite_the_input(isa, hidden, layout):
     got = cpu.forward(pre, *case.tensors[1:], **case.constants, out=pre)
     assert got[0] is pre
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-pytestmark = pytest.mark.usefixtures("poisoned")
