@@ -1,10 +1,10 @@
 """What nvcc made of every kernel, on every architecture: registers, stack, shared memory.
 
 Nothing may spill or have a stack where it can run (3xTF32 256x8 takes 226 KB of shared memory; on sm_120, whose blocks
-have 99, it is never planned and spills 4 bytes), and the registers are compared with a committed table of six architectures, so that
-a change is seen. What is compared in every run is the built module, as a rule sm_80 and sm_90a, and on the other four
-the kernels that are shortest of registers. The table holds for one release of nvcc; with another one only the limits
-are checked, and the test says so. To make it anew:
+have 99, it is never planned and spills 4 bytes). The registers are compared with a committed table of six
+architectures, so that a change is seen. What is compared in every run is the built module, as a rule sm_80 and sm_90a,
+and on the other four the kernels that are shortest of registers. The table holds for one release of nvcc; with another
+one only the limits are checked, and the test says so. To make it anew:
 
     make cuda-all                              all six, ten to fifteen minutes of one core
     python -m tests.cuda_aot.test_resources    the architectures of the built module
@@ -212,7 +212,7 @@ def test_the_kernels_short_of_registers_elsewhere(tmp_path, arch):
 
 
 def write(path: Path, release: str) -> None:
-    """Puts the architectures of a module, by this release of nvcc, into the table, unless a kernel that can run spills."""
+    """Puts the architectures of a module, by this release of nvcc, into the table, unless one that can run spills."""
     found = found_in(path)
     spills = [
         f"{name} on sm_{arch}: {resources.stack} bytes"
