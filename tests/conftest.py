@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fused_rin import reference
+from fused_rin import cpu, reference
 from torch import Tensor
 
 
@@ -142,6 +142,21 @@ def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int =
         exact = reference.backward(*doubles, *rest, **case.constants)
         assert_within(f"grad_pre from {name}", got[0], plain[0], exact[0], 3, terms)
         assert_within(f"grad_h0 from {name}", got[1], plain[1], exact[1], 3, terms)
+
+
+@pytest.fixture(params=cpu.instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine in turn."""
+    with cpu.use_instruction_set(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs hold NaN before a kernel writes them, not what happened to lie there."""
+    real_like, real_new = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: real_new(*a, **k).fill_(float("nan")))
 
 
 @pytest.fixture(autouse=True)

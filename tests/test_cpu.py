@@ -15,20 +15,7 @@ from tests.conftest import check_sweeps, make_case, use_threads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SETS = cpu.instruction_sets()
-
-
-@pytest.fixture(params=SETS)
-def isa(request):
-    with cpu.use_instruction_set(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Outputs hold NaN before a sweep, not what happened to lie there."""
-    real_like, real_new = torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: real_new(*a, **k).fill_(float("nan")))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def test_every_set_that_the_processor_has_is_built_in():

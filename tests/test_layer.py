@@ -12,20 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import assert_within, make_case, use_threads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=cpu.instruction_sets())
-def isa(request):
-    with cpu.use_instruction_set(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Outputs hold NaN before a call, not what happened to lie there."""
-    real_like, real_new = torch.empty_like, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: real_new(*a, **k).fill_(float("nan")))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make_layer(steps, batch, inputs, hidden, *, bias=True, **options):

@@ -42,7 +42,7 @@ using Tf32x3Configs = BlockConfigs<
     MmaConfig<float, Math::kTf32x3,  64, 16,  4,  8, 2, 2>,
     MmaConfig<float, Math::kTf32x3, 128, 16,  8, 14, 1, 1>,
     MmaConfig<float, Math::kTf32x3, 192, 16, 12,  6, 1, 1>,
-    MmaConfig<float, Math::kTf32x3, 256,  8,  8,  5, 1, 1>>;
+    MmaConfig<float, Math::kTf32x3, 256,  8,  8,  6, 1, 1>>;
 
 using FmaConfigs = BlockConfigs<
     FmaConfig< 64, 1,  4,  4, 4, 4>,
