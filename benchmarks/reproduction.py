@@ -27,9 +27,9 @@ def add(folder: Path, results: Path = RESULTS) -> None:
     for entry in record["results"]:
         entry["curves"] = [
             [
-                {key: record[key] for key in ("step", "split", "loss", "accuracy")}
-                for record in Run.open(folder / f"{entry['row']}-{entry['model']}-seed{run['seed']}").read_metrics()
-                if record["split"] == "test"
+                {key: point[key] for key in ("step", "split", "loss", "accuracy")}
+                for point in Run.open(folder / f"{entry['row']}-{entry['model']}-seed{run['seed']}").read_metrics()
+                if point["split"] == "test"
             ]
             for run in entry["runs"]
         ]
