@@ -71,7 +71,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
                 **{goal: f"{value} %" for goal, value in GOALS[settings["permute"]].items()},
             }
         )
-    lines = [" | ".join(rows[0]), "|".join("---" for _ in rows[0]), *(" | ".join(map(str, r.values())) for r in rows)]
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *(" | ".join(map(str, r.values())) for r in rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
