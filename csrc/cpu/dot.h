@@ -62,25 +62,56 @@ void dot(const S* __restrict x, int64_t x_stride, const S* __restrict panel, int
   } while (k < depth);
 }
 
+// Of each set of eight lanes, the lanes in it, in order.
+struct LanesOf {
+  uint16_t lanes[256][8] = {};
+  constexpr LanesOf() {
+    for (int set = 0; set < 256; ++set) {
+      for (int lane = 0, count = 0; lane < 8; ++lane) {
+        if (set >> lane & 1) lanes[set][count++] = static_cast<uint16_t>(lane);
+      }
+    }
+  }
+};
+constexpr LanesOf kLanesOf;
+
+// Lists the k in [begin, end) with x[k] != 0 and returns how many they are; writes up to kListSlack places more. Eight
+// at a time, without a branch: one at a time this was 15 percent of a step at D = 128.
+template <class S>
+int64_t list_nonzero(const S* x, int64_t begin, int64_t end, int32_t* to) {
+  typedef uint16_t Lanes __attribute__((vector_size(8 * sizeof(uint16_t))));
+  typedef int32_t Index __attribute__((vector_size(8 * sizeof(int32_t))));
+  static_assert(kListSlack >= 8, "eight are written at a time");
+  int64_t count = 0, k = begin;
+  for (; k + 8 <= end; k += 8) {
+    const unsigned set = nonzero_of_eight(x + k);
+    Lanes lanes;
+    memcpy(&lanes, kLanesOf.lanes[set], sizeof(lanes));
+    const Index index = __builtin_convertvector(lanes, Index) + static_cast<int32_t>(k);
+    memcpy(to + count, &index, sizeof(index));
+    count += __builtin_popcount(set);
+  }
+  for (; k < end; ++k) {
+    to[count] = static_cast<int32_t>(k);
+    count += x[k] != 0;
+  }
+  return count;
+}
+
 // Which states of a row are not zero, chunk by chunk.
 struct Nonzero {
-  int32_t* index;  // [D]
+  int32_t* index;  // [D + kListSlack]
   int64_t begin[kMaxChunks + 1];
   bool worthwhile;  // enough zeros to be worth skipping
 
   template <class S>
   void find(const S* x, const Layout& l) {
-    int64_t count = 0;
+    begin[0] = 0;
     for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
-      begin[chunk] = count;
-      const int64_t end = (chunk + 1) * l.depth / l.chunks;
-      for (int64_t k = chunk * l.depth / l.chunks; k < end; ++k) {
-        index[count] = static_cast<int32_t>(k);
-        count += x[k] != 0;
-      }
+      begin[chunk + 1] = begin[chunk] + list_nonzero(x, chunk * l.depth / l.chunks, (chunk + 1) * l.depth / l.chunks,
+                                                     index + begin[chunk]);
     }
-    begin[l.chunks] = count;
-    worthwhile = count * 8 <= l.depth * 7;
+    worthwhile = begin[l.chunks] * 8 <= l.depth * 7;
   }
 };
 

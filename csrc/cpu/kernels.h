@@ -61,7 +61,7 @@ struct Part {
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
   void* state[2];      // each [rows, padded], scalars; shared by a team
   void* scratch;       // [kMaxTileRows, padded], or [1, padded] and kChunkScalars, scalars of this thread's own
-  int32_t* index;      // [D] likewise
+  int32_t* index;      // [D + kListSlack] likewise
   Team* team;          // null when there is one thread
   bool meets;          // threads share these rows: they meet once a step
   int rank, threads;
@@ -110,6 +110,7 @@ struct Kernels {
 
 constexpr int64_t kMaxTileRows = 6;
 constexpr int64_t kMaxChunks = 8;
+constexpr int64_t kListSlack = 8;  // entries that may be written after a list of nonzero states
 constexpr int64_t kChunkScalars = kMaxChunks * 8 * 16;  // chunks x widest block x most lanes
 
 // Steps are taken together, as many as make kInputRows rows for an input product (tiles of 6 rows; the result is still

@@ -23,9 +23,12 @@ class Workspace {
     if (bytes > size_) {
       std::free(data_);
       size_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign));
+      const size_t align = bytes < kHuge / 16 ? 4096 : kHuge;
+      const size_t all = (bytes + align - 1) / align * align;
+      data_ = static_cast<char*>(std::aligned_alloc(align, all));
       if (!data_) throw std::bad_alloc();
-      size_ = bytes;
+      if (align == kHuge) prefer_huge_pages(data_, all);
+      size_ = all;
     }
     return data_;
   }
@@ -38,7 +41,7 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kAlign = 4096;
+  static constexpr size_t kHuge = size_t{2} << 20;
   char* data_ = nullptr;
   size_t size_ = 0;
 };
@@ -130,7 +133,7 @@ class Call {
     for (int i = 0; i < plan_.threads; ++i) {
       Own& own = own_[i];
       own.scratch = scalars(kMaxTileRows * std::max(padded, input_.padded()) + kChunkScalars);
-      own.index = static_cast<int32_t*>(carver.take(p_.hidden * static_cast<int64_t>(sizeof(int32_t))));
+      own.index = static_cast<int32_t*>(carver.take((p_.hidden + kListSlack) * static_cast<int64_t>(sizeof(int32_t))));
       if (!layer_) continue;
       own.gathered = scalars(gathered_);
       if (p_.backward) {
