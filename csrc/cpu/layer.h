@@ -53,13 +53,13 @@ class InputProduct {
   // For a chunk of `rows`, columns [first_column, end_column), into to[row of the chunk][padded].
   void run(const RowList& rows, const Chunk& chunk, bool ascending, int64_t first_column, int64_t end_column,
            S* to) const {
-    gather(rows, chunk, ascending);
+    const S* const x = input_rows(rows, chunk, ascending);
     for (int64_t block = 0; block < l_.blocks; ++block) {
       if (l_.end_column(block) <= first_column || l_.first_column(block) >= end_column) continue;
       const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
       const S* panel = static_cast<const S*>(part_.input_panels) + column * l_.depth;
       for_row_tiles(0, chunk.rows(), [&](int64_t row, int64_t count) {
-        find_dot<S, 1>(count, vecs)(gathered() + row * l_.depth, l_.depth, panel, l_.depth,
+        find_dot<S, 1>(count, vecs)(x + row * l_.depth, l_.depth, panel, l_.depth,
                                     to + row * l_.padded() + column, l_.padded());
       });
     }
@@ -71,11 +71,13 @@ class InputProduct {
   }
 
  private:
-  S* gathered() const { return static_cast<S*>(part_.gathered); }
-
-  void gather(const RowList& rows, const Chunk& chunk, bool ascending) const {
+  // The input of a chunk, [rows][depth]: where it lies, if all its rows follow each other there, or a copy.
+  const S* input_rows(const RowList& rows, const Chunk& chunk, bool ascending) const {
     const T* x = static_cast<const T*>(layer_.x);
-    S* to = gathered();
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (ascending && !rows.lengths && rows.count == p_.batch) return x + chunk.begin * p_.batch * l_.depth;
+    }
+    S* to = static_cast<S*>(part_.gathered);
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
       const int64_t t = time_of(p_, ascending, i),
                     count = chunk.base[i + 1 - chunk.begin] - chunk.base[i - chunk.begin];
@@ -83,6 +85,7 @@ class InputProduct {
         copy_row(x + row_of(p_, t, rows.order[r]) * l_.depth, to, l_.depth);
       }
     }
+    return static_cast<const S*>(part_.gathered);
   }
 
   const Problem& p_;

@@ -31,13 +31,20 @@ void pack_straight(const T* m, const Panels& l, int64_t block, Scalar<T>* panel)
   for (int64_t i = 0; i < width; i += kLanes) {
     for (int64_t k = 0; k < l.depth; k += kLanes) {
       const int64_t depth = k + kLanes <= l.depth ? kLanes : l.depth - k;
+      const T* from = m + (column + i) * l.depth + k;
+      Scalar<T>* to = panel + k * width + i;
       Vec<T> square[kLanes] = {};
-      for (int64_t r = 0; r < kLanes && i + r < valid; ++r) {
-        const T* from = m + (column + i + r) * l.depth + k;
-        square[r] = depth == kLanes ? load(from) : load_first(from, depth);
+      if (depth == kLanes && i + kLanes <= valid) {  // in registers, not by way of an array
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) square[r] = load(from + r * l.depth);
+        transpose<Scalar<T>>(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) store(to + j * width, square[j]);
+        continue;
       }
+      for (int64_t r = 0; r < kLanes && i + r < valid; ++r) square[r] = load_first(from + r * l.depth, depth);
       transpose<Scalar<T>>(square);
-      for (int64_t j = 0; j < depth; ++j) store(panel + (k + j) * width + i, square[j]);
+      for (int64_t j = 0; j < depth; ++j) store(to + j * width, square[j]);
     }
   }
 }
