@@ -108,8 +108,8 @@ struct Nonzero {
   void find(const S* x, const Layout& l) {
     begin[0] = 0;
     for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
-      begin[chunk + 1] = begin[chunk] + list_nonzero(x, chunk * l.depth / l.chunks, (chunk + 1) * l.depth / l.chunks,
-                                                     index + begin[chunk]);
+      begin[chunk + 1] =
+          begin[chunk] + list_nonzero(x, l.chunk_begin(chunk), l.chunk_begin(chunk + 1), index + begin[chunk]);
     }
     worthwhile = begin[l.chunks] * 8 <= l.depth * 7;
   }
@@ -148,7 +148,7 @@ void dot_chunked(const S* __restrict x, const S* __restrict panel, const Layout&
       const int64_t begin = nonzero->begin[chunk], count = nonzero->begin[chunk + 1] - begin;
       dot_listed<S, V>(x, nonzero->index + begin, count, panel, parts + chunk * kWidth);
     } else {
-      const int64_t k = chunk * l.depth / l.chunks, depth = (chunk + 1) * l.depth / l.chunks - k;
+      const int64_t k = l.chunk_begin(chunk), depth = l.chunk_begin(chunk + 1) - k;
       dot<S, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, parts + chunk * kWidth, 0);
     }
   }

@@ -139,7 +139,9 @@ class Sweep {
   // Rows in tiles of nearly equal size: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
   template <class Body>
   void for_tiles(int64_t begin, int64_t end, Body body) const {
-    const int64_t rows = end - begin, tiles = (rows + max_tile_rows(l_) - 1) / max_tile_rows(l_);
+    const int64_t rows = end - begin;
+    if (rows == 1) return body(begin, 1);
+    const int64_t tiles = (rows + max_tile_rows(l_) - 1) / max_tile_rows(l_);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = begin + i * rows / tiles;
       body(first, begin + (i + 1) * rows / tiles - first);

@@ -41,7 +41,7 @@ namespace {
 int64_t scalar_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks) {
-  Layout l;
+  Layout l{};
   l.depth = l.outputs = p.hidden;
   l.lanes = kernels.vector_bytes / scalar_bytes(p.dtype);
   l.vecs = (p.hidden + l.lanes - 1) / l.lanes;
@@ -49,8 +49,9 @@ Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks)
   l.chains = l.vecs == 1 ? 4 : l.vecs <= 4 ? 2 : 1;
   const bool exceeds_l1 = l.vecs * kernels.vector_bytes * l.depth > 24 * 1024;
   l.chunks = p.batch == 1 && l.chains == 1 && exceeds_l1 ? std::clamp<int64_t>(l.depth / 64, 1, kMaxChunks) : 1;
+  l.chunk_depth = ((l.depth + l.chunks - 1) / l.chunks + 7) / 8 * 8;  // zeros are looked for eight states at a time
   const int64_t width = p.batch == 1 && l.chains == 1 ? kernels.wide_block : kernels.narrow_block;
-  l.blocks = std::min(l.vecs, std::max((l.vecs + width - 1) / width, min_blocks));
+  l.cut(std::min(l.vecs, std::max((l.vecs + width - 1) / width, min_blocks)));
   return l;
 }
 

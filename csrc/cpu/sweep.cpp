@@ -63,8 +63,12 @@ class Carver {
 };
 
 Panels make_panels(int64_t depth, int64_t outputs, int64_t lanes, int64_t width) {
-  Panels l{depth, outputs, lanes, (outputs + lanes - 1) / lanes, 0};
-  l.blocks = (l.vecs + width - 1) / width;
+  Panels l{};
+  l.depth = depth;
+  l.outputs = outputs;
+  l.lanes = lanes;
+  l.vecs = (outputs + lanes - 1) / lanes;
+  l.cut((l.vecs + width - 1) / width);
   return l;
 }
 
