@@ -59,18 +59,21 @@ class InputProduct {
       const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
       const S* panel = static_cast<const S*>(part_.input_panels) + column * l_.depth;
       for_row_tiles(0, chunk.rows(), [&](int64_t row, int64_t count) {
-        find_dot<S, 1>(count, vecs)(x + row * l_.depth, l_.depth, panel, l_.depth,
-                                    to + row * l_.padded() + column, l_.padded());
+        S* const sums = to + row * l_.padded() + column;
+        find_dot<S, 1>(count, vecs)(x + row * l_.depth, l_.depth, panel, l_.depth, sums, l_.padded());
+        add_bias(count, column, vecs, sums);
       });
-    }
-    const S* bias = static_cast<const S*>(part_.bias);
-    for (int64_t row = 0; row < chunk.rows(); ++row) {
-      S* const sums = to + row * l_.padded();
-      for (int64_t i = first_column; i < end_column; i += l_.lanes) store(sums + i, load(sums + i) + load(bias + i));
     }
   }
 
  private:
+  void add_bias(int64_t rows, int64_t column, int64_t vecs, S* sums) const {
+    const S* bias = static_cast<const S*>(part_.bias) + column;
+    for (int64_t r = 0; r < rows; ++r, sums += l_.padded()) {
+      for (int64_t i = 0; i < vecs * l_.lanes; i += l_.lanes) store(sums + i, load(sums + i) + load(bias + i));
+    }
+  }
+
   // The input of a chunk, [rows][depth]: where it lies, if all its rows follow each other there, or a copy.
   const S* input_rows(const RowList& rows, const Chunk& chunk, bool ascending) const {
     const T* x = static_cast<const T*>(layer_.x);
