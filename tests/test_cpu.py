@@ -161,9 +161,10 @@ def test_a_row_does_not_depend_on_its_batch(isa):
         assert torch.equal(part, whole[:, first:last])
 
 
-def test_zero_states_are_skipped_without_a_trace(isa):
-    """Half of the states 0 (the listed rows of U) against a batch of two, which has no such path."""
-    case = make_case(30, 1, 200, skip=0.0)
+@pytest.mark.parametrize("hidden", [97, 130, 200, 513])
+def test_zero_states_are_skipped_without_a_trace(isa, hidden):
+    """Half of the states 0: the rows of U that are listed, by eights and what is left of them, in chunks."""
+    case = make_case(30, 1, hidden, skip=0.0)
     one, _ = cpu.forward(*case.tensors, **case.constants)
     assert 0.3 < (one == 0).float().mean() < 0.7
     exact, _ = (t for t in cpu.forward(*case.to(torch.float64).tensors, **case.constants))

@@ -123,7 +123,7 @@ struct Kernels {
 
 constexpr int64_t kMaxTileRows = 6;
 constexpr int64_t kMaxChunks = 8;
-constexpr int64_t kListSlack = 8;  // entries that may be written after a list of nonzero states
+constexpr int64_t kListSlack = 8;                       // entries that may be written after a list of nonzero states
 constexpr int64_t kChunkScalars = kMaxChunks * 8 * 16;  // chunks x widest block x most lanes
 
 // Steps are taken together, as many as make kInputRows rows for an input product (tiles of 6 rows; the result is still
