@@ -39,6 +39,9 @@ def fails(tmp_path, capsys):
     return run
 
 
+CYCLES = [*TRAIN, "--recurrent-init", "cycles", "--recurrent-cycles"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,7 +59,15 @@ def fails(tmp_path, capsys):
         ([*TRAIN, "--learning-rate", "nan"], "learning_rate must be finite and not negative, got nan"),
         ([*TRAIN, "--clip", "-1"], "clip must be finite and not negative, got -1.0"),
         ([*TRAIN, "--warmup", "2"], "warmup must be a share of the steps, between 0 and 1, got 2.0"),
-        ([*TRAIN, "--recurrent-init", "shfit"], "unknown recurrent_init 'shfit'; known: normal, shift"),
+        ([*TRAIN, "--recurrent-init", "shfit"], "unknown recurrent_init 'shfit'; known: normal, shift, cycles"),
+        ([*TRAIN, "--recurrent-init", "cycles"], "recurrent_cycles goes with recurrent_init 'cycles', got '' with"),
+        (
+            [*TRAIN, "--recurrent-cycles", "5"],
+            "recurrent_cycles goes with recurrent_init 'cycles', got '5' with 'normal'",
+        ),
+        ([*CYCLES, "5,4"], "recurrent_cycles must fit into hidden_size, got '5,4' and 8"),
+        ([*CYCLES, "5,-2"], "recurrent_cycles must be positive integers with commas between, got '5,-2'"),
+        ([*CYCLES, "5,"], "recurrent_cycles must be positive integers with commas between, got '5,'"),
         ([*TRAIN, "--model", "irnn", "--recurrent-init", "shift"], "recurrent_init 'shift' is for the model 'rin'"),
         ([*TRAIN, "--recipe", "bset"], "unknown recipe 'bset'; known: best"),
         ([*TRAIN, "--recipe", "best"], "the recipe 'best' is for the task mnist, got 'adding'"),

@@ -54,6 +54,17 @@ def test_a_shift_start_hands_every_state_to_the_next_unit():
     assert (drawn - start).std().item() == pytest.approx(0.01, rel=0.05)
 
 
+def test_a_start_of_cycles_turns_each_by_itself_and_keeps_the_other_units():
+    rin = make_rnn("rin", 1, 7, recurrent_std=0.0, recurrent_init="cycles", cycles=(2, 3))
+    with torch.no_grad():
+        rin.weight_ih_l0.zero_()
+        h = torch.arange(1.0, 8.0).view(1, 1, 7)
+        assert rin(torch.zeros(1, 1, 1), h)[1][0, 0].tolist() == [2.0, 1.0, 5.0, 3.0, 4.0, 6.0, 7.0]
+        assert torch.equal(rin(torch.zeros(6, 1, 1), h)[1], h)
+    whole = make_rnn("rin", 1, 7, recurrent_std=0.0, recurrent_init="cycles", cycles=(7,)).weight_hh_l0
+    assert torch.equal(whole, make_rnn("rin", 1, 7, recurrent_std=0.0, recurrent_init="shift").weight_hh_l0)
+
+
 @pytest.mark.parametrize(("name", "gates"), [("rnn", 1), ("lstm", 4), ("gru", 3)])
 def test_peers_start_with_glorot_and_orthogonal_gates(name, gates):
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def assert_same_state(first, second):
 
 
 CASES = [
-    {"model": "rin"},
+    {"model": "rin", "recurrent_init": "cycles", "recurrent_cycles": "2,3"},
     {"model": "irnn"},
     {"model": "lstm", "optimizer": "rmsprop", "num_layers": 2},
     {"model": "gru", "optimizer": "sgd", "precision": "64-true", "state_noise": 0.1, "weight_decay": 0.1},

@@ -8,7 +8,7 @@ which it does not have, get the LSTM's. The reading layer is torch.nn.Linear as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fused_rin import RIN, recurrence
 
 # "tanh" is the function of "rnn" on our kernels; the others but "rnn", "lstm" and "gru" run on them, too.
 MODELS = ("rin", "rin-dt", "irnn", "tanh", "rnn", "lstm", "gru")
-RECURRENT_INITS = ("normal", "shift")
+RECURRENT_INITS = ("normal", "shift", "cycles")
 IDENTITY_FIXED = ("rin", "rin-dt")  # what they train is U = V - I
 STATE_GIVEN = ("rin", "irnn", "tanh", "rnn", "gru")  # they take a first state that is one tensor
 
@@ -116,6 +116,7 @@ def make_rnn(
     input_std: float = 1e-3,
     recurrent_std: float = 1e-3,
     recurrent_init: str = "normal",
+    cycles: Sequence[int] = (),
 ) -> nn.Module:
     """A recurrent network by its name in `MODELS`, its weights drawn from torch's global generator.
 
@@ -126,7 +127,9 @@ def make_rnn(
             the normal part). The matrices that keep the norm of every non-negative state, and keep it
             non-negative, are the permutations. Of those the identity adds up all inputs alike, whenever they
             come; in the cycle (as in the simple cycle reservoirs of Rodan and Tino, 10.1109/TNN.2010.2089641)
-            a state tells from the first step on when an input came, modulo hidden_size.
+            a state tells from the first step on when an input came, modulo hidden_size. "cycles": V is several
+            of them side by side, and the identity.
+        cycles: of "cycles", the lengths; the units that are left start with the identity.
     """
     makers: dict[str, Callable[[], nn.Module]] = {
         "rin": lambda: RIN(input_size, hidden_size, num_layers),
@@ -148,15 +151,24 @@ def make_rnn(
                 nn.init.eye_(gate)
             elif name in ("rin", "rin-dt", "irnn"):
                 nn.init.normal_(gate, std=recurrent_std if recurrent else input_std)
-                if recurrent and recurrent_init == "shift":
-                    with torch.no_grad():
-                        identity = torch.eye(hidden_size)
-                        gate += identity.roll(1, 0) - identity
+                if recurrent and recurrent_init != "normal":
+                    _add_cycles(gate, (hidden_size,) if recurrent_init == "shift" else cycles)
             elif recurrent:
                 nn.init.orthogonal_(gate)
             else:
                 nn.init.xavier_uniform_(gate)
     return rnn
+
+
+def _add_cycles(u: Tensor, lengths: Sequence[int]) -> None:
+    """Makes U + I of U = 0 a permutation with these cycles: each unit's state goes to the next one of its cycle."""
+    first = 0
+    with torch.no_grad():
+        for length in lengths:
+            block = u[first : first + length, first : first + length]
+            identity = torch.eye(length)
+            block += identity.roll(1, 0) - identity
+            first += length
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -82,6 +82,7 @@ class Settings:
     input_std: float = 0.1
     recurrent_std: float = 1e-3
     recurrent_init: str = "normal"  # see `models.make_rnn`
+    recurrent_cycles: str = ""  # of recurrent_init "cycles": their lengths, such as "28,28"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     recurrent_rate: float = 1.0  # learning rate of the recurrent matrices, as a share of that of all others
@@ -141,6 +142,15 @@ class Settings:
             raise UserError(f"num_layers must be 1 for the model 'rin-dt', got {self.num_layers}")
         if self.recurrent_init != "normal" and self.model != "rin":
             raise UserError(f"recurrent_init {self.recurrent_init!r} is for the model 'rin', got {self.model!r}")
+        if (self.recurrent_init == "cycles") != bool(self.recurrent_cycles):
+            raise UserError(
+                "recurrent_cycles goes with recurrent_init 'cycles', "
+                f"got {self.recurrent_cycles!r} with {self.recurrent_init!r}"
+            )
+        if sum(self.cycle_lengths()) > self.hidden_size:
+            raise UserError(
+                f"recurrent_cycles must fit into hidden_size, got {self.recurrent_cycles!r} and {self.hidden_size}"
+            )
         if self.identity_decay and self.model not in IDENTITY_FIXED:
             raise UserError(f"identity_decay is for the models {', '.join(IDENTITY_FIXED)}, got {self.model!r}")
         if self.state_noise and (self.model not in STATE_GIVEN or self.task == "babi"):
@@ -187,6 +197,15 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def cycle_lengths(self) -> tuple[int, ...]:
+        """The lengths in `recurrent_cycles`. Raises UserError when it is no list of positive integers."""
+        lengths = [part.strip() for part in self.recurrent_cycles.split(",")] if self.recurrent_cycles else []
+        if not all(length.isdecimal() and int(length) for length in lengths):
+            raise UserError(
+                f"recurrent_cycles must be positive integers with commas between, got {self.recurrent_cycles!r}"
+            )
+        return tuple(map(int, lengths))
+
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of update `step` (from 0): a linear rise over the first `warmup` updates, then
         constant, or half a cosine down to 0.
@@ -217,6 +236,7 @@ class Settings:
             return make_rnn(
                 self.model, input_size, self.hidden_size, self.num_layers,
                 input_std=self.input_std, recurrent_std=self.recurrent_std, recurrent_init=self.recurrent_init,
+                cycles=self.cycle_lengths(),
             )  # fmt: skip
 
         with fork_seeded(self.seed, "weights"):
