@@ -165,14 +165,16 @@ def test_decay_pulls_u_and_the_other_weights_by_their_own_strength(tiny_run, mon
         torch.testing.assert_close(weight, before[name] * factor**2)
 
 
-def test_the_recurrent_matrices_have_their_share_of_the_learning_rate(tiny_run):
+def test_recurrent_matrices_and_biases_have_their_shares_of_the_learning_rate(tiny_run):
     """Adam's first step moves a weight by its learning rate."""
-    trainer = Trainer(tiny_run(learning_rate=0.01, recurrent_rate=0.25, num_layers=2, eps=1e-20, steps=1))
+    shares = {"recurrent_rate": 0.25, "bias_rate": 0.5}
+    trainer = Trainer(tiny_run(learning_rate=0.01, num_layers=2, eps=1e-20, steps=1, **shares))
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.run()
     for name, weight in trainer.model.named_parameters():
         moved = (weight - before[name]).abs().max().item()
-        assert moved == pytest.approx(0.0025 if "weight_hh" in name else 0.01, rel=1e-3)
+        share = 0.25 if "weight_hh" in name else 0.5 if "rnn.bias" in name else 1.0
+        assert moved == pytest.approx(0.01 * share, rel=1e-3), name
 
 
 def test_state_noise_is_on_the_first_state_of_training_alone(tiny_run, monkeypatch):

@@ -39,8 +39,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 # `--recipe best`: one plain layer past the paper's Table 1. docs/reproduction.md says what each part is for, and what
 # it has reached.
 _MNIST: dict[str, Any] = {
-    **{"hidden_size": 128, "standardize": True, "input_std": 0.2, "recurrent_std": 1e-3, "recurrent_init": "shift"},
-    **{"batch_size": 32, "schedule": "cosine", "warmup": 0.05, "clip": 1.0, "ema": 0.999},
+    **{"hidden_size": 128, "recurrent_std": 1e-3, "batch_size": 32},
+    **{"schedule": "cosine", "warmup": 0.05, "clip": 1.0, "ema": 0.999},
     **{"log_every": 125, "eval_every": 1875, "checkpoint_every": 125},
 }
 # By name, task and permute.
@@ -48,11 +48,13 @@ RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
     "best": {
         ("mnist", False): {
             **_MNIST,
-            **{"learning_rate": 3e-3, "recurrent_rate": 0.025, "state_noise": 0.1, "steps": 8 * 1875},
+            **{"recurrent_init": "cycles", "recurrent_cycles": "14,27,28,29", "input_std": 0.64, "state_noise": 0.1},
+            **{"learning_rate": 3e-3, "recurrent_rate": 0.025, "bias_rate": 0.0125, "steps": 48 * 1875},
         },
         ("mnist", True): {
             **_MNIST,
-            **{"learning_rate": 2e-3, "recurrent_rate": 0.05, "state_noise": 0.01, "steps": 8 * 1875},
+            **{"recurrent_init": "shift", "standardize": True, "input_std": 0.2, "state_noise": 0.01},
+            **{"learning_rate": 2e-3, "recurrent_rate": 0.05, "steps": 8 * 1875},
         },
     }
 }
@@ -85,7 +87,8 @@ class Settings:
     recurrent_cycles: str = ""  # of recurrent_init "cycles": their lengths, such as "28,28"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
-    recurrent_rate: float = 1.0  # learning rate of the recurrent matrices, as a share of that of all others
+    recurrent_rate: float = 1.0  # learning rate of the recurrent matrices, as a share of `learning_rate`,
+    bias_rate: float = 1.0  # and of the recurrent layers' biases
     eps: float = 1e-8  # of Adam and RMSprop
     schedule: str = "constant"
     warmup: float = 0.0  # share of the steps over which the learning rate rises
@@ -133,6 +136,7 @@ class Settings:
             "clip",
             "learning_rate",
             "recurrent_rate",
+            "bias_rate",
             "seed",
             "threads",
         ):

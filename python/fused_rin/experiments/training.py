@@ -301,11 +301,15 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     """The optimizer, its decay decoupled from the gradient, so that a strength is the same in all of them. A
     group's "share" is what its learning rate is multiplied by.
     """
-    recurrent = {id(weight) for name, weight in model.named_parameters() if "weight_hh" in name}
+    shares = {
+        id(weight): settings.recurrent_rate if "weight_hh" in name else settings.bias_rate
+        for name, weight in model.named_parameters()
+        if "weight_hh" in name or (".bias" in name and "head" not in name)
+    }
     weights: dict[tuple[float, float], list[Tensor]] = {}  # by decay and share: few groups make a quick update
     for group in param_groups(model, identity_decay=settings.identity_decay, weight_decay=settings.weight_decay):
         for weight in group["params"]:
-            share = settings.recurrent_rate if id(weight) in recurrent else 1.0
+            share = shares.get(id(weight), 1.0)
             weights.setdefault((group["weight_decay"], share), []).append(weight)
     groups = [{"params": own, "weight_decay": decay, "share": share} for (decay, share), own in weights.items()]
     rate = settings.learning_rate
