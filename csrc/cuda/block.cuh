@@ -14,7 +14,9 @@ namespace fused_rin {
 
 template <class Config, bool kBackward>
 __global__ void __launch_bounds__(Config::kThreads, 1) block_sweep(const Problem problem) {
-  sweep<Config, typename Config::template Product<kBackward>, kBackward>(problem);
+  // Where a block cannot have the shared memory, nothing is compiled: no launch gets here (launch.h asks for it first).
+  if constexpr (Config::kSharedBytes <= device::kMaxSharedBytes)
+    sweep<Config, typename Config::template Product<kBackward>, kBackward>(problem);
 }
 
 template <class Config, bool kBackward>

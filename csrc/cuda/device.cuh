@@ -45,6 +45,15 @@ __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
+// What a block may opt in to (CUDA C++ Programming Guide, technical specifications by compute capability).
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMaxSharedBytes = 99 << 10;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMaxSharedBytes = 163 << 10;
+#else
+constexpr int kMaxSharedBytes = 227 << 10;
+#endif
+
 // The block's dynamic shared memory, addressed by byte offsets.
 class SharedMemory {
  public:

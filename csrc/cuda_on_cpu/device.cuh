@@ -71,6 +71,8 @@ inline float shuffle_xor(float value, int lane_mask) {
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
+constexpr int kMaxSharedBytes = 227 << 10;
+
 class SharedMemory {
  public:
   template <class T>
