@@ -57,12 +57,15 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         last = [record for record in run["metrics"] if record["split"] == "test"][-1]
         epochs, planned = (steps * settings["batch_size"] / SAMPLES for steps in (last["step"], settings["steps"]))
         rate, share = settings["learning_rate"], settings["recurrent_rate"]
+        start = settings["recurrent_init"]
+        if start == "cycles":
+            start += " " + settings["recurrent_cycles"]
         rows.append(
             {
                 "run": name,
                 "order": "permuted" if settings["permute"] else "sequential",
                 "units": settings["hidden_size"],
-                "start": "identity" if settings["recurrent_init"] == "normal" else settings["recurrent_init"],
+                "start": "identity" if start == "normal" else start,
                 "rates": f"{rate:g}, U {rate * share:g}",
                 "epochs": f"{epochs:.2f}",
                 "planned": f"{planned:.2f}",
