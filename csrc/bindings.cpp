@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/openmp.h"
 #include "cpu/sweep.h"
 
 namespace py = pybind11;
@@ -174,5 +175,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("step", &step);
   m.def("plan", &plan, py::arg("steps"), py::arg("batch"), py::arg("groups"), py::arg("hidden"), py::arg("inputs"),
         py::arg("dtype"), py::arg("max_threads"), py::arg("isa"));
+  m.def("has_torchs_threads", &has_torchs_threads);
+  m.def("use_torchs_threads", &use_torchs_threads);
   m.def("isas", &isas, "Instruction sets built in and usable on this processor, best first.");
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -180,72 +179,6 @@ def test_empty_batches_and_sequences():
         if steps == 0:
             assert torch.equal(h_n, h0)
             assert torch.equal(recurrence(pre, weight)[1], torch.zeros_like(h0))
-
-
-def test_many_python_threads_at_once():
-    """Several callers, each of which may want the pool: same bits as alone."""
-    cases = [make_case(60, 4, 100, seed=i) for i in range(4)] + [make_case(60, 1, 512, seed=9)]
-    alone = [cpu.forward(*case.tensors, **case.constants)[0] for case in cases]
-    wrong = []
-
-    def work(case, want):
-        for _ in range(30):
-            if not torch.equal(cpu.forward(*case.tensors, **case.constants)[0], want):
-                wrong.append(case)
-
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, alone, strict=True)]
-    with use_threads(2):
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(120)
-    assert not any(worker.is_alive() for worker in workers)
-    assert not wrong
-
-
-def test_the_lock_of_python_is_released():
-    """Another Python thread makes progress while a long sweep runs."""
-    case = make_case(4000, 16, 200)
-    ticks, done = [], threading.Event()
-
-    def sweep():
-        cpu.forward(*case.tensors, **case.constants)
-        done.set()
-
-    worker = threading.Thread(target=sweep)
-    worker.start()
-    while not done.is_set():
-        ticks.append(None)
-    worker.join()
-    assert len(ticks) > 1000
-
-
-FORK = """
-import os, sys, torch
-from fused_rin import cpu
-torch.set_num_threads(2)
-pre, weight = torch.randn(64, 8, 1, 256), torch.randn(1, 256, 256) / 100
-run = lambda: cpu.forward(pre, weight, None, None, None, None, skip=1.0, activation="relu", num_reversed=0)[0]
-want = run()                      # the pool's thread exists now
-children = []
-for _ in range(3):
-    pid = os.fork()
-    if pid == 0:
-        # compared without torch, whose own threads do not survive a fork
-        same = all(bytes(run().numpy().data) == bytes(want.numpy().data) for _ in range(2))
-        os._exit(0 if same else 1)
-    children.append(pid)
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-assert codes == [0, 0, 0], codes
-assert torch.equal(run(), want)
-print("forked well")
-"""
-
-
-def test_a_forked_child_has_threads_of_its_own():
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "forked well" in done.stdout
 
 
 def test_the_instruction_set_can_be_chosen_and_is_named():

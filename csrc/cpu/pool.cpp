@@ -5,6 +5,7 @@
 
 #include <thread>
 
+#include "openmp.h"
 #include "team.h"
 
 namespace fused_rin {
@@ -59,9 +60,10 @@ Pool& Pool::instance() {
   return *pool;
 }
 
-bool Pool::try_run(int threads, const std::function<void(int)>& task) {
+bool Pool::try_run(int threads, int team, const std::function<void(int)>& task) {
   std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
   if (!use) return false;
+  if (run_on_torchs_threads(threads, team, task)) return true;
   while (workers_ < threads - 1) start_worker(workers_ + 1);
   {
     std::lock_guard<std::mutex> lock(mutex_);

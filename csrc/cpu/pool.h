@@ -1,4 +1,4 @@
-// Threads for the sweep. No OpenMP: torch ships a runtime of its own, and two of them in one process fight.
+// Threads for the sweep: torch's own where they can be had (openmp.h), else a pool.
 #pragma once
 
 #include <atomic>
@@ -15,9 +15,10 @@ class Pool {
  public:
   static Pool& instance();
 
-  // Calls task(0 .. threads-1) at the same time, rank 0 on the caller's thread, and returns when all are done.
-  // Returns false, having done nothing, if another caller holds the pool. The task must not throw.
-  bool try_run(int threads, const std::function<void(int rank)>& task);
+  // Calls task(0 .. threads-1) at the same time, rank 0 on the caller's thread, and returns when all are done. `team`
+  // is how many threads torch uses. Returns false, having done nothing, if another caller holds the pool. The task must
+  // not throw.
+  bool try_run(int threads, int team, const std::function<void(int rank)>& task);
 
  private:
   void start_worker(int rank);

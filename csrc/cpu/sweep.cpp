@@ -266,7 +266,7 @@ class Call {
   Team team_;
 };
 
-bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan) {
+bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan, int max_threads) {
   thread_local Workspace workspace;
   Call call(p, layer, kernels, plan);
   call.bind(workspace.get(call.bytes()));
@@ -275,7 +275,7 @@ bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, cons
     call.run(0);
   } else {
     call.team().start(plan.threads);
-    done = Pool::instance().try_run(plan.threads, [&](int rank) { call.run(rank); });
+    done = Pool::instance().try_run(plan.threads, max_threads, [&](int rank) { call.run(rank); });
   }
   workspace.release_if_large();
   return done;
@@ -285,8 +285,8 @@ bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, cons
 
 void sweep_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
   if (p.batch == 0 || p.groups == 0 || p.hidden == 0) return;
-  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, max_threads))) return;
-  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, 1));  // the pool is another caller's just now
+  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, max_threads), max_threads)) return;
+  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, 1), 1);  // the pool is another caller's just now
 }
 
 void prefer_huge_pages(void* memory, size_t bytes) {
@@ -314,7 +314,7 @@ void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
     return output - output % s.hidden % kStepOutputs;
   };
   const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
-  if (threads > 1 && Pool::instance().try_run(threads, part)) return;
+  if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
   kernels.step(s, 0, outputs);
 }
 

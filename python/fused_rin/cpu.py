@@ -65,10 +65,12 @@ def describe(
 ) -> str:
     """The plan for a problem, in words; with `input_size`, for the forward pass of a layer."""
     plan = _native.plan(steps, batch, groups, hidden, input_size, DTYPES[dtype], torch.get_num_threads(), _isa)
+    whose = "of torch's " if _native.has_torchs_threads() else ""  # or of our own pool
+    threads = f"{plan['threads']} {whose}threads"
     sharing = {
         "nothing": "one thread",
-        "rows": f"{plan['threads']} threads, each with sequences of its own",
-        "outputs": f"{plan['threads']} threads that share the outputs and meet once a step",
+        "rows": f"{threads}, each with sequences of its own",
+        "outputs": f"{threads} that share the outputs and meet once a step",
     }[plan["sharing"]]
     scalar = "float64" if dtype == torch.float64 else "float32"
     # Several recurrences have their gradients from products over all steps (see layer.py).

@@ -11,7 +11,13 @@ import pytest
 from fused_rin import cpu
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["csrc/cpu/plan.cpp", "csrc/cpu/pool.cpp", "csrc/cpu/sweep.cpp", "tests/cpu_native/compare.cpp"]
+SOURCES = [
+    "csrc/cpu/openmp.cpp",
+    "csrc/cpu/plan.cpp",
+    "csrc/cpu/pool.cpp",
+    "csrc/cpu/sweep.cpp",
+    "tests/cpu_native/compare.cpp",
+]
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
