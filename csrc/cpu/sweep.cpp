@@ -15,8 +15,9 @@
 namespace fused_rin {
 namespace {
 
-// Aligned memory that a calling thread keeps between calls: a fresh megabyte costs 256 page faults. In huge pages, which
-// save 5 percent of a step at B = 1, D = 1,024, where U is 4 MB, and nothing that could be measured up to D = 512.
+// Aligned memory that a calling thread keeps between calls: a fresh megabyte costs 256 page faults. In huge pages,
+// which save 5 percent of a step at B = 1, D = 1,024, where U is 4 MB, and nothing that could be measured up to D =
+// 512.
 class Workspace {
  public:
   ~Workspace() { std::free(data_); }
