@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_rin.experiments.plots import draw_curves, save_figure
-from fused_rin.experiments.reproduce import draw_beside_paper, table
+from fused_rin.experiments.reproduce import EXPERIMENTS, draw_beside_paper, table
 from fused_rin.experiments.runs import Run
 
 from .table import machine
@@ -21,7 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def add(folder: Path, results: Path = RESULTS) -> None:
-    """Writes results/reproduce-EXPERIMENT/results.json: the folder's, the machine, and what the curves need."""
+    """Writes results/reproduce-EXPERIMENT/results.json: the folder's, the machine, and what the curves need. What is
+    there of other trials at the same budget stays.
+    """
     record: dict[str, Any] = json.loads((folder / "results.json").read_text())
     record["machine"] = machine()
     for entry in record["results"]:
@@ -35,7 +37,18 @@ def add(folder: Path, results: Path = RESULTS) -> None:
         ]
     place = results / f"reproduce-{record['experiment']}"
     place.mkdir(parents=True, exist_ok=True)
+    if (place / "results.json").exists():
+        record = merged(record, json.loads((place / "results.json").read_text()))
     (place / "results.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+def merged(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """`record`, and the trials that only `before` has, if their budget is the same; in the experiment's order."""
+    results = {(entry["row"], entry["model"]): entry for entry in record["results"]}
+    if before["budget"] == record["budget"]:
+        results = {(entry["row"], entry["model"]): entry for entry in before["results"]} | results
+    trials = EXPERIMENTS[record["experiment"]]()
+    return {**record, "results": [results[key] for t in trials if (key := (t.row, t.model)) in results]}
 
 
 def draw(place: Path) -> str:

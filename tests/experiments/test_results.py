@@ -27,6 +27,16 @@ def test_what_was_reproduced_is_shown_as_it_came_out(path):
         assert len(entry["runs"]) == len(entry["curves"])
 
 
+def test_trials_are_added_to_those_of_the_same_budget():
+    def record(budget, **accuracies):
+        results = [{"row": row, "model": "rin", "runs": [accuracy]} for row, accuracy in accuracies.items()]
+        return {"experiment": "adding", "budget": budget, "results": results}
+
+    both = reproduction.merged(record(0.1, T400=3, T200=2), record(0.1, T200=0, T300=1))
+    assert [(e["row"], e["runs"]) for e in both["results"]] == [("T200", [2]), ("T300", [1]), ("T400", [3])]
+    assert reproduction.merged(record(0.1, T200=2), record(0.2, T300=1)) == record(0.1, T200=2)
+
+
 def test_all_three_experiments_were_reproduced():
     assert {path.parent.name for path in REPRODUCED} == {f"reproduce-{name}" for name in EXPERIMENTS}
 
