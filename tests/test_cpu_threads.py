@@ -17,10 +17,17 @@ from .conftest import make_case, use_threads
 TEAMS = ["torch's", "own"]
 
 
+def need_torchs_threads() -> None:
+    """Skips where torch has no OpenMP; where it has, on Linux, not to find its runtime is a failure."""
+    if sys.platform != "linux" or not torch.backends.openmp.is_available():
+        pytest.skip("looked up on Linux alone, and this build of torch may have no OpenMP")
+    assert _native.has_torchs_threads()
+
+
 @pytest.fixture(params=TEAMS)
 def team(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "torch's" and not _native.has_torchs_threads():
-        pytest.skip("this build of torch has no OpenMP runtime with libgomp's interface")
+    if request.param == "torch's":
+        need_torchs_threads()
     _native.use_torchs_threads(request.param == "torch's")
     yield request.param
     _native.use_torchs_threads(True)
@@ -117,8 +124,7 @@ counts_threads = pytest.mark.skipif(
 @counts_threads
 def test_a_sweep_between_torchs_operators_starts_no_thread():
     """Torch's operators leave their threads spinning for a while; others would find the cores taken."""
-    if not _native.has_torchs_threads():
-        pytest.skip("this build of torch has no OpenMP runtime with libgomp's interface")
+    need_torchs_threads()
     code = """
 torchs = run()
 after = count()
