@@ -159,13 +159,13 @@ def test_the_real_stages(tmp_path):
     planned = run.stages(tmp_path, "90a", tmp_path / "scratch", shards=3)
     names = [s.name for s in planned]
     assert names.index("look") < names.index("build") < names.index("tests") < names.index("benchmark")
-    # With bench.json, table.md, speedup.png and run.json these are seven files.
+    # With loop.json, bench.json, table.md, speedup.png and run.json these are eight files.
     assert {s.log for s in planned} == {"", "tests.txt", "sanitizer.txt", "latencies.json"}
     stages = {s.name: s for s in planned}
     assert "arch=compute_90a,code=sm_90a" in stages["compile latencies"].commands[0]
     assert "--no-build-isolation" in stages["build"].commands[0]
     assert "--no-deps" in stages["build"].commands[0]
-    assert len(stages["tests"].commands) == 4
+    assert len(stages["tests"].commands) == 5
     assert not any(s.failed for s in planned if s.status.startswith(run.LEFT_OUT))
     without = {s.name: s.status for s in run.stages(tmp_path, "90a", tmp_path, nvcc=False)}
     left_out = {name for name, status in without.items() if status.startswith(run.LEFT_OUT)}

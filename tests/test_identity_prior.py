@@ -81,6 +81,25 @@ def test_decoupled_decay_shrinks_u_by_its_factor_alone(name):
         torch.testing.assert_close(value, expected)
 
 
+def test_decoupled_decay_follows_a_learning_rate_in_a_tensor_without_reading_it():
+    """In a CUDA graph the rate of later steps is what the tensor holds then."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    rate = torch.tensor(0.1)
+    optimizer = decoupled(torch.optim.SGD([{"params": [weight], "weight_decay": 0.5}], lr=rate, fused=True))
+    weight.grad = torch.zeros_like(weight)
+    for value in (0.1, 0.05):
+        rate.fill_(value)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((2, 2), (1 - 0.1 * 0.5) * (1 - 0.05 * 0.5)))
+    # On the device "meta" no tensor can be read: the hook must not want to.
+    weight = nn.Parameter(torch.ones(2, 2, device="meta"))
+    rate = torch.tensor(0.1, device="meta")
+    optimizer = decoupled(torch.optim.SGD([{"params": [weight], "weight_decay": 0.5}], lr=rate))
+    weight.grad = torch.zeros_like(weight)
+    (hook,) = optimizer._optimizer_step_pre_hooks.values()
+    hook(optimizer, (), {})
+
+
 def test_decoupling_twice_decays_once():
     weight = nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.SGD([{"params": [weight], "weight_decay": 0.5}], lr=0.1)

@@ -99,7 +99,7 @@ def decoupled(optimizer: Optimizer) -> Optimizer:
 def _decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         if group.get("decoupled_decay"):
-            factor = 1.0 - float(group["lr"]) * group["decoupled_decay"]
+            factor = 1.0 - group["lr"] * group["decoupled_decay"]  # a rate in a tensor is not read: it may be captured
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.mul_(factor)

@@ -47,6 +47,7 @@ HELP: dict[str, str] = {
     "checkpoint_every": "steps between checkpoints",
     "device": "auto, cpu, cuda or mps",
     "threads": "CPU threads; 0: as PyTorch chooses",
+    "graph": "on one GPU, capture the update in a CUDA graph (default), or launch its kernels one by one",
 }
 CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
 
@@ -105,7 +106,7 @@ def _add_train(commands: Any) -> None:
             continue
         option: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP.get(name, "")}
         if isinstance(default, bool):
-            option["action"] = "store_true"
+            option["action"] = argparse.BooleanOptionalAction if default else "store_true"
         else:
             option["type"] = type(default)
             option["metavar"] = {int: "N", float: "X"}.get(type(default), "NAME")

@@ -19,7 +19,13 @@ TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-MAY_DIFFER = ("steps", "device", "threads", "data_dir")  # between a run and the run that goes on with its checkpoint
+MAY_DIFFER = (
+    "steps",
+    "device",
+    "threads",
+    "graph",
+    "data_dir",
+)  # between a run and the run that goes on with its checkpoint
 # What a task is trained with where nothing else is asked for; everything else as in `Settings`.
 # Adding: a network that still answers at random is easily driven over the edge. One Adam step of 1e-3 can add 0.1 to
 # the spectral radius of 100 units, and 1.1^200 is 2e8; hence the long warm-up. And the weights of units that are
@@ -101,6 +107,7 @@ class Settings:
     precision: str = "32-true"
     device: str = "auto"
     threads: int = 0  # of the CPU; 0: as PyTorch chooses
+    graph: bool = True  # on one GPU, the update is captured in a CUDA graph
 
     def __post_init__(self) -> None:
         for name, known in (

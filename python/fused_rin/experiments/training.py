@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fused_rin.identity_prior import decoupled, param_groups
 
+from .capture import CapturedUpdate
 from .checkpoints import AtomicCheckpointIO, check_model_state
 from .errors import UserError
 from .runs import Run
@@ -81,11 +82,17 @@ class Trainer:
                 f"got {self.settings.batch_size}"
             )
         module = self.settings.build_model(self.task)
-        self.model, self.optimizer = self.fabric.setup(module, make_optimizer(self.settings, module))
+        self.captured = can_capture(self.settings, self.fabric)
+        optimizer = make_optimizer(self.settings, module, self.fabric.device if self.captured else None)
+        self.model, self.optimizer = self.fabric.setup(module, optimizer)
+        self.update = CapturedUpdate(self._update) if self.captured else self._update
         self.weights = list(module.parameters())
         # The moving average of the weights, by name; empty if none is asked for.
         names = dict(module.named_parameters()) if self.settings.ema else {}
         self.average = {name: weight.detach().clone() for name, weight in names.items()}
+        self.follow = torch.ones(
+            (), dtype=self.weights[0].dtype, device=self.fabric.device
+        )  # how far the average moves towards the weights
         self.step, self.seconds = 0, 0.0
         self.totals = torch.zeros(4, device=self.fabric.device)  # since the last log line, see `_sums`
         self.resume = resume
@@ -146,27 +153,40 @@ class Trainer:
     def _train_step(self) -> None:
         settings = self.settings
         inputs, target = self.task.train_batch(self.step, settings.batch_size, self.part)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(self.step) * group["share"]
+        self._set_rates()
         if settings.state_noise:
             inputs = (*inputs, self._noisy_state(target.shape[0]))
+        self.update(inputs, target)
+        self.step += 1
+
+    def _set_rates(self) -> None:
+        """What differs from step to step beside the batch. In tensors where a captured update reads them."""
+        rate = self.settings.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            if self.captured:
+                group["lr"].fill_(rate * group["share"])
+            else:
+                group["lr"] = rate * group["share"]
+        if self.average:  # closely at first: a fixed decay would hold on to the first weights
+            self.follow.fill_(1 - min(self.settings.ema, (self.step + 1) / (self.step + 10)))
+
+    def _update(self, inputs: tuple[Tensor, ...], target: Tensor) -> None:
+        """One update of the weights, their average and the sums; all that `CapturedUpdate` asks for."""
         output = self.model(*inputs)
         loss = self.task.loss(output, target)
         for weight in self.weights:  # what optimizer.zero_grad() does, without its 0.1 ms in Fabric's wrapper
             weight.grad = None
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
-            self.model, self.optimizer, max_norm=settings.clip or math.inf, error_if_nonfinite=False
+            self.model, self.optimizer, max_norm=self.settings.clip or math.inf, error_if_nonfinite=False
         )
         # Where a sequence made the network overflow, clipping has left zeros and NaNs: such a gradient counts as
         # zero. Looking at the norm tells where that is free; elsewhere every step would wait for the device.
-        if self.fabric.device.type != "cpu" or not norm.isfinite():
+        if self.captured or self.fabric.device.type != "cpu" or not norm.isfinite():
             for weight in self.weights:
                 torch.nan_to_num_(weight.grad, nan=0.0)
         self.optimizer.step()
-        if self.average:
-            self._update_average()
-        self.step += 1
+        self._update_average()
         self.totals += self._sums(output.detach(), target, loss.detach(), norm)
 
     def _noisy_state(self, batch: int) -> Tensor:
@@ -178,10 +198,8 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """The average follows the weights closely at first: a fixed decay would hold on to the first ones."""
-        decay = min(self.settings.ema, (self.step + 1) / (self.step + 10))
-        for mean, weight in zip(self.average.values(), self.weights, strict=True):
-            mean.lerp_(weight, 1 - decay)
+        for mean, weight in zip(self.average.values(), self.weights if self.average else (), strict=True):
+            mean.lerp_(weight, self.follow)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -270,7 +288,7 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             for name, mean in self.average.items():
                 mean.copy_(checkpoint["average"][name])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self._load_optimizer(checkpoint["optimizer"])
             if self.fabric.is_global_zero:  # they are the sums of all processes
                 self.totals.copy_(checkpoint["totals"])
             self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
@@ -278,6 +296,12 @@ class Trainer:
             raise UserError(f"{path}: does not fit this run: {error}") from error
         if self.fabric.is_global_zero:
             self.folder.rewind_metrics(self.step)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """The state alone: the options, such as how a rate is held, are this run's and not the one's that wrote it."""
+        for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+            saved.update({name: value for name, value in own.items() if name != "params"})
+        self.optimizer.load_state_dict(state)
 
 
 def make_fabric(settings: Settings) -> Fabric:
@@ -297,9 +321,16 @@ def make_fabric(settings: Settings) -> Fabric:
         raise UserError(f"device {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+def can_capture(settings: Settings, fabric: Fabric) -> bool:
+    """Whether the update becomes a CUDA graph: on a GPU, unless several processes share it out or it is unwanted."""
+    return settings.graph and fabric.device.type == "cuda" and fabric.world_size == 1
+
+
+def make_optimizer(settings: Settings, model: nn.Module, rates_on: torch.device | None = None) -> torch.optim.Optimizer:
     """The optimizer, its decay decoupled from the gradient, so that a strength is the same in all of them. A
     group's "share" is what its learning rate is multiplied by.
+
+    With `rates_on` it can be captured: the learning rates are tensors on that device, one for each group.
     """
     shares = {
         id(weight): settings.recurrent_rate if "weight_hh" in name else settings.bias_rate
@@ -311,13 +342,18 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
         for weight in group["params"]:
             share = shares.get(id(weight), 1.0)
             weights.setdefault((group["weight_decay"], share), []).append(weight)
-    groups = [{"params": own, "weight_decay": decay, "share": share} for (decay, share), own in weights.items()]
-    rate = settings.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": own, "weight_decay": decay, "share": share} for (decay, share), own in weights.items()
+    ]
+    rate, captured = settings.learning_rate, rates_on is not None
+    for group in groups:
+        group["lr"] = torch.tensor(rate, device=rates_on) if captured else rate
     if settings.optimizer == "adam":
-        return decoupled(torch.optim.Adam(groups, lr=rate, eps=settings.eps, fused=True))
+        return decoupled(torch.optim.Adam(groups, eps=settings.eps, fused=True, capturable=captured))
     if settings.optimizer == "rmsprop":
-        return decoupled(torch.optim.RMSprop(groups, lr=rate, eps=settings.eps))
-    return decoupled(torch.optim.SGD(groups, lr=rate, fused=True))
+        # Of its two implementations the one for lists takes a rate in a tensor without reading it.
+        return decoupled(torch.optim.RMSprop(groups, eps=settings.eps, capturable=captured, foreach=captured or None))
+    return decoupled(torch.optim.SGD(groups, fused=True))
 
 
 @contextmanager

@@ -1,0 +1,34 @@
+"""What of the training loop's benchmark runs without a GPU: it measures what it says, and writes it down."""
+
+import json
+
+import pytest
+import torch
+from fused_rin.experiments import tasks
+
+from benchmarks import loop
+
+
+def test_the_overhead_is_what_the_loop_adds(tmp_path, monkeypatch):
+    monkeypatch.setitem(loop.TASKS, "cpu", ("digits",))
+    monkeypatch.setattr(loop, "SECONDS", 0.5)
+    loop.main([str(tmp_path / "loop.json")])
+    content = json.loads((tmp_path / "loop.json").read_text())
+    (point,) = content["points"]
+    assert (point["task"], point["batch"], point["units"]) == ("digits", 64, 100)
+    assert 0 < point["bare_ms"] < point["step_ms"] < 1000
+    assert point["overhead"] == pytest.approx(1 - point["bare_ms"] / point["step_ms"], abs=1e-3)
+    assert content["machine"]["torch"] == torch.__version__
+
+
+def test_an_epoch_of_every_rin_of_table_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "mnist", lambda *others: loop.random_mnist(*others, sizes=(256, 64), pixels=60))
+    rows = loop.epochs(tmp_path, "cpu", rounds=1)
+    nets = [(row["trial"].removeprefix("sequential-"), row["model"]) for row in rows]
+    table = ["1-100", "1-200", "2-100", "2-200", "3-100", "3-200"]
+    assert sorted(nets) == sorted([("1-100", "rin-dt"), *((net, "rin") for net in table)])
+    for row in rows:
+        assert row["epochs"] == 500
+        assert row["epoch_s"] == pytest.approx(468 * row["step_ms"] / 1e3 + row["evaluation_s"], abs=0.01)
+    times = {net: row["step_ms"] for net, row in zip(nets, rows, strict=True)}
+    assert times["3-200", "rin"] > times["1-100", "rin"] > 0
