@@ -93,8 +93,8 @@ def test_decoupled_decay_follows_a_learning_rate_in_a_tensor_without_reading_it(
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), (1 - 0.1 * 0.5) * (1 - 0.05 * 0.5)))
     # On the device "meta" no tensor can be read: the hook must not want to.
     weight = nn.Parameter(torch.ones(2, 2, device="meta"))
-    rate = torch.tensor(0.1, device="meta")
-    optimizer = decoupled(torch.optim.SGD([{"params": [weight], "weight_decay": 0.5}], lr=rate))
+    optimizer = decoupled(torch.optim.SGD([{"params": [weight], "weight_decay": 0.5}], lr=0.1))
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
     weight.grad = torch.zeros_like(weight)
     (hook,) = optimizer._optimizer_step_pre_hooks.values()
     hook(optimizer, (), {})
