@@ -49,14 +49,15 @@ def measure(task: str, folder: Path, device: str, seconds: float = SECONDS) -> d
     """Milliseconds of a step of `task` with its default settings, and of the bare work on the same batch."""
     settings = Settings.for_task(task, threads=1, device=device, steps=10**6)
     trainer = Trainer(Run.new(folder / task, settings))
-    model, optimizer = trainer.model.module, trainer.optimizer.optimizer
+    model, optimizers = trainer.model.module, [wrapper.optimizer for wrapper in trainer.optimizers]
     batch = trainer.task.train_batch(0, settings.batch_size)
 
     def work(inputs: Sequence[torch.Tensor], target: torch.Tensor) -> None:
         loss = trainer.task.loss(model(*inputs), target)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     update = CapturedUpdate(work) if trainer.captured else work
     calls = {"bare": lambda: update(batch.inputs, batch.target), "step": trainer._train_step}

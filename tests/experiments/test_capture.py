@@ -44,6 +44,7 @@ CASES = {
     "adam": {"optimizer": "adam", "ema": 0.9, "state_noise": 0.1},
     "rmsprop": {"optimizer": "rmsprop", "identity_decay": 0.1, "weight_decay": 0.01, "recurrent_rate": 0.5},
     "sgd": {"optimizer": "sgd", "identity_decay": 0.1, "num_layers": 2},
+    "muon": {"recurrent_optimizer": "muon", "recurrent_rate": 0.1, "identity_decay": 0.1},
     "plain": {"schedule": "constant", "warmup": 0.0, "clip": 0.0},
     "irnn": {"model": "irnn"},
     "rin-dt": {"model": "rin-dt"},

@@ -43,7 +43,7 @@ def assert_same_state(first, second):
 
 CASES = [
     {"model": "rin", "recurrent_init": "cycles", "recurrent_cycles": "2,3"},
-    {"model": "irnn"},
+    {"model": "irnn", "recurrent_optimizer": "muon", "recurrent_rate": 0.1},
     {"model": "lstm", "optimizer": "rmsprop", "num_layers": 2},
     {"model": "gru", "optimizer": "sgd", "precision": "64-true", "state_noise": 0.1, "weight_decay": 0.1},
     {

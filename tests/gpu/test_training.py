@@ -16,6 +16,7 @@ CASES = {
     "adam": {"optimizer": "adam", "schedule": "cosine", "warmup": 0.3, "ema": 0.9, "state_noise": 0.1},
     "rmsprop": {"optimizer": "rmsprop", "schedule": "cosine", "identity_decay": 0.1, "recurrent_rate": 0.5},
     "sgd": {"optimizer": "sgd", "schedule": "cosine", "identity_decay": 0.1, "num_layers": 2},
+    "muon": {"recurrent_optimizer": "muon", "schedule": "cosine", "recurrent_rate": 0.1},
     "irnn": {"model": "irnn"},
     "rin-dt": {"model": "rin-dt"},
     "lstm": {"model": "lstm"},

@@ -15,7 +15,17 @@ from .data import data_folder, download
 from .errors import INTERRUPTED, UserError
 from .models import MODELS
 from .runs import Run
-from .settings import MAY_DIFFER, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES, TASK_DEFAULTS, TASKS, Settings
+from .settings import (
+    MAY_DIFFER,
+    OPTIMIZERS,
+    PRECISIONS,
+    RECIPES,
+    RECURRENT_OPTIMIZERS,
+    SCHEDULES,
+    TASK_DEFAULTS,
+    TASKS,
+    Settings,
+)
 
 HELP: dict[str, str] = {
     "length": "sequence length of the adding problem",
@@ -49,7 +59,12 @@ HELP: dict[str, str] = {
     "threads": "CPU threads; 0: as PyTorch chooses",
     "graph": "on one GPU, capture the update in a CUDA graph (default), or launch its kernels one by one",
 }
-CHOICES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
+CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "recurrent_optimizer": RECURRENT_OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+}
 
 
 class Parser(argparse.ArgumentParser):

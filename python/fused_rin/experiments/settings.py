@@ -17,6 +17,7 @@ from .seeding import fork_seeded
 
 TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
+RECURRENT_OPTIMIZERS = ("same", "muon")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 MAY_DIFFER = (
@@ -87,6 +88,7 @@ class Settings:
     recurrent_init: str = "normal"  # see `models.make_rnn`
     recurrent_cycles: str = ""  # of recurrent_init "cycles": their lengths, such as "28,28"
     optimizer: str = "adam"
+    recurrent_optimizer: str = "same"  # of the recurrent matrices: the one of all others, or "muon"
     learning_rate: float = 1e-3
     recurrent_rate: float = 1.0  # learning rate of the recurrent matrices, as a share of `learning_rate`,
     bias_rate: float = 1.0  # and of the recurrent layers' biases
@@ -114,6 +116,7 @@ class Settings:
             ("task", TASKS),
             ("model", MODELS),
             ("optimizer", OPTIMIZERS),
+            ("recurrent_optimizer", RECURRENT_OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
             ("recurrent_init", RECURRENT_INITS),

@@ -26,6 +26,7 @@ from fused_rin.identity_prior import decoupled, param_groups
 from .capture import CapturedUpdate
 from .checkpoints import AtomicCheckpointIO, check_model_state
 from .errors import UserError
+from .muon import Muon
 from .runs import Run
 from .seeding import generator
 from .settings import MAY_DIFFER, Settings
@@ -83,8 +84,8 @@ class Trainer:
             )
         module = self.settings.build_model(self.task)
         self.captured = can_capture(self.settings, self.fabric)
-        optimizer = make_optimizer(self.settings, module, self.fabric.device if self.captured else None)
-        self.model, self.optimizer = self.fabric.setup(module, optimizer)
+        optimizers = make_optimizers(self.settings, module, self.fabric.device if self.captured else None)
+        self.model, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.update = CapturedUpdate(self._update) if self.captured else self._update
         self.weights = list(module.parameters())
         # The moving average of the weights, by name; empty if none is asked for.
@@ -162,7 +163,7 @@ class Trainer:
     def _set_rates(self) -> None:
         """What differs from step to step beside the batch. In tensors where a captured update reads them."""
         rate = self.settings.learning_rate_at(self.step)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             if self.captured:
                 group["lr"].fill_(rate * group["share"])
             else:
@@ -178,14 +179,15 @@ class Trainer:
             weight.grad = None
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
-            self.model, self.optimizer, max_norm=self.settings.clip or math.inf, error_if_nonfinite=False
+            self.model, self.optimizers[0], max_norm=self.settings.clip or math.inf, error_if_nonfinite=False
         )
         # Where a sequence made the network overflow, clipping has left zeros and NaNs: such a gradient counts as
         # zero. Looking at the norm tells where that is free; elsewhere every step would wait for the device.
         if self.captured or self.fabric.device.type != "cpu" or not norm.isfinite():
             for weight in self.weights:
                 torch.nan_to_num_(weight.grad, nan=0.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._update_average()
         self.totals += self._sums(output.detach(), target, loss.detach(), norm)
 
@@ -266,7 +268,7 @@ class Trainer:
             "settings": self.settings.to_dict(),
             "model": self.model,
             "average": self.average,
-            "optimizer": self.optimizer,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "totals": self.fabric.all_reduce(self.totals.clone(), reduce_op="sum"),
@@ -288,7 +290,8 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             for name, mean in self.average.items():
                 mean.copy_(checkpoint["average"][name])
-            self._load_optimizer(checkpoint["optimizer"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                load_optimizer(optimizer, state)
             if self.fabric.is_global_zero:  # they are the sums of all processes
                 self.totals.copy_(checkpoint["totals"])
             self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
@@ -296,12 +299,6 @@ class Trainer:
             raise UserError(f"{path}: does not fit this run: {error}") from error
         if self.fabric.is_global_zero:
             self.folder.rewind_metrics(self.step)
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """The state alone: the options, such as how a rate is held, are this run's and not the one's that wrote it."""
-        for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-            saved.update({name: value for name, value in own.items() if name != "params"})
-        self.optimizer.load_state_dict(state)
 
 
 def make_fabric(settings: Settings) -> Fabric:
@@ -326,34 +323,49 @@ def can_capture(settings: Settings, fabric: Fabric) -> bool:
     return settings.graph and fabric.device.type == "cuda" and fabric.world_size == 1
 
 
-def make_optimizer(settings: Settings, model: nn.Module, rates_on: torch.device | None = None) -> torch.optim.Optimizer:
-    """The optimizer, its decay decoupled from the gradient, so that a strength is the same in all of them. A
-    group's "share" is what its learning rate is multiplied by.
+def make_optimizers(
+    settings: Settings, model: nn.Module, rates_on: torch.device | None = None
+) -> list[torch.optim.Optimizer]:
+    """The optimizer, and that of the recurrent matrices if they have one of their own. Decay is decoupled from the
+    gradient, so that a strength is the same in all of them. A group's "share" is what its learning rate is multiplied
+    by.
 
-    With `rates_on` it can be captured: the learning rates are tensors on that device, one for each group.
+    With `rates_on` they can be captured: the learning rates are tensors on that device, one for each group.
     """
-    shares = {
-        id(weight): settings.recurrent_rate if "weight_hh" in name else settings.bias_rate
-        for name, weight in model.named_parameters()
-        if "weight_hh" in name or (".bias" in name and "head" not in name)
-    }
-    weights: dict[tuple[float, float], list[Tensor]] = {}  # by decay and share: few groups make a quick update
+    captured, shares, apart = rates_on is not None, {}, set()
+    for name, weight in model.named_parameters():
+        if "weight_hh" in name:
+            shares[id(weight)] = settings.recurrent_rate
+            if settings.recurrent_optimizer == "muon":
+                apart.add(id(weight))
+        elif ".bias" in name and "head" not in name:
+            shares[id(weight)] = settings.bias_rate
+    weights: dict[tuple[bool, float, float], list[Tensor]] = {}  # few groups make a quick update
     for group in param_groups(model, identity_decay=settings.identity_decay, weight_decay=settings.weight_decay):
         for weight in group["params"]:
-            share = shares.get(id(weight), 1.0)
-            weights.setdefault((group["weight_decay"], share), []).append(weight)
-    groups: list[dict[str, Any]] = [
-        {"params": own, "weight_decay": decay, "share": share} for (decay, share), own in weights.items()
-    ]
-    rate, captured = settings.learning_rate, rates_on is not None
-    for group in groups:
-        group["lr"] = torch.tensor(rate, device=rates_on) if captured else rate
+            kind = (id(weight) in apart, group["weight_decay"], shares.get(id(weight), 1.0))
+            weights.setdefault(kind, []).append(weight)
+    groups: dict[bool, list[dict[str, Any]]] = {}
+    for (own, decay, share), members in weights.items():
+        rate = torch.tensor(settings.learning_rate, device=rates_on) if captured else settings.learning_rate
+        group = {"params": members, "weight_decay": decay, "share": share, "lr": rate}
+        groups.setdefault(own, []).append(group)
     if settings.optimizer == "adam":
-        return decoupled(torch.optim.Adam(groups, eps=settings.eps, fused=True, capturable=captured))
-    if settings.optimizer == "rmsprop":
+        optimizer = torch.optim.Adam(groups[False], eps=settings.eps, fused=True, capturable=captured)
+    elif settings.optimizer == "rmsprop":
         # Of its two implementations the one for lists takes a rate in a tensor without reading it.
-        return decoupled(torch.optim.RMSprop(groups, eps=settings.eps, capturable=captured, foreach=captured or None))
-    return decoupled(torch.optim.SGD(groups, fused=True))
+        foreach = captured or None
+        optimizer = torch.optim.RMSprop(groups[False], eps=settings.eps, capturable=captured, foreach=foreach)
+    else:
+        optimizer = torch.optim.SGD(groups[False], fused=True)
+    return [decoupled(optimizer), *([decoupled(Muon(groups[True]))] if apart else [])]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The state alone: the options, such as how a rate is held, are this run's and not the one's that wrote it."""
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved.update({name: value for name, value in own.items() if name != "params"})
+    optimizer.load_state_dict(state)
 
 
 @contextmanager
