@@ -57,6 +57,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         last = [record for record in run["metrics"] if record["split"] == "test"][-1]
         epochs, planned = (steps * settings["batch_size"] / SAMPLES for steps in (last["step"], settings["steps"]))
         rate, share = settings["learning_rate"], settings["recurrent_rate"]
+        own = settings.get("recurrent_optimizer", "same")  # of a run from before there was a choice
         start = settings["recurrent_init"]
         if start == "cycles":
             start += " " + settings["recurrent_cycles"]
@@ -66,7 +67,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
                 "order": "permuted" if settings["permute"] else "sequential",
                 "units": settings["hidden_size"],
                 "start": "identity" if start == "normal" else start,
-                "rates": f"{rate:g}, U {rate * share:g}",
+                "optimizer": settings["optimizer"] + (", U muon" if own == "muon" else ""),
+                "rates": f"{rate:g}, U {rate * share:.3g}",
                 "epochs": f"{epochs:.2f}",
                 "planned": f"{planned:.2f}",
                 "minutes": f"{last['seconds'] / 60:.0f}",

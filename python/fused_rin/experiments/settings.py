@@ -47,7 +47,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 # it has reached.
 _MNIST: dict[str, Any] = {
     **{"hidden_size": 128, "input_std": 0.64, "recurrent_std": 1e-3, "batch_size": 32},
-    **{"learning_rate": 3e-3, "recurrent_rate": 0.025, "bias_rate": 0.0125, "schedule": "cosine", "warmup": 0.05},
+    **{"learning_rate": 3e-3, "recurrent_optimizer": "muon", "bias_rate": 0.005, "schedule": "cosine", "warmup": 0.05},
     **{"clip": 1.0, "ema": 0.999, "log_every": 125, "eval_every": 1875, "checkpoint_every": 125},
 }
 # By name, task and permute.
@@ -55,9 +55,13 @@ RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
     "best": {
         ("mnist", False): {
             **_MNIST,
-            **{"recurrent_init": "cycles", "recurrent_cycles": "14,27,28,29", "state_noise": 0.1, "steps": 48 * 1875},
+            **{"recurrent_init": "cycles", "recurrent_cycles": "14,27,28,29", "recurrent_rate": 0.03},
+            **{"state_noise": 0.1, "steps": 32 * 1875},
         },
-        ("mnist", True): {**_MNIST, "recurrent_init": "shift", "state_noise": 0.01, "steps": 24 * 1875},
+        ("mnist", True): {
+            **_MNIST,
+            **{"recurrent_init": "shift", "recurrent_rate": 0.06, "state_noise": 0.01, "steps": 24 * 1875},
+        },
     }
 }
 
