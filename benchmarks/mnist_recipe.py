@@ -69,6 +69,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
                 "start": "identity" if start == "normal" else start,
                 "optimizer": settings["optimizer"] + (", U muon" if own == "muon" else ""),
                 "rates": f"{rate:g}, U {rate * share:.3g}",
+                "noise": f"pixels {settings['noise']:g}, h_0 {settings['state_noise']:g}",
                 "epochs": f"{epochs:.2f}",
                 "planned": f"{planned:.2f}",
                 "minutes": f"{last['seconds'] / 60:.0f}",

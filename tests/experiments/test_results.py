@@ -57,8 +57,8 @@ def test_drawing_leaves_the_table_and_the_curves(tmp_path):
     run["metrics"] = [{"step": 1875, "split": "test", "loss": 0.4, "accuracy": 0.876, "seconds": 180.0}]
     (tmp_path / "short.json").write_text(json.dumps(run))
     text = mnist_recipe.draw(tmp_path)
-    what = "short | sequential | 128 | cycles 14,27,28,29 | 0.003, U 7.5e-05"
-    reached = "1.00 | 48.00 | 3 | **87.60 %**"
+    what = "short | sequential | 128 | cycles 14,27,28,29 | adam, U muon | 0.003, U 9e-05 | pixels 0.1, h_0 0.5"
+    reached = "1.00 | 28.00 | 3 | **87.60 %**"
     assert f"| {what} | {reached} | 91.64 % | 97.0 % | 98.7 % |" in text
     assert (tmp_path / "table.md").read_text() == text + "\n"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -10,14 +10,23 @@ from fused_rin.experiments.training import Trainer
 def test_two_processes_train_as_one_and_resume(tiny_run, tmp_path):
     settings = ["--task", "adding", "--length", "10", "--hidden-size", "8", "--test-size", "1003", "--log-every", "5"]
     settings += ["--eval-every", "10", "--learning-rate", "1e-3", "--schedule", "constant", "--warmup", "0"]
-    settings += ["--threads", "1", "--checkpoint-every", "7"]
+    settings += [
+        "--threads",
+        "1",
+        "--checkpoint-every",
+        "7",
+        "--recurrent-optimizer",
+        "muon",
+        "--recurrent-rate",
+        "0.5",
+    ]
     two = tmp_path / "two"
     result = torchrun(2, "train", *settings, "--steps", "13", "--out", two)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("curves:") == 1
     assert read_checkpoint(two / "checkpoint.pt")["step"] == 13
 
-    one = tiny_run("one", steps=20, test_size=1003)
+    one = tiny_run("one", steps=20, test_size=1003, recurrent_optimizer="muon", recurrent_rate=0.5)
     Trainer(one).run()
     together = {(record["step"], record["split"]): record for record in metrics(one.path)}
     # The steps after 13 on one process: how many there are is no part of the run.

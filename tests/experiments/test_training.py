@@ -143,6 +143,20 @@ def test_clipping_bounds_the_update(tiny_run):
     assert metrics(trainer.folder.path)[0]["gradient_norm"] > 1e-3
 
 
+def test_muon_moves_the_recurrent_matrices_and_adam_the_rest(tiny_run):
+    options = {"recurrent_optimizer": "muon", "learning_rate": 0.01, "recurrent_rate": 0.1, "num_layers": 2, "steps": 1}
+    trainer = Trainer(tiny_run(**options))
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.run()
+    rate = trainer.settings.learning_rate_at(0)
+    for name, weight in trainer.model.named_parameters():
+        moved = weight.detach() - before[name]
+        if "weight_hh" in name:
+            assert 0.68 <= torch.linalg.matrix_norm(moved, 2) / (0.1 * rate) <= 1.21
+        else:  # the first step of Adam, wherever the gradient is not tiny
+            assert moved.abs().max().item() == pytest.approx(rate, rel=0.02)
+
+
 def test_a_recipe_is_where_settings_start_from():
     for permute in (False, True):
         recipe = Settings.for_task("mnist", recipe="best", permute=permute)

@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
         ("mnist", False): {
             **_MNIST,
             **{"recurrent_init": "cycles", "recurrent_cycles": "14,27,28,29", "recurrent_rate": 0.03},
-            **{"state_noise": 0.1, "steps": 32 * 1875},
+            **{"noise": 0.1, "state_noise": 0.5, "steps": 28 * 1875},
         },
         ("mnist", True): {
             **_MNIST,
