@@ -54,7 +54,8 @@ def measure(task: str, folder: Path, device: str, seconds: float = SECONDS) -> d
 
     def work(inputs: Sequence[torch.Tensor], target: torch.Tensor) -> None:
         loss = trainer.task.loss(model(*inputs), target)
-        model.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
