@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from fused_rin.experiments import reproduce, tasks
 from fused_rin.experiments.capture import CapturedUpdate
-from fused_rin.experiments.data import data_folder
+from fused_rin.experiments.data import Labelled, data_folder, read_mnist
 from fused_rin.experiments.errors import UserError
 from fused_rin.experiments.runs import Run
 from fused_rin.experiments.settings import Settings
@@ -105,30 +105,15 @@ def epochs(folder: Path, device: str, rounds: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
-def random_mnist(
-    folder: Path,
-    rows: bool = False,
-    permute: bool = False,
-    noise: float = 0.0,
-    standardize: bool = False,
-    seed: int = 0,
-    device: Any = "cpu",
-    sizes: tuple[int, int] = (60_000, 10_000),
-    pixels: int = 784,
-) -> tasks.PixelSequences:
-    """Stands in for `tasks.mnist`: as many images, of random pixels."""
+def random_mnist(folder: Path) -> tuple[Labelled, Labelled]:
+    """Stands in for `data.read_mnist`: as many images, of random pixels."""
     source = torch.Generator().manual_seed(0)
-    train, test = (
-        (
-            torch.randint(256, (size, pixels, 1), dtype=torch.uint8, generator=source),
-            torch.randint(10, (size,), generator=source),
-        )
-        for size in sizes
-    )
-    return tasks.PixelSequences(
-        train, test,
-        classes=10, scale=255.0, noise=noise, permute=permute, standardize=standardize, seed=seed, device=device,
-    )  # fmt: skip
+
+    def part(size: int) -> Labelled:
+        images = torch.randint(256, (size, 28, 28), dtype=torch.uint8, generator=source)
+        return images, torch.randint(10, (size,), generator=source)
+
+    return part(60_000), part(10_000)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,11 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device == "cuda":
         about["gpu"] = torch.cuda.get_device_name()
         try:
-            tasks.mnist(data_folder(""))
+            read_mnist(data_folder(""))
         except UserError as error:
             print(f"random pixels instead of MNIST: {error}")
             about["pixels"] = "random"
-            tasks.mnist = random_mnist
+            tasks.read_mnist = random_mnist
     content: dict[str, Any] = {"machine": about}
     with tempfile.TemporaryDirectory() as folder:
         content["points"] = [measure(task, Path(folder), device) for task in TASKS[device]]

@@ -22,7 +22,7 @@ def test_the_overhead_is_what_the_loop_adds(tmp_path, monkeypatch):
 
 
 def test_an_epoch_of_every_rin_of_table_1(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "mnist", lambda *others: loop.random_mnist(*others, sizes=(256, 64), pixels=60))
+    monkeypatch.setattr(tasks, "mnist", lambda folder, rows, *others: tasks.digits(*others))
     rows = loop.epochs(tmp_path, "cpu", rounds=1)
     nets = [(row["trial"].removeprefix("sequential-"), row["model"]) for row in rows]
     table = ["1-100", "1-200", "2-100", "2-200", "3-100", "3-200"]
@@ -32,3 +32,13 @@ def test_an_epoch_of_every_rin_of_table_1(tmp_path, monkeypatch):
         assert row["epoch_s"] == pytest.approx(468 * row["step_ms"] / 1e3 + row["evaluation_s"], abs=0.01)
     times = {net: row["step_ms"] for net, row in zip(nets, rows, strict=True)}
     assert times["3-200", "rin"] > times["1-100", "rin"] > 0
+
+
+def test_random_pixels_stand_in_for_mnist(tmp_path, monkeypatch):
+    """Where the data are not at hand."""
+    monkeypatch.setattr(tasks, "read_mnist", loop.random_mnist)
+    task = tasks.mnist(tmp_path)
+    (x,), labels = task.train_batch(0, 128)
+    assert (task.train_size, x.shape, labels.shape) == (60_000, (784, 128, 1), (128,))
+    assert 0.45 < x.mean() < 0.55
+    assert labels.unique().tolist() == list(range(10))

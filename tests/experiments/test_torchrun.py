@@ -10,16 +10,8 @@ from fused_rin.experiments.training import Trainer
 def test_two_processes_train_as_one_and_resume(tiny_run, tmp_path):
     settings = ["--task", "adding", "--length", "10", "--hidden-size", "8", "--test-size", "1003", "--log-every", "5"]
     settings += ["--eval-every", "10", "--learning-rate", "1e-3", "--schedule", "constant", "--warmup", "0"]
-    settings += [
-        "--threads",
-        "1",
-        "--checkpoint-every",
-        "7",
-        "--recurrent-optimizer",
-        "muon",
-        "--recurrent-rate",
-        "0.5",
-    ]
+    settings += ["--threads", "1", "--checkpoint-every", "7"]
+    settings += ["--recurrent-optimizer", "muon", "--recurrent-rate", "0.5"]
     two = tmp_path / "two"
     result = torchrun(2, "train", *settings, "--steps", "13", "--out", two)
     assert result.returncode == 0, result.stderr
