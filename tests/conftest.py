@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from fused_rin import cpu, reference
+from fused_rin.problem import Rows, Rule
 from torch import Tensor
 
 
@@ -32,15 +33,27 @@ class Case:
         return self.pre, self.weight, self.h0, self.lengths, self.offsets, self.resets
 
     @property
-    def constants(self) -> dict[str, object]:
-        return {"skip": self.skip, "activation": self.activation, "num_reversed": self.num_reversed}
+    def rows(self) -> Rows:
+        return Rows(self.lengths, self.offsets, self.resets)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.skip, self.activation, self.num_reversed)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Rows, Rule]:
+        """What a backend's `forward` takes."""
+        return self.pre, self.weight, self.h0, self.rows, self.rule
 
     def to(self, dtype: torch.dtype) -> Case:
         h0 = None if self.h0 is None else self.h0.to(dtype)
-        return Case(
-            self.pre.to(dtype), self.weight.to(dtype), h0, self.lengths, self.offsets, self.resets,
-            self.skip, self.activation, self.num_reversed,
-        )  # fmt: skip
+        return replace(self, pre=self.pre.to(dtype), weight=self.weight.to(dtype), h0=h0)
+
+    def on(self, device: torch.device | str) -> Case:
+        names = ("pre", "weight", "h0", "lengths", "offsets", "resets")
+        tensors = (getattr(self, name) for name in names)
+        moved = {name: None if t is None else t.to(device) for name, t in zip(names, tensors, strict=True)}
+        return replace(self, **moved)
 
 
 def make_case(
@@ -124,9 +137,9 @@ def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int =
     """
     dtype = case.pre.dtype
     with use_threads(threads):
-        out, h_n = forward(*case.tensors, **case.constants)
-    plain = reference.recurrence(*case.tensors, **case.constants)
-    exact = reference.recurrence(*case.to(torch.float64).tensors, **case.constants)
+        out, h_n = forward(*case.arguments)
+    plain = reference.forward(*case.arguments)
+    exact = reference.forward(*case.to(torch.float64).arguments)
     terms = case.pre.shape[-1] + case.pre.shape[0]
     assert_within("out", out, plain[0], exact[0], 2, terms)
     assert_within("h_n", h_n, plain[1], exact[1], 2, terms)
@@ -134,12 +147,11 @@ def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int =
     draw = torch.Generator().manual_seed(seed)
     grad_out, grad_h_n = (torch.randn(t.shape, generator=draw, dtype=torch.float64).to(dtype) for t in (out, h_n))
     for name, g, g_n in (("both", grad_out, grad_h_n), ("out", grad_out, None), ("h_n", None, grad_h_n)):
-        rest = (case.lengths, case.offsets, case.resets)
         with use_threads(threads):
-            got = backward(g, g_n, case.weight, out, *rest, **case.constants)
-        plain = reference.backward(g, g_n, case.weight, out, *rest, **case.constants)
+            got = backward(g, g_n, case.weight, out, case.rows, case.rule)
+        plain = reference.backward(g, g_n, case.weight, out, case.rows, case.rule)
         doubles = (None if t is None else t.double() for t in (g, g_n, case.weight, out))
-        exact = reference.backward(*doubles, *rest, **case.constants)
+        exact = reference.backward(*doubles, case.rows, case.rule)
         assert_within(f"grad_pre from {name}", got[0], plain[0], exact[0], 3, terms)
         assert_within(f"grad_h0 from {name}", got[1], plain[1], exact[1], 3, terms)
 

@@ -10,6 +10,7 @@ import fused_rin
 import pytest
 import torch
 from fused_rin import BackendError, backends, cpu, cuda, explain, recurrence, triton_kernels, use_backend
+from fused_rin.device import Device
 
 from tests.conftest import make_case
 
@@ -84,13 +85,13 @@ class TestOnAGpu:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(triton_kernels, "_missing", lambda: None)
-        self.be(backends.Device("H200", (9, 0), 132, 227 * 1024, 65536, 50 << 20, 16))
+        self.be(Device("H200", (9, 0), 132, 227 * 1024, 65536, 50 << 20, 16))
         yield
         backends._kept_reason.cache_clear()
 
     def be(self, device):
         backends._kept_reason.cache_clear()
-        self.monkeypatch.setattr(cuda, "_record", lambda index: device)
+        self.monkeypatch.setattr(cuda, "device_record", lambda index: device)
         self.monkeypatch.setattr(triton_kernels, "device_record", lambda index: device)
 
     def refuses(self, backend, hidden, dtype, reason):
@@ -132,7 +133,7 @@ class TestOnAGpu:
         self.refuses("triton", 1000, torch.float32, f"{reason}.*use backend=")
 
     def test_an_old_gpu(self):
-        self.be(backends.Device("T4", (7, 5), 40, 64 * 1024, 65536, 4 << 20, 1))
+        self.be(Device("T4", (7, 5), 40, 64 * 1024, 65536, 4 << 20, 1))
         choice = explain((5, 2, 64), device="cuda", dtype=torch.float16)
         assert choice.backend == "reference"
         assert all("T4 has 7.5" in why for why in choice.passed_over.values())

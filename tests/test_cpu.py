@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from fused_rin import cpu, recurrence
+from fused_rin.problem import ALL_ROWS, Rule
 
 from tests.conftest import check_sweeps, make_case, use_threads
 
@@ -93,8 +94,8 @@ def test_special_values_propagate_as_in_the_reference(isa, activation, dtype):
                 for skip in (1.0, 0.0):
                     case = make_case(4, batch, hidden, dtype=dtype, activation=activation, skip=skip)
                     getattr(case, place).view(-1)[-1] = value
-                    got = cpu.forward(*case.tensors, **case.constants)
-                    want = reference.recurrence(*case.tensors, **case.constants)
+                    got = cpu.forward(*case.arguments)
+                    want = reference.forward(*case.arguments)
                     for a, b in zip(got, want, strict=True):
                         torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
 
@@ -103,9 +104,7 @@ def test_tanh_is_accurate_to_two_last_places(isa):
     x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-30, 0, 2_000), torch.tensor([0.0, -0.0])])
     for dtype, ulps in ((torch.float32, 2), (torch.float64, 2)):
         pre = x.to(dtype).view(1, -1, 1, 1).expand(1, -1, 1, 16).contiguous()
-        out, _ = cpu.forward(
-            pre, pre.new_zeros(1, 16, 16), None, None, None, None, skip=0.0, activation="tanh", num_reversed=0
-        )
+        out, _ = cpu.forward(pre, pre.new_zeros(1, 16, 16), None, ALL_ROWS, Rule(0.0, "tanh"))
         want = torch.tanh(pre.double())
         spacing = torch.finfo(dtype).eps * want.abs().clamp(min=torch.finfo(dtype).tiny)
         assert ((out.double() - want).abs() / spacing).max() <= ulps
@@ -115,15 +114,15 @@ def test_tanh_is_accurate_to_two_last_places(isa):
 def test_every_16_bit_value_survives_the_conversions(isa, dtype):
     """In and out through float32 (NaN stays NaN), and rounding of float32 states as torch rounds."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1, 1, 16)
-    none = {"skip": 0.0, "activation": "none", "num_reversed": 0}
-    out, _ = cpu.forward(values, values.new_zeros(1, 16, 16), None, None, None, None, **none)
+    rest = (ALL_ROWS, Rule(0.0, "none"))
+    out, _ = cpu.forward(values, values.new_zeros(1, 16, 16), None, *rest)
     assert torch.equal(out.isnan(), values.isnan())
     assert torch.equal(out.nan_to_num(0.0), values.nan_to_num(0.0))
     # h = x / 3 is not a 16-bit number: U = 1/3 I, state x.
     third = (torch.eye(16) / 3).to(dtype)[None]
     zeros = torch.zeros_like(values)
     finite = torch.where(values.isfinite(), values, 0)
-    out, _ = cpu.forward(zeros, third, finite[0], None, None, None, **none)
+    out, _ = cpu.forward(zeros, third, finite[0], *rest)
     want = (finite.float() * third[0, 0, 0].float()).to(dtype)
     assert torch.equal(out, want)
 
@@ -134,17 +133,17 @@ def test_results_do_not_depend_on_threads_or_repetition(isa):
         results = []
         for threads in (1, 2, 3, 4, 1, 2):
             with use_threads(threads):
-                results.append(cpu.forward(*case.tensors, **case.constants))
+                results.append(cpu.forward(*case.arguments))
         assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
 
 
 def test_streaming_equals_the_whole_sequence_bit_for_bit(isa):
     for batch, hidden in ((1, 64), (1, 200), (5, 50)):
         case = make_case(40, batch, hidden, dtype=torch.float32)
-        whole, h_n = cpu.forward(*case.tensors, **case.constants)
+        whole, h_n = cpu.forward(*case.arguments)
         h, outs = case.h0, []
         for t in range(40):
-            out, h = cpu.forward(case.pre[t : t + 1], case.weight, h, None, None, None, **case.constants)
+            out, h = cpu.forward(case.pre[t : t + 1], case.weight, h, ALL_ROWS, case.rule)
             outs.append(out)
         assert torch.equal(torch.cat(outs), whole)
         assert torch.equal(h, h_n)
@@ -152,10 +151,10 @@ def test_streaming_equals_the_whole_sequence_bit_for_bit(isa):
 
 def test_a_row_does_not_depend_on_its_batch(isa):
     case = make_case(11, 13, 70)
-    whole, _ = cpu.forward(*case.tensors, **case.constants)
+    whole, _ = cpu.forward(*case.arguments)
     for first, last in ((0, 2), (3, 9), (11, 13)):
         part, _ = cpu.forward(
-            case.pre[:, first:last].contiguous(), case.weight, case.h0[first:last], None, None, None, **case.constants
+            case.pre[:, first:last].contiguous(), case.weight, case.h0[first:last], ALL_ROWS, case.rule
         )
         assert torch.equal(part, whole[:, first:last])
 
@@ -164,9 +163,9 @@ def test_a_row_does_not_depend_on_its_batch(isa):
 def test_zero_states_are_skipped_without_a_trace(isa, hidden):
     """Half of the states 0: the rows of U that are listed, by eights and what is left of them, in chunks."""
     case = make_case(30, 1, hidden, skip=0.0)
-    one, _ = cpu.forward(*case.tensors, **case.constants)
+    one, _ = cpu.forward(*case.arguments)
     assert 0.3 < (one == 0).float().mean() < 0.7
-    exact, _ = (t for t in cpu.forward(*case.to(torch.float64).tensors, **case.constants))
+    exact, _ = (t for t in cpu.forward(*case.to(torch.float64).arguments))
     torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -200,8 +199,8 @@ def test_the_instruction_set_can_be_chosen_and_is_named():
 @pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
 def test_the_output_may_overwrite_the_input(isa, hidden, layout):
     case = make_case(9, 3, hidden, layout=layout)
-    want = cpu.forward(*case.tensors, **case.constants)
+    want = cpu.forward(*case.arguments)
     pre = case.pre.clone()
-    got = cpu.forward(pre, *case.tensors[1:], **case.constants, out=pre)
+    got = cpu.forward(pre, *case.arguments[1:], out=pre)
     assert got[0] is pre
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -45,12 +45,12 @@ def run_python(code: str, **environment: str) -> str:
 def test_many_python_threads_at_once(team):
     """Several callers, each of which may want the threads: same bits as alone."""
     cases = [make_case(60, 4, 100, seed=i) for i in range(4)] + [make_case(60, 1, 512, seed=9)]
-    alone = [cpu.forward(*case.tensors, **case.constants)[0] for case in cases]
+    alone = [cpu.forward(*case.arguments)[0] for case in cases]
     wrong = []
 
     def work(case, want):
         for _ in range(30):
-            if not torch.equal(cpu.forward(*case.tensors, **case.constants)[0], want):
+            if not torch.equal(cpu.forward(*case.arguments)[0], want):
                 wrong.append(case)
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, alone, strict=True)]
@@ -69,7 +69,7 @@ def test_the_lock_of_python_is_released():
     ticks, done = [], threading.Event()
 
     def sweep():
-        cpu.forward(*case.tensors, **case.constants)
+        cpu.forward(*case.arguments)
         done.set()
 
     worker = threading.Thread(target=sweep)
@@ -83,9 +83,10 @@ def test_the_lock_of_python_is_released():
 SETUP = """
 import os, torch
 from fused_rin import _native, cpu
+from fused_rin.problem import ALL_ROWS, Rule
 torch.set_num_threads(2)
 pre, weight = torch.randn(64, 8, 1, 256), torch.randn(1, 256, 256) / 100
-run = lambda: cpu.forward(pre, weight, None, None, None, None, skip=1.0, activation="relu", num_reversed=0)[0]
+run = lambda: cpu.forward(pre, weight, None, ALL_ROWS, Rule())[0]
 """
 
 COUNT = """

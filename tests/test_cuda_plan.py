@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fused_rin import cuda
-from fused_rin.backends import Device
-from fused_rin.cuda_plan import KERNELS, NoPlan, plan
+from fused_rin.cuda_plan import KERNELS, plan
+from fused_rin.device import Device, NoPlan, allow_tf32
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 A100 = Device("A100", (8, 0), 108, 163 * 1024, 65536, 40 << 20, 1)
@@ -77,12 +77,12 @@ def test_torchs_tf32_setting_is_followed(monkeypatch):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert not cuda._allow_tf32()
+        assert not allow_tf32()
         torch.set_float32_matmul_precision("high")
-        assert cuda._allow_tf32()
+        assert allow_tf32()
         if hasattr(matmul, "fp32_precision"):
             matmul.fp32_precision = "ieee"
-            assert not cuda._allow_tf32()
+            assert not allow_tf32()
             matmul.fp32_precision = "none"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -129,7 +129,7 @@ def test_other_devices_are_refused(monkeypatch):
 def test_an_available_device_is_judged_by_the_plan(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "_record", lambda index: RTX4090)
+    monkeypatch.setattr(cuda, "device_record", lambda index: RTX4090)
     device = torch.device("cuda", 0)
     assert cuda.unavailable_reason(device, BF16) is None
     assert cuda.unavailable_reason(device, BF16, 256) is None

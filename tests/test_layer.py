@@ -5,7 +5,8 @@ from __future__ import annotations
 import fused_rin
 import pytest
 import torch
-from fused_rin import cpu, layer, reference
+from fused_rin import cpu, gradients, layer, reference
+from fused_rin.problem import Weights
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,13 +29,11 @@ def make_layer(steps, batch, inputs, hidden, *, bias=True, **options):
 
 
 def run(case, x, w_ih, b_ih, b_hh):
-    result = layer.run(
-        x, w_ih, case.weight.flatten(0, 1), b_ih, b_hh, case.h0, case.lengths, case.offsets, case.resets,
-        groups=case.weight.shape[0], **case.constants, backend="auto",
-    )  # fmt: skip
-    assert result is not None, "the fused way was not taken"
-    out, h_n = result
-    return out, h_n.view(-1, *case.weight.shape[:2])
+    weights, groups = Weights(w_ih, case.weight.flatten(0, 1), b_ih, b_hh), case.weight.shape[0]
+    assert layer.is_fused(x, weights, case.h0, case.rows, groups, "auto"), "the fused way is not taken"
+    out, h_n = layer.forward(x, weights, case.h0, case.rows, case.rule, groups, "auto")
+    # As the module has it: the directions first.
+    return out, h_n.transpose(0, 1).reshape(-1, *case.weight.shape[:2])
 
 
 def double(tensor):
@@ -44,19 +43,16 @@ def double(tensor):
 def plain_forward(case, x, w_ih, b_ih, b_hh):
     pre = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)
     pre = pre.view(*x.shape[:-1], *case.weight.shape[:2])
-    out, h_n = reference.recurrence(pre, case.weight, *case.tensors[2:], **case.constants)
+    out, h_n = reference.forward(pre, *case.arguments[1:])
     return out.view(*x.shape[:-1], w_ih.shape[0]), h_n
 
 
 def plain_gradients(case, x, w_ih, out, grad_out, grad_h_n):
     """Gradients of x, W, U, b, h0 by PyTorch, from the states `out`."""
-    from fused_rin import ops
-
     split = (*x.shape[:-1], *case.weight.shape[:2])
-    rest = (case.lengths, case.offsets, case.resets)
     grads = None if grad_out is None else grad_out.view(split)
-    grad_pre, grad_h0 = reference.backward(grads, grad_h_n, case.weight, out.view(split), *rest, **case.constants)
-    grad_u = ops.weight_gradient(grad_pre, out.view(split), case.h0, *rest, case.num_reversed)
+    grad_pre, grad_h0 = reference.backward(grads, grad_h_n, case.weight, out.view(split), case.rows, case.rule)
+    grad_u = gradients.weight_gradient(grad_pre, out.view(split), case.h0, case.rows, case.num_reversed)
     rows = grad_pre.reshape(-1, w_ih.shape[0])
     return (rows @ w_ih).view(x.shape), rows.t() @ x.reshape(rows.shape[0], -1), grad_u, rows.sum(0), grad_h0
 
@@ -203,28 +199,44 @@ def test_a_training_step_allocates_one_tensor_of_all_steps():
 
 def test_where_it_does_not_fit():
     case, x, w_ih, b_ih, b_hh = make_layer(4, 3, 5, 6)
-    options = {"groups": 1, **case.constants}
-    rest = (case.h0, None, None, None)
 
-    def result(*tensors, backend="auto"):
-        return layer.run(*tensors, *rest, **options, backend=backend)
+    def is_fused(x, *weights, backend="auto"):
+        return layer.is_fused(x, Weights(*weights), case.h0, case.rows, 1, backend)
 
     good = (x, w_ih, case.weight[0], b_ih, b_hh)
-    assert result(*good) is not None
-    assert result(*good, backend="cpu") is not None
-    assert result(*good, backend="reference") is None
+    assert is_fused(*good)
+    assert is_fused(*good, backend="cpu")
+    assert not is_fused(*good, backend="reference")
     for place in range(5):
-        wrong_dtype, wrong_shape, elsewhere = list(good), list(good), list(good)
-        wrong_dtype[place] = good[place].double()
-        wrong_shape[place] = good[place][..., :-1]
-        elsewhere[place] = good[place].to("meta")
-        assert all(result(*tensors) is None for tensors in (wrong_dtype, wrong_shape, elsewhere))
+        for change in (
+            lambda t: t.double(),
+            lambda t: t[..., :-1],
+            lambda t: t.to("meta"),
+            lambda t: torch._neg_view(t),
+            lambda t: torch._efficientzerotensor(t.shape),
+            lambda t: torch.Tensor._make_subclass(Subclass, t),
+            freed,
+        ):
+            bad = list(good)
+            bad[place] = change(good[place])
+            assert not is_fused(*bad), (place, bad[place])
     with torch.autocast("cpu"):
-        assert result(*good) is None
+        assert not is_fused(*good)
     with FlopCounterMode(display=False) as flops:
-        assert result(*good) is None
+        assert not is_fused(*good)
         fused_rin.RIN(5, 6)(x)
     assert flops.get_total_flops() >= 2 * x.numel() * 6
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def freed(tensor):
+    """As sharding leaves a tensor between its uses: all but its memory."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def test_second_derivatives():

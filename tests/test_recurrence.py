@@ -8,7 +8,9 @@ import math
 import fused_rin
 import pytest
 import torch
-from fused_rin import ops, recurrence, reference
+from fused_rin import recurrence, reference
+from fused_rin.gradients import weight_gradient
+from fused_rin.problem import ALL_ROWS
 
 from tests.conftest import assert_within, make_case
 
@@ -56,7 +58,7 @@ def test_gradients_are_those_of_the_reference(options):
     got, want = leaves(case), leaves(case)
     out, h_n = recurrence(*got, **public_arguments(case))
     rest = (None,) * (3 - len(want))
-    out_r, h_r = reference.recurrence(*want, *rest, case.lengths, case.offsets, case.resets, **case.constants)
+    out_r, h_r = reference.forward(*want, *rest, case.rows, case.rule)
     torch.testing.assert_close(out, out_r)
     torch.testing.assert_close(h_n, h_r)
     (out.sin().sum() + h_n.cos().sum()).backward()
@@ -72,11 +74,10 @@ def test_the_backward_reference_is_the_derivative_of_the_forward_one(options, ac
     pre = case.pre.clone().requires_grad_()
     shape = (case.lengths.numel() if case.lengths is not None else 3, *case.pre.shape[-2:])
     h0 = (torch.zeros(shape, dtype=torch.float64) if case.h0 is None else case.h0).clone().requires_grad_()
-    rest = (case.lengths, case.offsets, case.resets)
-    out, h_n = reference.recurrence(pre, case.weight, h0, *rest, **case.constants)
+    out, h_n = reference.forward(pre, case.weight, h0, case.rows, case.rule)
     grad_out, grad_h_n = torch.randn_like(out), torch.randn_like(h_n)
     want = torch.autograd.grad((out, h_n), (pre, h0), (grad_out, grad_h_n))
-    got = reference.backward(grad_out, grad_h_n, case.weight, out, *rest, **case.constants)
+    got = reference.backward(grad_out, grad_h_n, case.weight, out, case.rows, case.rule)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -85,9 +86,9 @@ def test_the_backward_reference_is_the_derivative_of_the_forward_one(options, ac
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gradient_of_the_weight_by_the_tolerance_rule(dtype, groups):
     case = make_case(40, 7, 33, groups, dtype=dtype)
-    out, _ = reference.recurrence(*case.tensors, **case.constants)
+    out, _ = reference.forward(*case.arguments)
     grad = torch.randn_like(out)
-    got = ops.weight_gradient(grad, out, case.h0, None, None, None, 0)
+    got = weight_gradient(grad, out, case.h0, ALL_ROWS, 0)
     states = torch.cat([case.h0[None], out[:-1]])
     plain = torch.einsum("tbgi,tbgj->gij", grad, states)
     exact = torch.einsum("tbgi,tbgj->gij", grad.double(), states.double())

@@ -19,12 +19,16 @@ import importlib.util
 import os
 
 import torch
+from fused_rin.device import Device, NoPlan
+from fused_rin.problem import Rows, Rule
 from torch import Tensor
 
 from .device import device_record, fp32_precision
-from .plan import Device, NoPlan, Plan, plan
+from .plan import Plan, plan
 
 __all__ = ["Device", "NoPlan", "Plan", "backward", "describe", "forward", "plan", "unavailable_reason"]
+
+name = "triton"
 
 OLDEST = (3, 6)  # the oldest Triton that the tests run
 
@@ -33,26 +37,20 @@ def forward(
     pre: Tensor,
     weight: Tensor,
     h0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
+    rows: Rows,
+    rule: Rule,
     *,
-    skip: float,
-    activation: str,
-    num_reversed: int,
+    out: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out` in the layout of `pre` and `h_n` [B, G, D]; arguments as `reference.recurrence`.
+    """`out` in the layout of `pre` and `h_n` [B, G, D]; arguments as `reference.forward`.
 
     float32, float16 or bfloat16; 16-bit types accumulate and carry the state in float32. Raises NoPlan (a ValueError)
     where no tiles fit. `plan` overrides the rule.
     """
     from .launch import run
 
-    return run(
-        pre, None, h0, weight, lengths, offsets, resets,
-        skip=skip, activation=activation, num_reversed=num_reversed, chosen=plan,
-    )  # fmt: skip
+    return run(pre, None, h0, weight, rows, rule, out=out, chosen=plan)
 
 
 def backward(
@@ -60,13 +58,9 @@ def backward(
     grad_h_n: Tensor | None,
     weight: Tensor,
     out: Tensor,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
+    rows: Rows,
+    rule: Rule,
     *,
-    skip: float,
-    activation: str,
-    num_reversed: int,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `pre`, in the layout of `out`, and of `h0` [B, G, D]. None for a gradient means zero.
@@ -75,10 +69,7 @@ def backward(
     """
     from .launch import run
 
-    return run(
-        grad_out, out, grad_h_n, weight, lengths, offsets, resets,
-        skip=skip, activation=activation, num_reversed=num_reversed, chosen=plan,
-    )  # fmt: skip
+    return run(grad_out, out, grad_h_n, weight, rows, rule, chosen=plan)
 
 
 def unavailable_reason(

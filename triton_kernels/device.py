@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
-import torch
+from fused_rin import device as _device
+from fused_rin.device import Device, allow_tf32
 
-from .plan import Device
+INTERPRETER = Device("Triton's interpreter", (9, 0), 1, 1 << 20)
 
 
-@functools.cache
 def device_record(index: int | None) -> Device:
     """What torch knows of a GPU; None is the interpreter, which runs the programs of a grid one after the other."""
-    if index is None:
-        return Device("Triton's interpreter", (9, 0), 1, 1 << 20)
-    p = torch.cuda.get_device_properties(index)
-    shared = getattr(p, "shared_memory_per_block_optin", None) or p.shared_memory_per_block
-    vendor = "nvidia" if torch.version.hip is None else "amd"
-    return Device(p.name, (p.major, p.minor), p.multi_processor_count, shared, vendor)
+    return INTERPRETER if index is None else _device.device_record(index)
 
 
 def fp32_precision() -> str:
@@ -27,8 +21,4 @@ def fp32_precision() -> str:
     asked = os.environ.get("FUSED_RIN_TRITON_FP32")
     if asked:
         return asked
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9, where reading allow_tf32 may raise
-        chosen = matmul.fp32_precision
-        return "tf32" if chosen == "tf32" else "tf32x3"
-    return "tf32" if matmul.allow_tf32 else "tf32x3"
+    return "tf32" if allow_tf32() else "tf32x3"

@@ -6,6 +6,8 @@ import functools
 
 import torch
 import triton
+from fused_rin.device import aligned
+from fused_rin.problem import Rows, Rule
 from torch import Tensor
 
 from .device import device_record, fp32_precision
@@ -35,22 +37,20 @@ def run(
     saved: Tensor | None,
     state_in: Tensor | None,
     weight: Tensor,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
+    rows: Rows,
+    rule: Rule,
     *,
-    skip: float,
-    activation: str,
-    num_reversed: int,
+    out: Tensor | None = None,
     chosen: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One sweep: forward when `saved` is None, else backward. Returns (out, h_n) or (grad_pre, grad_h0)."""
     like = stream_in if saved is None else saved
     assert like is not None
-    groups, hidden = weight.shape[0], weight.shape[1]
-    steps = like.shape[0] if offsets is None else offsets.numel()
-    batch = like.shape[1] if offsets is None else lengths.numel()  # type: ignore[union-attr]
-    out = torch.empty_like(like)
+    groups, hidden = weight.shape[:2]
+    steps, batch = rows.sizes(like)
+    lengths, offsets, resets = rows
+    if out is None:
+        out = torch.empty_like(like)
     state_out = like.new_empty(batch, groups, hidden)
     if steps == 0 or state_out.numel() == 0:
         return out, state_out.zero_() if state_in is None else state_out.copy_(state_in)
@@ -70,20 +70,15 @@ def run(
             count = min(wave, tiles - first_tile)
             if exchange is not None:
                 arrived = torch.zeros(count, _ARRIVED_STRIDE, dtype=torch.int64, device=like.device)
+            # Triton compiles once more for a pointer that is no multiple of 16; a copy, rarely needed, is cheaper.
             sweep[(count, chosen.slices)](
-                _aligned(stream_in), _aligned(saved), _aligned(state_in), _aligned(weight), out, state_out,
+                aligned(stream_in, 16), aligned(saved, 16), aligned(state_in, 16), aligned(weight, 16), out, state_out,
                 lengths, offsets, None if resets is None else resets.view(torch.uint8), exchange, arrived,
-                steps, batch, groups, num_reversed, first_tile, hidden, float(skip),
+                steps, batch, groups, rule.num_reversed, first_tile, hidden, float(rule.skip),
                 TILE_N=chosen.tile_n, TILE_B=chosen.tile_b, SPLIT_K=chosen.split_k, TILE_K=chosen.tile_k,
                 SLICED=chosen.kind == "sliced", MATRIX=chosen.matrix,
-                BACKWARD=saved is not None, ACTIVATION=activation, HAS_SKIP=skip != 0, PRECISION=chosen.input_precision,
+                BACKWARD=saved is not None, ACTIVATION=rule.activation, HAS_SKIP=rule.skip != 0,
+                PRECISION=chosen.input_precision,
                 **options,
             )  # fmt: skip
     return out, state_out
-
-
-def _aligned(tensor: Tensor | None) -> Tensor | None:
-    """Triton compiles once more for a pointer that is not a multiple of 16; a copy, rarely needed, is cheaper."""
-    if tensor is not None and tensor.data_ptr() % 16:
-        return tensor.clone()
-    return tensor

@@ -9,22 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fused_rin.device import NoPlan
+
 KILOBYTE = 1024
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the plan needs to know of a GPU. Any object with these attributes will do; `vendor` may be missing."""
-
-    name: str
-    capability: tuple[int, int]
-    sms: int
-    shared_memory_per_block: int  # bytes a block may ask for, opt-in included
-    vendor: str = "nvidia"
-
-
-class NoPlan(ValueError):
-    """No tiles fit. The message says why and what to use instead."""
 
 
 @dataclass(frozen=True)

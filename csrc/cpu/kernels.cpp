@@ -33,7 +33,8 @@ class Sweep {
         part_(part),
         rows_(part.rows),
         ascending_(is_ascending(p, part.group)),
-        direct_(p.backward || !p.state_in),
+        // From no state there is nothing to multiply, unless U holds an Inf or a NaN, which times zero is NaN.
+        direct_(p.backward || (!p.state_in && part.finite)),
         first_column_(l.first_column(part.block_begin)),
         end_column_(l.end_column(part.block_end - 1)),
         state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])} {
@@ -83,8 +84,7 @@ class Sweep {
       gradient.add(chunk_, chunk_data_);
     }
     meet();
-    const int64_t vecs = l_.vecs, n = part_.threads;
-    gradient.finish(part_.rank * vecs / n * l_.lanes, (part_.rank + 1) * vecs / n * l_.lanes);
+    gradient.finish();
   }
 
   // ---- who runs when ----
@@ -337,8 +337,14 @@ void sweep_any(const Problem& p, const Layout& l, const Part& part) {
 
 #define FUSED_RIN_STRING_(x) #x
 #define FUSED_RIN_STRING(x) FUSED_RIN_STRING_(x)
-const Kernels kKernels = {
-    FUSED_RIN_STRING(FUSED_RIN_ISA), FUSED_RIN_VECTOR_BYTES, kNarrow, kWide, pack_any, sweep_any, step_any};
+const Kernels kKernels = {FUSED_RIN_STRING(FUSED_RIN_ISA),
+                          FUSED_RIN_VECTOR_BYTES,
+                          kNarrow,
+                          kWide,
+                          pack_any,
+                          sweep_any,
+                          step_any,
+                          step_backward_any};
 
 }  // namespace
 }  // namespace FUSED_RIN_ISA

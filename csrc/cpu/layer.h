@@ -97,10 +97,10 @@ class InputProduct {
   const Panels& l_;
 };
 
-// Gradients of U, W and b, one product: the sum over rows of [h that entered, x, 1] x [gradient of pre]. Its left
-// factor lies in groups of `lanes` columns, first those of h, then those of x and the 1; a thread owns some groups, for
-// the whole call, so that the order of every sum follows from the rows alone. And the gradient of x, its rows divided
-// alike.
+// Gradients of U and W, one product: the sum over rows of [h that entered, x] x [gradient of pre]. Its left factor lies
+// in groups of `lanes` columns, first those of h, then those of x; a thread owns some groups, for the whole call, so
+// that the order of every sum follows from the rows alone. The gradient of b, the sum of the gradients of pre, and the
+// gradient of x, columns and rows divided alike.
 template <class T>
 class WeightGradient {
   using S = Scalar<T>;
@@ -114,13 +114,17 @@ class WeightGradient {
         layer_(*part.layer),
         ascending_(is_ascending(p, part.group)),
         state_groups_(groups_of(p.hidden)),
-        groups_(layer_.grad_w_hh ? state_groups_ + groups_of(layer_.inputs + 1) : 0),
+        groups_(layer_.grad_w_hh ? state_groups_ + groups_of(layer_.inputs) : 0),
         begin_(part.rank * groups_ / part.threads),
         end_((part.rank + 1) * groups_ / part.threads),
         rows_(part.sources),
         entered_(rows_ + part.max_chunk_rows) {
     for (int64_t i = begin_ * kLanes * l.padded(); i < end_ * kLanes * l.padded(); i += kLanes) {
       store(sums() + i, Vec<T>{});
+    }
+    if (!layer_.grad_bias) return;
+    for (int64_t level = 0; level < kBiasLevels; ++level) {
+      for (int64_t v = first_vec(); v < end_vec(); ++v) store(bias(level) + v * kLanes, Vec<T>{});
     }
   }
 
@@ -131,20 +135,24 @@ class WeightGradient {
     for (int64_t k = 0; k < rows && begin_ < end_; k += kOuterDepth) {
       add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, grad_pre + k * l_.padded());
     }
+    if (layer_.grad_bias) add_bias(rows, grad_pre);
     const int64_t rank = part_.rank, n = part_.threads;
     if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, grad_pre);
   }
 
-  // Writes what all threads have added up: this one's share of the outputs, rows [begin, end) of each gradient.
-  void finish(int64_t begin, int64_t end) const {
+  // Writes what all threads have added up: this one's share of the outputs, rows of each gradient.
+  void finish() const {
     if (!layer_.grad_w_hh) return;
+    const int64_t begin = first_vec() * kLanes, end = end_vec() * kLanes;
     const S* inputs = sums() + state_groups_ * kLanes * l_.padded();
     for (int64_t i = begin; i < end; i += kLanes) {
       write(sums(), i, p_.hidden, static_cast<T*>(layer_.grad_w_hh));
       write(inputs, i, layer_.inputs, static_cast<T*>(layer_.grad_w_ih));
       if (!layer_.grad_bias) continue;
       const int64_t count = p_.hidden - i < kLanes ? p_.hidden - i : kLanes;
-      store_first(static_cast<T*>(layer_.grad_bias) + i, load(inputs + layer_.inputs * l_.padded() + i), count);
+      Vec<T> sum{};
+      for (int64_t level = 0; level < kBiasLevels; ++level) sum += load(bias(level) + i);
+      store_first(static_cast<T*>(layer_.grad_bias) + i, sum, count);
     }
   }
 
@@ -153,6 +161,35 @@ class WeightGradient {
   static constexpr int64_t kZero = -1, kInitial = -2;  // in place of a row: zero, or minus the index into h0
 
   S* sums() const { return static_cast<S*>(part_.gradient); }
+  S* bias(int64_t level) const { return sums() + (groups_ * kLanes + level) * l_.padded(); }
+  // This thread's share of the outputs.
+  int64_t first_vec() const { return part_.rank * l_.vecs / part_.threads; }
+  int64_t end_vec() const { return (part_.rank + 1) * l_.vecs / part_.threads; }
+
+  void add_bias(int64_t rows, const S* grad_pre) {
+    for (int64_t begin = 0; begin < rows; begin += kBiasBlock) {
+      const int64_t end = rows - begin < kBiasBlock ? rows : begin + kBiasBlock;
+      for (int64_t v = first_vec(); v < end_vec(); ++v) {
+        Vec<T> sum{}, other{};  // rows in turn: two sums of half as many
+        int64_t k = begin;
+        for (; k + 2 <= end; k += 2) {
+          sum += load(grad_pre + k * l_.padded() + v * kLanes);
+          other += load(grad_pre + (k + 1) * l_.padded() + v * kLanes);
+        }
+        if (k < end) sum += load(grad_pre + k * l_.padded() + v * kLanes);
+        add_to(bias(0) + v * kLanes, sum + other);
+      }
+      int64_t level = 0;
+      for (int64_t blocks = ++blocks_; blocks % kBiasBlock == 0 && level + 1 < kBiasLevels; blocks /= kBiasBlock) {
+        for (int64_t v = first_vec(); v < end_vec(); ++v) {
+          add_to(bias(level + 1) + v * kLanes, load(bias(level) + v * kLanes));
+          store(bias(level) + v * kLanes, Vec<T>{});
+        }
+        ++level;
+      }
+    }
+  }
+  static void add_to(S* sum, Vec<T> value) { store(sum, load(sum) + value); }
   S* gathered(int64_t group) const { return static_cast<S*>(part_.gathered) + group * kOuterDepth * kLanes; }
 
   // For every row of the chunk, its own place and that of the state that entered it.
@@ -205,7 +242,7 @@ class WeightGradient {
 
   int64_t columns_in(int64_t group) const {
     const int64_t left =
-        group < state_groups_ ? p_.hidden - group * kLanes : layer_.inputs + 1 - (group - state_groups_) * kLanes;
+        group < state_groups_ ? p_.hidden - group * kLanes : layer_.inputs - (group - state_groups_) * kLanes;
     return left < kLanes ? left : kLanes;
   }
 
@@ -226,13 +263,11 @@ class WeightGradient {
       }
       return;
     }
-    const int64_t column = (group - state_groups_) * kLanes, left = layer_.inputs - column;
-    const int64_t count = left < kLanes ? left : kLanes;
+    const int64_t column = (group - state_groups_) * kLanes, count = columns_in(group);
     const T* x = static_cast<const T*>(layer_.x) + column;
     for (int64_t k = 0; k < rows; ++k) {
       const T* from = x + rows_[first + k] * layer_.inputs;
       store(to + k * kLanes, count == kLanes ? load(from) : load_first(from, count));
-      if (count < kLanes) to[k * kLanes + count] = 1;
     }
   }
 
@@ -285,6 +320,7 @@ class WeightGradient {
   const bool ascending_;
   const int64_t state_groups_, groups_, begin_, end_;
   int64_t *rows_, *entered_;
+  int64_t blocks_ = 0;  // of a bias's sum
 };
 
 }  // namespace

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <numeric>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,37 +17,84 @@
 namespace fused_rin {
 namespace {
 
-// Aligned memory that a calling thread keeps between calls: a fresh megabyte costs 256 page faults. In huge pages,
-// which save 5 percent of a step at B = 1, D = 1,024, where U is 4 MB, and nothing that could be measured up to D =
-// 512.
-class Workspace {
+// Aligned memory. In huge pages, which save 5 percent of a step at B = 1, D = 1,024, where U is 4 MB, and nothing that
+// could be measured up to D = 512.
+class Memory {
  public:
-  ~Workspace() { std::free(data_); }
-  char* get(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      const size_t align = bytes < kHuge / 16 ? 4096 : kHuge;
-      const size_t all = (bytes + align - 1) / align * align;
-      data_ = static_cast<char*>(std::aligned_alloc(align, all));
-      if (!data_) throw std::bad_alloc();
-      if (align == kHuge) prefer_huge_pages(data_, all);
-      size_ = all;
-    }
-    return data_;
+  Memory() = default;
+  explicit Memory(size_t bytes) {
+    const size_t align = bytes < kHuge / 16 ? 4096 : kHuge;
+    size_ = (bytes + align - 1) / align * align;
+    data_ = static_cast<char*>(std::aligned_alloc(align, size_));
+    if (!data_) throw std::bad_alloc();
+    if (align == kHuge) prefer_huge_pages(data_, size_);
   }
-  void release_if_large() {
-    if (size_ > (size_t{64} << 20)) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-    }
+  Memory(Memory&& other) noexcept { swap(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    swap(other);
+    return *this;
   }
+  ~Memory() { std::free(data_); }
+  char* data() const { return data_; }
+  size_t size() const { return size_; }
 
  private:
   static constexpr size_t kHuge = size_t{2} << 20;
+  void swap(Memory& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
   char* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Memory for one call, handed back at its end for the next one: a fresh megabyte costs 256 page faults. What is kept is
+// the process's, not a thread's, and has a bound: threads that call now and then would else keep a matrix each for as
+// long as they live. Nobody waits for it, so a fork from another thread's call can leave nothing locked: whoever finds
+// it taken goes to the system.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+    if (lock.owns_lock()) {
+      std::vector<Memory>& all = kept();
+      for (size_t i = all.size(); i-- > 0;) {  // the last one handed back is the warmest
+        if (all[i].size() < bytes) continue;
+        memory_ = std::move(all[i]);
+        all.erase(all.begin() + static_cast<std::ptrdiff_t>(i));
+        return;
+      }
+    }
+    memory_ = Memory(bytes);
+  }
+  ~Workspace() {
+    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+    if (!lock.owns_lock() || memory_.size() > kMost) return;
+    std::vector<Memory>& all = kept();
+    size_t sum = memory_.size();
+    for (const Memory& m : all) sum += m.size();
+    size_t first = 0;
+    while (first < all.size() && (sum > kMost || all.size() - first >= kMostPieces)) sum -= all[first++].size();
+    all.erase(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(first));
+    all.push_back(std::move(memory_));
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* data() const { return memory_.data(); }
+
+ private:
+  static constexpr size_t kMost = size_t{64} << 20;
+  static constexpr size_t kMostPieces = 64;
+  // Never destroyed: a thread may still be in a call while the process ends.
+  static std::mutex& mutex() {
+    static auto* const m = new std::mutex;
+    return *m;
+  }
+  static std::vector<Memory>& kept() {
+    static auto* const k = new std::vector<Memory>;
+    return *k;
+  }
+  Memory memory_;
 };
 
 // Hands out pieces of a workspace; first asked only for their sizes, then for the pieces.
@@ -131,8 +180,8 @@ class Call {
     // Gradients of pre are shared by all threads; an input product is its thread's own.
     if (layer_) {
       for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
-      const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes) / lanes;
-      if (p_.backward) gradient_ = scalars(groups * lanes * padded);
+      const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes - 1) / lanes;
+      if (p_.backward) gradient_ = scalars((groups * lanes + kBiasLevels) * padded);
       gathered_ = p_.backward ? std::min(groups, outer_groups(kernels_.vector_bytes)) * kOuterDepth * lanes
                               : rows * layer_->inputs;
     }
@@ -269,9 +318,9 @@ class Call {
 };
 
 bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan, int max_threads) {
-  thread_local Workspace workspace;
   Call call(p, layer, kernels, plan);
-  call.bind(workspace.get(call.bytes()));
+  const Workspace workspace(call.bytes());
+  call.bind(workspace.data());
   bool done = true;
   if (plan.threads == 1) {
     call.run(0);
@@ -279,7 +328,6 @@ bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, cons
     call.team().start(plan.threads);
     done = Pool::instance().try_run(plan.threads, max_threads, [&](int rank) { call.run(rank); });
   }
-  workspace.release_if_large();
   return done;
 }
 
@@ -304,13 +352,24 @@ void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
+namespace {
+
+// How many threads read `bytes` of weights: waking one takes about 10 us, in which one core reads a few hundred KB.
+int step_threads(const Step& s, int64_t bytes, int max_threads) {
+  const int64_t all = bytes * std::max<int64_t>(s.batch, 1);
+  return static_cast<int>(
+      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + all / (int64_t{2} << 20)}));
+}
+
+int64_t weight_bytes(const Step& s) {
+  return s.groups * s.hidden * (s.inputs + s.hidden) * (s.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+}  // namespace
+
 void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
-  const int64_t outputs = s.groups * s.hidden, scalar = s.dtype == DType::kFloat64 ? 8 : 4;
-  // Waking a thread takes about 10 us, in which one core reads a few hundred KB of weights.
-  const int64_t weight_bytes = outputs * (s.inputs + s.hidden) * scalar;
-  const int64_t rows_bytes = weight_bytes * std::max<int64_t>(s.batch, 1);
-  const int threads = static_cast<int>(
-      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)}));
+  const int64_t outputs = s.groups * s.hidden;
+  const int threads = step_threads(s, weight_bytes(s), max_threads);
   const auto first = [&](int rank) {
     const int64_t output = rank * outputs / threads;
     return output - output % s.hidden % kStepOutputs;
@@ -318,6 +377,20 @@ void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
   const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
   if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
   kernels.step(s, 0, outputs);
+}
+
+void step_backward_cpu(const Step& s, const StepGradients& g, const Kernels& kernels, int max_threads) {
+  const int64_t columns = s.inputs + s.hidden;
+  const int threads = step_threads(s, 2 * weight_bytes(s), max_threads);  // read, and as much written
+  const int64_t bytes = (step_scratch(s) * 8 + 127) / 128 * 128;
+  const Workspace workspace(static_cast<size_t>(threads * bytes));
+  const auto first = [&](int rank) { return rank * columns / threads / 16 * 16; };
+  const auto part = [&](int rank) {
+    kernels.step_backward(s, g, first(rank), rank + 1 == threads ? columns : first(rank + 1),
+                          workspace.data() + rank * bytes);
+  };
+  if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
+  kernels.step_backward(s, g, 0, columns, workspace.data());
 }
 
 }  // namespace fused_rin

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "../python_problem.h"
 #include "block.h"
 
 namespace py = pybind11;
@@ -9,36 +10,13 @@ using namespace fused_rin;
 
 namespace {
 
-template <class T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
-}
+using KernelId = std::tuple<int, int, int>;  // math, hidden, rows: which compiled instance
 
-// One plain call without keywords: it stands on the path of every step of a streaming model.
-void sweep_block(int64_t steps, int64_t batch, int64_t groups, int64_t hidden, int64_t num_reversed, int dtype,
-                 int activation, bool backward, double skip, uintptr_t lengths, uintptr_t offsets, uintptr_t resets,
-                 uintptr_t weight, uintptr_t in, uintptr_t saved, uintptr_t state_in, uintptr_t out,
-                 uintptr_t state_out, int math, int padded_hidden, int rows, int device, uintptr_t stream) {
-  Problem p{};
-  p.steps = steps;
-  p.batch = batch;
-  p.groups = groups;
-  p.hidden = hidden;
-  p.num_reversed = num_reversed;
-  p.dtype = static_cast<DType>(dtype);
-  p.activation = static_cast<Activation>(activation);
-  p.backward = backward;
-  p.skip = skip;
-  p.lengths = address<const int64_t>(lengths);
-  p.offsets = address<const int64_t>(offsets);
-  p.resets = address<const uint8_t>(resets);
-  p.weight = address<const void>(weight);
-  p.in = address<const void>(in);
-  p.saved = address<const void>(saved);
-  p.state_in = address<const void>(state_in);
-  p.out = address<void>(out);
-  p.state_out = address<void>(state_out);
-  launch_block(p, static_cast<Math>(math), padded_hidden, rows, device, address<void>(stream));
+void sweep_block(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                 const KernelId& kernel, int device, Address stream) {
+  const Problem p = make_problem(sizes, rule, rows, tensors);
+  const auto& [math, hidden, tile_rows] = kernel;
+  launch_block(p, static_cast<Math>(math), hidden, tile_rows, device, pointer<void>(stream));
 }
 
 py::list instances() {

@@ -3,8 +3,10 @@
 h_t = act(W x_t + b + U h_{t-1} + s * h_{t-1})     (Hu, Huber, Anumula, Liu: arXiv 1801.06105)
 """
 
-from fused_rin.backends import BackendError, Choice, Device, explain, use_backend
-from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn
+from fused_rin.backends import BackendError, use_backend
+from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restore_rnn
+from fused_rin.device import Device
+from fused_rin.explanation import Choice, explain
 from fused_rin.functional import recurrence
 from fused_rin.modules import RIN, RINCell
 
@@ -21,5 +23,6 @@ __all__ = [
     "load_rnn_state_dict",
     "recurrence",
     "replace_rnn",
+    "restore_rnn",
     "use_backend",
 ]

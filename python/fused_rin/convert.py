@@ -1,113 +1,29 @@
-"""From torch.nn.RNN and back: single modules, whole models, and checkpoints.
-
-torch.nn.RNN holds V, a RIN holds U = V - skip * I. The difference is formed in float32 at least: in bfloat16 an entry
-of V near 1 has a step of 2^-7.
-"""
+"""Whole models from torch.nn.RNN and back, and their checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
-from torch.nn.utils import parametrize
 
+from fused_rin.modules import RIN, RINCell
 from fused_rin.skip import SkipModule
+from fused_rin.weights import add_identity, from_rnn, is_recurrent_weight, to_rnn, weight_names, why_not
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-
-
-def _is_recurrent_weight(name: str) -> bool:
-    return name.startswith("weight_hh")
-
-
-def add_identity(weight: Tensor, factor: float, num_heads: int = 1) -> Tensor:
-    """weight + factor * I, head by head, summed in float32 or better and returned in the dtype of weight."""
-    if factor == 0:
-        return weight.detach().clone()
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    size = wide.shape[1]
-    wide.view(num_heads, size, size).diagonal(dim1=1, dim2=2).add_(factor)
-    return wide.to(weight.dtype)
-
-
-def _why_not(module: torch.nn.Module) -> str | None:
-    """Why a recurrent module of torch cannot be converted, or None if it can."""
-    kind = type(module)
-    if isinstance(module, (torch.nn.LSTM, torch.nn.GRU, torch.nn.LSTMCell, torch.nn.GRUCell)):
-        return f"torch.nn.{kind.__name__} has gates; only torch.nn.RNN and RNNCell compute what a RIN computes"
-    if not isinstance(module, (torch.nn.RNN, torch.nn.RNNCell)):
-        return f"{kind.__name__} is not a torch.nn.RNN or RNNCell"
-    if parametrize.is_parametrized(module):
-        return "it has parametrizations; remove them first (torch.nn.utils.parametrize.remove_parametrizations)"
-    if kind not in (torch.nn.RNN, torch.nn.RNNCell):
-        return f"{kind.__name__} is a subclass of torch.nn.{kind.__mro__[1].__name__} and may compute something else"
-    missing = [name for name in _names(module) if not isinstance(module._parameters.get(name), Tensor)]
-    if missing:
-        return f"{missing[0]} is not a parameter of it (torch.nn.utils.weight_norm or pruning?)"
-    return None
-
-
-def _names(module: torch.nn.Module) -> list[str]:
-    if isinstance(module, torch.nn.RNNBase):
-        return list(module._flat_weights_names)
-    return ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if module.bias else [])
-
-
-def _arguments(module: Any) -> dict[str, Any]:
-    names: tuple[str, ...] = ("input_size", "hidden_size", "bias", "nonlinearity")
-    if isinstance(module, torch.nn.RNNBase):
-        names += ("num_layers", "batch_first", "dropout", "bidirectional")
-    return {name: getattr(module, name) for name in names}
-
-
-def _adopt(new: Any, old: torch.nn.Module, weights: Mapping[str, torch.nn.Parameter]) -> Any:
-    for name, weight in weights.items():
-        setattr(new, name, weight)
-    if isinstance(new, SkipModule):
-        new.skip = new.skip.to(weights[_names(old)[0]].device)
-    return new.train(old.training)
-
-
-def from_rnn(cls: type, rnn: torch.nn.Module, *, skip: float, backend: str) -> Any:
-    """See RIN.from_rnn, RINCell.from_rnn."""
-    expected = torch.nn.RNN if issubclass(cls, torch.nn.RNNBase) else torch.nn.RNNCell
-    reason = _why_not(rnn)
-    if reason is None and not isinstance(rnn, expected):
-        reason = f"that is torch.nn.{type(rnn).__name__}"
-    if reason is not None:
-        raise TypeError(f"{cls.__name__}.from_rnn takes a torch.nn.{expected.__name__}, got {type(rnn)}: {reason}")
-    new = cls(**_arguments(rnn), device="meta", skip=skip, backend=backend)
-    weights = {}
-    for name in _names(rnn):
-        old = getattr(rnn, name)
-        value = add_identity(old, -new.skip_factor if _is_recurrent_weight(name) else 0)
-        weights[name] = torch.nn.Parameter(value, requires_grad=old.requires_grad)
-    new._buffers["skip"] = torch.tensor(new.skip_factor)
-    return _adopt(new, rnn, weights)
-
-
-def to_rnn(module: Any) -> Any:
-    """See RIN.to_rnn, RINCell.to_rnn."""
-    layers = isinstance(module, torch.nn.RNNBase)
-    new = (torch.nn.RNN if layers else torch.nn.RNNCell)(**_arguments(module), device="meta")
-    heads = getattr(module, "num_heads", 1)
-    weights = {}
-    for name in _names(module):
-        old = getattr(module, name)
-        value = old.detach().clone()
-        if _is_recurrent_weight(name):
-            value = add_identity(old, module.skip_factor, heads)
-            if heads > 1:
-                value = torch.block_diag(*value.chunk(heads))
-        weights[name] = torch.nn.Parameter(value, requires_grad=old.requires_grad)
-    return _adopt(new, module, weights)
+# What an instance of a recurrent module of torch or of ours has of itself, beside hooks.
+_OWN = frozenset({
+    "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "mode", "input_size",
+    "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity",
+    "_flat_weights_names", "_all_weights", "_flat_weights", "_flat_weight_refs", "skip_factor", "num_heads", "backend",
+    "_written_weights", *_HOOKS,
+})  # fmt: skip
 
 
 @dataclass
@@ -124,48 +40,147 @@ class Replaced:
         return "\n".join(lines)
 
 
-def replace_rnn(model: torch.nn.Module, *, skip: float = 0.0, backend: str = "auto") -> Replaced:
+def _added(old: torch.nn.Module) -> dict[str, Any]:
+    """What somebody set on the instance."""
+    return {name: value for name, value in old.__dict__.items() if name not in _OWN}
+
+
+def _why_not_carried(old: torch.nn.Module, cls: type) -> str | None:
+    """Why what was added to an instance cannot go over to one of `cls`, or None."""
+    names = [*_added(old), *(name for group in (old._parameters, old._buffers, old._modules) for name in group)]
+    for name in names:
+        if name in weight_names(old):
+            continue
+        if name in old.__dict__ and hasattr(type(old), name):
+            return f"its {name} was replaced on the instance, by what may still need the old module"
+        if hasattr(cls, name):
+            return f"its {name} was added to the instance, and {cls.__name__} has its own"
+    return None
+
+
+def _carry_over(old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Hooks, and what was added to the instance: attributes, buffers, parameters, submodules."""
+    for hooks in _HOOKS:
+        if hooks not in old.__dict__:
+            continue
+        kept = new.__dict__[hooks] = old.__dict__[hooks]  # the same dict, in which handles look for their hook
+        if isinstance(kept, dict):
+            for key, hook in kept.items():
+                if getattr(hook, "with_module", False):  # it is told of its module, by a weak reference
+                    kept[key] = type(hook)(hook.hook, new)
+    new.__dict__.update(_added(old))
+    for group in ("_parameters", "_buffers", "_modules"):
+        own = new.__dict__[group]
+        own.update({name: value for name, value in old.__dict__[group].items() if name not in own})
+    new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+
+
+class _Exchange:
+    """Modules to put in the place of others, all made before any is put there."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.report = Replaced(model)
+        self._new: dict[int, torch.nn.Module] = {}
+        self._pairs: list[tuple[torch.nn.Module, torch.nn.Module]] = []
+        self._parents: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
+
+    def known(self, old: torch.nn.Module) -> bool:
+        return id(old) in self._new
+
+    def add(self, old: torch.nn.Module, new: torch.nn.Module) -> None:
+        self._new[id(old)] = new
+        self._pairs.append((old, new))
+
+    def place(self, name: str, old: torch.nn.Module) -> None:
+        if name:
+            parent, _, child = name.rpartition(".")
+            self._parents.append((self.report.model.get_submodule(parent), child, self._new[id(old)]))
+        self.report.replaced.append(name)
+
+    def carry_out(self) -> Replaced:
+        for old, new in self._pairs:
+            _carry_over(old, new)
+        for parent, child, new in self._parents:
+            parent._modules[child] = new
+        self.report.model = self._new.get(id(self.report.model), self.report.model)
+        return self.report
+
+
+@overload
+def replace_rnn(
+    model: torch.nn.Module, *, skip: float = ..., backend: str = ..., report: Literal[False] = ...
+) -> torch.nn.Module: ...
+@overload
+def replace_rnn(
+    model: torch.nn.Module, *, skip: float = ..., backend: str = ..., report: Literal[True]
+) -> Replaced: ...
+def replace_rnn(
+    model: torch.nn.Module, *, skip: float = 0.0, backend: str = "auto", report: bool = False
+) -> torch.nn.Module | Replaced:
     """Replace every torch.nn.RNN and RNNCell of a model, in place, by a RIN or RINCell with equal outputs.
 
     With skip=0, the default, the new modules take over the very Parameter objects: an optimizer made before, tied
-    weights and checkpoints of the old model stay valid. With another skip the recurrent matrices become new
-    parameters, U = V - skip * I, so make the optimizer afterwards; decay of weights then pulls towards identity.
+    weights and checkpoints of the old model stay valid, in both directions. With another skip the recurrent matrices
+    become new parameters, U = V - skip * I, so make the optimizer afterwards; decay of weights then pulls towards
+    identity.
 
-    Hooks, training mode and `requires_grad` are kept. Gated modules, subclasses and parametrized modules are left
-    alone; the result says which and why, and prints. If the model itself is a torch.nn.RNN, take `.model`.
+    Hooks, training mode, `requires_grad`, and what was added to an instance (attributes, buffers, parameters,
+    submodules) are kept. Gated modules, subclasses, parametrized modules and those with a replaced method are left
+    alone. All or nothing: nothing is replaced where something raises.
+
+    Returns the model (the new module, if the model itself is a torch.nn.RNN), or with report=True what was done, which
+    prints: `Replaced` names the modules that were replaced, and those that were left alone, with the reason.
     """
-    from fused_rin.modules import RIN, RINCell  # modules.py knows this file, for its from_rnn
-
-    report = Replaced(model)
-    done: dict[int, torch.nn.Module] = {}
-    weights: dict[int, torch.nn.Parameter] = {}
+    exchange = _Exchange(model)
+    shared: dict[int, torch.nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, SkipModule) or not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
             continue
-        reason = _why_not(module)
+        cls = RIN if isinstance(module, torch.nn.RNNBase) else RINCell
+        reason = why_not(module) or _why_not_carried(module, cls)
         if reason is not None:
-            report.left_alone[name] = reason
+            exchange.report.left_alone[name] = reason
             continue
-        if id(module) not in done:
-            cls = RIN if isinstance(module, torch.nn.RNN) else RINCell
+        if not exchange.known(module):
             new = from_rnn(cls, module, skip=skip, backend=backend)
-            for weight_name in _names(module):
+            for weight_name in weight_names(module):
                 old = getattr(module, weight_name)
-                if skip == 0 or not _is_recurrent_weight(weight_name):
+                if skip == 0 or not is_recurrent_weight(weight_name):
                     setattr(new, weight_name, old)
                 else:  # a matrix that two modules share stays shared
-                    setattr(new, weight_name, weights.setdefault(id(old), getattr(new, weight_name)))
-            for hooks in _HOOKS:
-                if hooks in module.__dict__:
-                    new.__dict__[hooks] = module.__dict__[hooks]
-            done[id(module)] = new
-        if name:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, done[id(module)])
-        else:
-            report.model = done[id(module)]
-        report.replaced.append(name)
-    return report
+                    setattr(new, weight_name, shared.setdefault(id(old), getattr(new, weight_name)))
+            exchange.add(module, new)
+        exchange.place(name, module)
+    done = exchange.carry_out()
+    return done if report else done.model
+
+
+def restore_rnn(model: torch.nn.Module) -> torch.nn.Module:
+    """The inverse of `replace_rnn`: every RIN and RINCell of a model becomes a torch.nn.RNN or RNNCell, in place.
+
+    Outputs are equal up to rounding. Where skip is 0 and there are no heads the very Parameter objects are kept. For
+    what knows torch's own modules alone: torch.jit.script, ExecuTorch, other exporters. Returns the model (the new
+    module, if the model itself is a RIN). Raises TypeError, before anything is changed, for a subclass of ours, whose
+    code would be lost.
+    """
+    exchange = _Exchange(model)
+    shared: dict[int, torch.nn.Parameter] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, (RIN, RINCell)):
+            continue
+        if type(module) not in (RIN, RINCell):
+            raise TypeError(f"{name or 'the model'}: {type(module).__name__} is a subclass and may compute more")
+        if not exchange.known(module):
+            new = to_rnn(module)
+            for weight_name in weight_names(module):
+                old, plain = getattr(module, weight_name), isinstance(module, RINCell) or module.num_heads == 1
+                if not is_recurrent_weight(weight_name) or (module.skip_factor == 0 and plain):
+                    setattr(new, weight_name, old)
+                else:
+                    setattr(new, weight_name, shared.setdefault(id(old), getattr(new, weight_name)))
+            exchange.add(module, new)
+        exchange.place(name, module)
+    return exchange.carry_out().model
 
 
 def load_rnn_state_dict(model: torch.nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -186,8 +201,8 @@ def load_rnn_state_dict(model: torch.nn.Module, state_dict: Mapping[str, Any], s
                 f"{prefix}{module._first_recurrent_weight}: expected a RIN without heads, got num_heads="
                 f"{module.num_heads}; a torch.nn.RNN's matrix has no blocks"
             )
-        for weight_name in filter(_is_recurrent_weight, _names(module)):
+        for weight_name in filter(is_recurrent_weight, weight_names(module)):
             if prefix + weight_name in converted:
                 converted[prefix + weight_name] = add_identity(converted[prefix + weight_name], -module.skip_factor)
-        converted[f"{prefix}skip"] = torch.tensor(module.skip_factor)
+        converted[f"{prefix}skip"] = module.skip
     return model.load_state_dict(converted, strict=strict)

@@ -9,14 +9,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
+
 try:
-    from fused_rin import _native  # type: ignore[attr-defined]
+    from fused_rin import _native
 except ImportError as error:  # a source tree that was not built, or a binary of another Python
-    _native = None
+    _native = None  # type: ignore[assignment]
     _import_error = error
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {"none": 0, "relu": 1, "tanh": 2}
+name = "cpu"
+
+MAX_STEP_ROWS = 0 if _native is None else _native.MAX_STEP_ROWS
 
 # "" is the best set this processor has. A process-wide setting, meant for tests and for reporting a suspected fault.
 _isa = os.environ.get("FUSED_RIN_CPU_ISA", "")
@@ -64,7 +67,7 @@ def describe(
     input_size: int = 0,
 ) -> str:
     """The plan for a problem, in words; with `input_size`, for the forward pass of a layer."""
-    plan = _native.plan(steps, batch, groups, hidden, input_size, DTYPES[dtype], torch.get_num_threads(), _isa)
+    plan = _native.plan((steps, batch, groups, hidden), input_size, DTYPES[dtype], torch.get_num_threads(), _isa)
     whose = "of torch's " if _native.has_torchs_threads() else ""  # or of our own pool
     threads = f"{plan['threads']} {whose}threads"
     sharing = {
@@ -93,94 +96,87 @@ def _advised(tensor: Tensor) -> Tensor:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the numbers of a contiguous tensor lie, 0 for none. RuntimeError where its memory was taken from it."""
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed (resize_(0), as sharding "
+            "does between uses) or never allocated"
+        )
+    return address
+
+
+def _row_addresses(rows: Rows) -> tuple[int, int, int]:
+    if rows is ALL_ROWS:
+        return 0, 0, 0
+    lengths, offsets, resets = rows
+    return _address(lengths), _address(offsets), _address(resets)
+
+
+def _rule(dtype: torch.dtype, rule: Rule, backward: bool) -> tuple[int, int, bool, float, int]:
+    return DTYPES[dtype], ACTIVATIONS[rule.activation], backward, rule.skip, rule.num_reversed
 
 
 def forward(
-    pre: Tensor,
-    weight: Tensor,
-    h0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    *,
-    skip: float,
-    activation: str,
-    num_reversed: int,
-    out: Tensor | None = None,
+    pre: Tensor, weight: Tensor, h0: Tensor | None, rows: Rows, rule: Rule, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The forward sweep; shapes and meaning as in `fused_rin.reference.recurrence`, all tensors contiguous.
+    """The forward sweep; shapes and meaning as in `fused_rin.reference.forward`, all tensors contiguous.
 
     `out` receives the states; it may be `pre` itself, which is then overwritten.
     """
-    groups, hidden = pre.shape[-2:]
-    steps, batch = pre.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    groups, hidden = weight.shape[:2]
+    steps, batch = rows.sizes(pre)
     if out is None:
         out = _advised(torch.empty_like(pre))
     h_n = pre.new_empty(batch, groups, hidden)
     _native.sweep(
-        steps, batch, groups, hidden, num_reversed, DTYPES[pre.dtype], ACTIVATIONS[activation], False, skip,
-        _address(lengths), _address(offsets), _address(resets), weight.data_ptr(), pre.data_ptr(), 0, _address(h0),
-        out.data_ptr(), h_n.data_ptr(), torch.get_num_threads(), _isa,
+        (steps, batch, groups, hidden), _rule(pre.dtype, rule, False), _row_addresses(rows),
+        (_address(weight), _address(pre), 0, _address(h0), _address(out), _address(h_n)),
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
     return out, h_n
 
 
 def backward(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    weight: Tensor,
-    out: Tensor,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    *,
-    skip: float,
-    activation: str,
-    num_reversed: int,
+    grad_out: Tensor | None, grad_h_n: Tensor | None, weight: Tensor, out: Tensor, rows: Rows, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """The backward sweep; shapes and meaning as in `fused_rin.reference.backward`, all tensors contiguous."""
-    groups, hidden = out.shape[-2:]
-    steps, batch = out.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    groups, hidden = weight.shape[:2]
+    steps, batch = rows.sizes(out)
     grad_pre = _advised(torch.empty_like(out))
     grad_h0 = out.new_empty(batch, groups, hidden)
     _native.sweep(
-        steps, batch, groups, hidden, num_reversed, DTYPES[out.dtype], ACTIVATIONS[activation], True, skip,
-        _address(lengths), _address(offsets), _address(resets), weight.data_ptr(), _address(grad_out),
-        out.data_ptr(), _address(grad_h_n), grad_pre.data_ptr(), grad_h0.data_ptr(), torch.get_num_threads(), _isa,
+        (steps, batch, groups, hidden), _rule(out.dtype, rule, True), _row_addresses(rows),
+        (_address(weight), _address(grad_out), _address(out), _address(grad_h_n), _address(grad_pre),
+         _address(grad_h0)),
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
     return grad_pre, grad_h0
 
 
 def layer_forward(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    h0: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    *,
-    groups: int,
-    skip: float,
-    activation: str,
-    num_reversed: int,
+    x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, rule: Rule, groups: int, batch_first: bool = False
 ) -> tuple[Tensor, Tensor]:
     """A layer's forward pass: `forward` on pre = x W^T + b_ih + b_hh, which is never stored as a whole.
 
-    All tensors contiguous: x [T, B, I] (or [rows, I]), w_ih [G * D, I], w_hh [G * D, D], biases [G * D], h0
-    [B, G, D]. Returns out [T, B, G * D] (or [rows, G * D]) and h_n [1, B, G * D].
+    All tensors contiguous: x [T, B, I] (or [rows, I]), h0 [B, G, D]. Returns out [T, B, G * D] (or [rows, G * D]; with
+    batch_first [B, T, G * D], in memory time after time as ever) and h_n [1, B, G * D].
     """
+    w_ih, w_hh, b_ih, b_hh = weights
     width, inputs = w_ih.shape
-    steps, batch = x.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
-    out = _advised(x.new_empty(*x.shape[:-1], width))
+    steps, batch = rows.sizes(x)
+    if batch_first:
+        out = x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
+    else:
+        out = x.new_empty(*x.shape[:-1], width)
+    out = _advised(out)
     h_n = x.new_empty(1, batch, width)
     _native.layer_forward(
-        steps, batch, groups, width // groups, num_reversed, DTYPES[x.dtype], ACTIVATIONS[activation], skip,
-        _address(lengths), _address(offsets), _address(resets), inputs, x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(),
-        _address(b_ih), _address(b_hh), _address(h0), out.data_ptr(), h_n.data_ptr(), torch.get_num_threads(), _isa,
+        (steps, batch, groups, width // groups), _rule(x.dtype, rule, False), _row_addresses(rows),
+        (_address(w_hh), 0, 0, _address(h0), _address(out), _address(h_n)),
+        (inputs, _address(x), _address(w_ih), _address(b_ih), _address(b_hh)), torch.get_num_threads(), _isa,
     )  # fmt: skip
     return out, h_n
 
@@ -193,13 +189,8 @@ def layer_backward(
     w_hh: Tensor,
     h0: Tensor | None,
     out: Tensor,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    resets: Tensor | None,
-    *,
-    skip: float,
-    activation: str,
-    num_reversed: int,
+    rows: Rows,
+    rule: Rule,
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
@@ -208,16 +199,63 @@ def layer_backward(
     The gradient of pre is never stored as a whole: a thread that has it for some steps adds it to the gradients.
     """
     hidden, inputs = w_ih.shape
-    steps, batch = x.shape[:2] if offsets is None else (offsets.numel(), lengths.numel())  # type: ignore[union-attr]
+    steps, batch = rows.sizes(x)
     grad_x = _advised(torch.empty_like(x)) if needs_x else None
     grad_w_ih, grad_w_hh, grad_bias = (
         (torch.empty_like(w_ih), torch.empty_like(w_hh), w_ih.new_empty(hidden)) if needs_weights else (None,) * 3
     )
     grad_h0 = x.new_empty(batch, 1, hidden)
     _native.layer_backward(
-        steps, batch, hidden, num_reversed, DTYPES[x.dtype], ACTIVATIONS[activation], skip, _address(lengths),
-        _address(offsets), _address(resets), inputs, x.data_ptr(), w_ih.data_ptr(), w_hh.data_ptr(), _address(h0),
-        out.data_ptr(), _address(grad_out), _address(grad_h_n), _address(grad_x), _address(grad_w_ih),
-        _address(grad_w_hh), _address(grad_bias), grad_h0.data_ptr(), torch.get_num_threads(), _isa,
+        (steps, batch, 1, hidden), _rule(x.dtype, rule, True), _row_addresses(rows),
+        (_address(w_hh), _address(grad_out), _address(out), _address(grad_h_n), 0, _address(grad_h0)),
+        (inputs, _address(x), _address(w_ih), 0, 0), _address(h0),
+        (_address(grad_x), _address(grad_w_ih), _address(grad_w_hh), _address(grad_bias)),
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
     return grad_x, grad_w_ih, grad_w_hh, grad_bias, grad_h0
+
+
+def step_forward(x: Tensor, weights: Weights, h0: Tensor | None, rule: Rule, groups: int) -> tuple[Tensor, Tensor]:
+    """One step of a layer, from the weights as they lie: x [1, B, I] -> out and h_n, each [1, B, G * D]."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    width, inputs = w_ih.shape
+    batch = x.shape[1]
+    out, h_n = x.new_empty(1, batch, width), x.new_empty(1, batch, width)
+    _native.step(
+        (1, batch, inputs, groups, width // groups), (DTYPES[x.dtype], ACTIVATIONS[rule.activation], rule.skip),
+        (_address(w_ih), _address(w_hh), _address(b_ih), _address(b_hh)), _address(x), _address(h0), _address(out),
+        _address(h_n), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return out, h_n
+
+
+def step_backward(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    out: Tensor,
+    rule: Rule,
+    groups: int,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh and h0 of one step, each None where not needed."""
+    width, inputs = w_ih.shape
+    batch = x.shape[1]
+    new = torch.empty_like
+    grad_x = new(x) if needs[0] else None
+    grad_w_ih = _advised(new(w_ih)) if needs[1] else None
+    grad_w_hh = _advised(new(w_hh)) if needs[2] else None
+    grad_b_ih, grad_b_hh = (w_ih.new_empty(width) if need else None for need in needs[3:5])
+    grad_h0 = x.new_empty(batch, groups, width // groups) if needs[5] else None
+    _native.step_backward(
+        (1, batch, inputs, groups, width // groups), (DTYPES[x.dtype], ACTIVATIONS[rule.activation], rule.skip),
+        (_address(w_ih), _address(w_hh), 0, 0), _address(x), _address(h0), _address(out), _address(grad_out),
+        _address(grad_h_n),
+        (_address(grad_x), _address(grad_h0), _address(grad_w_ih), _address(grad_w_hh), _address(grad_b_ih),
+         _address(grad_b_hh)),
+        torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0

@@ -11,12 +11,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from fused_rin.backends import Device
+from fused_rin.device import Device, NoPlan
 
 # (hidden, batch rows, warps, parts of the matrix in registers); a mirror of csrc/cuda/block_configs.h, checked by
 # tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma" 16 elements.
@@ -51,10 +49,6 @@ _STEP_LATENCY = 130.0  # cycles: barrier, first load of the state, the mma chain
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
-
-
-class NoPlan(ValueError):
-    """No compiled kernel can run the problem on the device; says why, and what can."""
 
 
 @dataclass(frozen=True)

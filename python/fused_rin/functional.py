@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rin import backends, ops
-from fused_rin.reference import ACTIVATIONS
+from fused_rin import backends, ops, watchers
+from fused_rin.problem import ACTIVATIONS, Rows, Rule, check_lengths, check_resets, unpack_batch_sizes
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,6 +53,24 @@ def recurrence(
         ValueError: a wrong dtype, activation, backend, or length out of range.
         BackendError: a backend asked for by name cannot run this problem.
     """
+    if watchers.may_be_passed_by(pre, weight, h0, lengths, batch_sizes, resets, reverse):
+        with torch._C.DisableTorchFunction():
+            return _recurrence(pre, weight, h0, skip, activation, lengths, batch_sizes, resets, reverse, backend)
+    return _recurrence(pre, weight, h0, skip, activation, lengths, batch_sizes, resets, reverse, backend)
+
+
+def _recurrence(
+    pre: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    skip: float,
+    activation: str,
+    lengths: Tensor | Sequence[int] | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool | Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     if not math.isfinite(skip):
@@ -72,33 +90,28 @@ def recurrence(
             raise ValueError("lengths and batch_sizes exclude each other, got both")
         lengths, offsets = unpack_batch_sizes(batch_sizes, pre)
         batch = lengths.numel()
-        rows: tuple[int, ...] = (pre.shape[0],)
+        shape: tuple[int, ...] = (pre.shape[0],)
     else:
         steps, batch = pre.shape[:2]
-        rows = (steps, batch)
+        shape = (steps, batch)
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, pre.device)
     if h0 is not None:
         _check("h0", h0, (batch, groups, hidden), pre)
     if resets is not None:
-        if resets.dtype != torch.bool:
-            raise ValueError(f"resets must have dtype torch.bool, got {resets.dtype}")
-        if tuple(resets.shape) != rows:
-            raise RuntimeError(f"resets must have shape {rows}, got {tuple(resets.shape)}")
-        _check_device("resets", resets, pre)
+        check_resets(resets, shape, pre.device, "pre")
 
     backend = backends.requested(backend)
     if not reverse or reverse is True:
         num_reversed, order = (groups if reverse else 0), None
     else:
         num_reversed, order = _check_reverse(reverse, groups, pre.device)
+    rows, rule = Rows(lengths, offsets, resets), Rule(float(skip), activation, num_reversed)
     if order is None:
-        return ops.recurrence(pre, weight, h0, lengths, offsets, resets, float(skip), activation, num_reversed, backend)
+        return ops.recurrence(pre, weight, h0, rows, rule, backend)
     # Kernels have the recurrences that run backwards last.
-    out, h_n = ops.recurrence(
-        pre.index_select(-2, order), weight[order], None if h0 is None else h0[:, order], lengths, offsets, resets,
-        float(skip), activation, num_reversed, backend,
-    )  # fmt: skip
+    h0 = None if h0 is None else h0[:, order]
+    out, h_n = ops.recurrence(pre.index_select(-2, order), weight[order], h0, rows, rule, backend)
     back = order.argsort()
     return out.index_select(-2, back), h_n[:, back]
 
@@ -116,41 +129,6 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], pre: Tensor) -> No
 def _check_device(name: str, tensor: Tensor, pre: Tensor) -> None:
     if tensor.device != pre.device:
         raise RuntimeError(f"{name} must be on the device of pre, {pre.device}, got {tensor.device}")
-
-
-def check_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(list(lengths), dtype=torch.int64)
-    if lengths.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"lengths must be integers (int64 or int32), got {lengths.dtype}")
-    if lengths.dim() != 1 or lengths.shape[0] != batch:
-        raise RuntimeError(f"Expected lengths size ({batch},), got {list(lengths.shape)}")
-    # On another device the values stay unread, which would stall it; kernels clamp them to [0, T].
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
-        low, high = (int(value) for value in lengths.aminmax())
-        if low < 0 or high > steps:
-            raise ValueError(f"lengths must be in [0, {steps}], got values from {low} to {high}")
-    return lengths.to(device=device, dtype=torch.int64)
-
-
-def unpack_batch_sizes(batch_sizes: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps of each sequence and first row of each step."""
-    if batch_sizes.device.type != "cpu" or batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
-        raise RuntimeError(
-            "batch_sizes must be a 1-D int64 tensor on the CPU, got "
-            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
-        )
-    if not batch_sizes.numel():
-        raise RuntimeError("batch_sizes must have at least one step, got none")
-    if not torch.compiler.is_compiling():
-        if bool((batch_sizes[1:] > batch_sizes[:-1]).any()) or int(batch_sizes[-1]) < 1:
-            raise ValueError(f"batch_sizes must be positive and not increase, got {batch_sizes.tolist()}")
-        if int(batch_sizes.sum()) != pre.shape[0]:
-            raise RuntimeError(f"pre must have sum(batch_sizes) = {int(batch_sizes.sum())} rows, got {pre.shape[0]}")
-    ends = batch_sizes.cumsum(0)
-    batch = torch.arange(int(batch_sizes[0]))
-    lengths = (batch_sizes[:, None] > batch).sum(0)
-    return lengths.to(pre.device, non_blocking=True), (ends - batch_sizes).to(pre.device, non_blocking=True)
 
 
 def _check_reverse(reverse: Sequence[bool], groups: int, device: torch.device) -> tuple[int, Tensor | None]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import backends, convert, layer, ops, step
-from fused_rin.functional import check_lengths, unpack_batch_sizes
+from fused_rin import backends, layer, ops, step, watchers, weights
+from fused_rin.problem import ALL_ROWS, Rows, Rule, Weights, check_lengths, check_resets, unpack_batch_sizes
 from fused_rin.skip import SkipModule, check_backend, check_nonlinearity, check_skip
 
 
@@ -38,8 +38,8 @@ class RIN(SkipModule, torch.nn.RNNBase):
             shape (hidden_size, hidden_size // num_heads), head after head.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; see `fused_rin.explain`.
 
-    Initialised as in the paper: W and U from N(0, 0.001^2), biases 0. The paper feeds inputs of some size; on inputs
-    in [0, 1] a larger W (0.1) starts faster.
+    Initialised as in the paper: W and U from N(0, 0.001^2), biases 0; with skip=0 as torch.nn.RNN. The paper feeds
+    inputs of some size; on inputs in [0, 1] a larger W (0.1) starts faster.
 
     Shapes of input, hx, output and h_n are those of torch.nn.RNN: input (T, B, input_size), or (B, T, input_size)
     with batch_first, or (T, input_size); hx and h_n (num_layers * directions, B, hidden_size).
@@ -63,15 +63,15 @@ class RIN(SkipModule, torch.nn.RNNBase):
         backend: str = "auto",
     ) -> None:
         check_nonlinearity(nonlinearity)
-        skip = check_skip(skip)
         check_backend(backend)
+        # Before the base class, whose constructor initialises the weights.
+        self.nonlinearity, self.skip_factor, self.backend = nonlinearity, check_skip(skip), backend
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         _check_heads(num_heads, hidden_size)
         self.num_heads = num_heads
-        self._set_skip(nonlinearity, skip, backend, device)
         if num_heads > 1:
             for names in self._all_weights:
                 full = getattr(self, names[1])
@@ -88,11 +88,11 @@ class RIN(SkipModule, torch.nn.RNNBase):
 
         Weights are copied; the given module stays as it is. Raises TypeError for anything but a plain torch.nn.RNN.
         """
-        return convert.from_rnn(cls, rnn, skip=skip, backend=backend)
+        return weights.from_rnn(cls, rnn, skip=skip, backend=backend)
 
     def to_rnn(self) -> torch.nn.RNN:
         """A torch.nn.RNN with V = U + skip * I (block-diagonal if there are heads) and equal outputs up to rounding."""
-        return convert.to_rnn(self)
+        return weights.to_rnn(self)
 
     def flatten_parameters(self) -> None:
         """Nothing to do: kernels take the weights where they lie."""
@@ -109,15 +109,26 @@ class RIN(SkipModule, torch.nn.RNNBase):
             text += f", backend={self.backend}"
         return text
 
+    # torch.nn.RNN computes with a list of its weights, which code for it writes to (dropout of weights). RNNBase's own
+    # list outlives the parameters it was made from when a wrapper (sharding, parametrizations) puts others in their
+    # place, so here the attributes count, and beside them only what was written to the list.
+    _written_weights: dict[str, Tensor] | None = None
+
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        # RNNBase keeps a list of its own, which outlives the parameters it was made from when a wrapper (sharding,
-        # parametrizations) puts others in their place.
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        written = self._written_weights or {}
+        return _FlatWeights(self, [written.get(name, getattr(self, name, None)) for name in self._flat_weights_names])
 
     @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        pass
+    def _flat_weights(self, given: list[Tensor | None]) -> None:
+        pairs = zip(self._flat_weights_names, given, strict=False)
+        written = {name: w for name, w in pairs if w is not None and w is not getattr(self, name, None)}
+        self._written_weights = written or None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._written_weights and name in self._written_weights:
+            self._written_weights = {key: w for key, w in self._written_weights.items() if key != name} or None
+        torch.nn.Module.__setattr__(self, name, value)  # past RNNBase's, which keeps its list up to date
 
     def forward(
         self,
@@ -139,12 +150,19 @@ class RIN(SkipModule, torch.nn.RNNBase):
 
         Returns: output, the last layer's states (directions concatenated), and h_n in the shape of hx.
         """
+        if not torch.compiler.is_compiling():
+            if lengths is None and resets is None:
+                direct = step.rin(self, input, hx)
+                if direct is not None:
+                    return direct
+            if watchers.function_modes() and self._may_pass_modes_by(input, hx, lengths, resets):
+                with torch._C.DisableTorchFunction():
+                    return RIN.forward(self, input, hx, lengths=lengths, resets=resets)
+            leaf = watchers.fx_leaf(self, input, hx)
+            if leaf is not None:
+                return leaf
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets)
-        if not torch.compiler.is_compiling() and lengths is None and resets is None:
-            direct = step.rin(self, input, hx)
-            if direct is not None:
-                return direct
         if input.dim() not in (2, 3):
             raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
         batched = input.dim() == 3
@@ -161,7 +179,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
         batch_first = self.batch_first and batched
         self._check(input, hx, input.shape[0 if batch_first else 1])
         if resets is not None:
-            self._check_resets(resets, input, tuple(input.shape[: 2 if batched else 1]))
+            check_resets(resets, tuple(input.shape[: 2 if batched else 1]), input.device, "input")
             resets = resets.transpose(0, 1) if batch_first else resets.reshape(input.shape[:2])
         if batch_first:
             input = input.transpose(0, 1)
@@ -171,27 +189,26 @@ class RIN(SkipModule, torch.nn.RNNBase):
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, input.device)
 
-        output, h_n = self._run_layers(input, hx, batch, lengths, None, resets)
-
-        if not batched:
-            return output.squeeze(1), h_n.squeeze(1)
-        return output.transpose(0, 1) if batch_first else output, h_n
+        rows = ALL_ROWS if lengths is None and resets is None else Rows(lengths, None, resets)
+        output, h_n = self._run_layers(input, hx, batch, rows, batch_first)
+        return (output, h_n) if batched else (output.squeeze(1), h_n.squeeze(1))
 
     def _forward_packed(
-        self, input: PackedSequence, hx: Tensor | None, lengths: object, resets: Tensor | None
+        self, input: PackedSequence, hx: Tensor | None, lengths: Any, resets: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
         if lengths is not None:
             raise ValueError("lengths cannot be given with a PackedSequence, whose batch_sizes say the same")
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        steps_of, offsets = unpack_batch_sizes(batch_sizes, data)
-        self._check(data, hx, steps_of.shape[0])
+        lengths, offsets = unpack_batch_sizes(batch_sizes, data)
+        batch = lengths.shape[0]
+        self._check(data, hx, batch)
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
         if resets is not None:
-            self._check_resets(resets, data, tuple(data.shape[:1]))
-        output, h_n = self._run_layers(data, hx, steps_of.shape[0], steps_of, offsets, resets)
+            check_resets(resets, tuple(data.shape[:1]), data.device, "input")
+        output, h_n = self._run_layers(data, hx, batch, Rows(lengths, offsets, resets), False)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(h_n, unsorted_indices)
 
@@ -221,100 +238,65 @@ class RIN(SkipModule, torch.nn.RNNBase):
             if hx.device != input.device:
                 raise RuntimeError(f"hx must be on the device of input, {input.device}, got {hx.device}")
 
-    def _check_resets(self, resets: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
-        if resets.dtype != torch.bool:
-            raise ValueError(f"resets must have dtype torch.bool, got {resets.dtype}")
-        if tuple(resets.shape) != shape:
-            raise RuntimeError(f"resets must have shape {shape}, got {tuple(resets.shape)}")
-        if resets.device != input.device:
-            raise RuntimeError(f"resets must be on the device of input, {input.device}, got {resets.device}")
+    def _may_pass_modes_by(self, input: Any, hx: Any, lengths: Any, resets: Any) -> bool:
+        """Whether the function modes that are on need not see this call: a default device, and plain tensors alone."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        own = [self._parameters.get(name) for name in self._flat_weights_names]
+        given = () if self._written_weights is None else self._written_weights.values()
+        return None not in own and watchers.may_be_passed_by(data, hx, lengths, resets, *own, *given)
 
     def _run_layers(
-        self,
-        x: Tensor,
-        hx: Tensor | None,
-        batch: int,
-        lengths: Tensor | None,
-        offsets: Tensor | None,
-        resets: Tensor | None,
+        self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
     ) -> tuple[Tensor, Tensor]:
         """All layers on checked arguments: x (T, B, features), or (rows, features) of a packed batch."""
         directions = 2 if self.bidirectional else 1
-        heads, head_size = self.num_heads, self.hidden_size // self.num_heads
-        groups = directions * heads
+        groups, last = directions * self.num_heads, self.num_layers - 1
+        rule = Rule(self.skip_factor, self.nonlinearity, self.num_heads if self.bidirectional else 0)
         states = []
         for number in range(self.num_layers):
-            w_ih, w_hh, b_ih, b_hh = self._layer_weights(number)
             h0 = None
             if hx is not None:
                 h0 = hx[number * directions : (number + 1) * directions]
-                h0 = h0.transpose(0, 1).reshape(batch, groups, head_size)
-            result = None
-            if not torch.compiler.is_compiling():
-                result = layer.run(
-                    x, w_ih, w_hh, b_ih, b_hh, h0, lengths, offsets, resets, groups=groups, skip=self.skip_factor,
-                    activation=self.nonlinearity, num_reversed=heads if self.bidirectional else 0, backend=self.backend,
-                )  # fmt: skip
-            fused = result is not None
-            if result is None:
-                result = self._run_layer(x, w_ih, w_hh, b_ih, b_hh, h0, lengths, offsets, resets, number)
-            x, h_n = result
-            if self.dropout and self.training and number < self.num_layers - 1:
+                h0 = h0.transpose(0, 1).reshape(batch, groups, self.hidden_size // self.num_heads)
+            x, h_n = layer.forward(
+                x, self._layer_weights(number), h0, rows, rule, groups, self.backend, batch_first and number == last,
+                self._all_weights[number * directions][1],
+            )  # fmt: skip
+            if self.dropout and self.training and number < last:
                 x = F.dropout(x, self.dropout, True)
-            states.append(
-                h_n if fused and directions == 1 else h_n.view(batch, directions, self.hidden_size).transpose(0, 1)
-            )
-        # No view, of one layer either: code for torch.nn.RNN calls h_n.detach_(), which views refuse.
-        return x, h_n if fused and directions == self.num_layers == 1 else torch.cat(states)
+            states.append(h_n)
+        return x, torch.cat(states) if last else states[0]
 
-    def _run_layer(
-        self,
-        x: Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        h0: Tensor | None,
-        lengths: Tensor | None,
-        offsets: Tensor | None,
-        resets: Tensor | None,
-        number: int,
-    ) -> tuple[Tensor, Tensor]:
-        """A layer as a matrix product and the recurrence, by operators: any device, under compilers and autocast."""
-        pre = F.linear(x, w_ih, b_ih if b_ih is None or b_hh is None else b_ih + b_hh)
-        if w_hh.dtype != pre.dtype:
-            if not torch._C._is_any_autocast_enabled():
-                raise RuntimeError(f"weight_hh_l{number} must have dtype {pre.dtype}, got {w_hh.dtype}")
-            w_hh = w_hh.to(pre.dtype)
-        if w_hh.device != pre.device:
-            raise RuntimeError(f"weight_hh_l{number} must be on {pre.device}, got {w_hh.device}")
-        head_size = self.hidden_size // self.num_heads
-        groups = w_ih.shape[0] // head_size
-        out, h_n = ops.recurrence(
-            pre.view(*x.shape[:-1], groups, head_size), w_hh.reshape(groups, head_size, head_size),
-            None if h0 is None else h0.to(pre.dtype), lengths, offsets, resets, self.skip_factor, self.nonlinearity,
-            self.num_heads if self.bidirectional else 0, backends.requested(self.backend),
-        )  # fmt: skip
-        return out.view(pre.shape), h_n
-
-    def _layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """W, U, b_ih and b_hh of a layer, its directions one after the other, the biases then as one."""
+    def _layer_weights(self, number: int) -> Weights:
+        """Of a layer; those of its two directions one after the other, the biases then as one."""
         directions = 2 if self.bidirectional else 1
-        own: dict[str, Any] = (
-            self._parameters
-        )  # asked first: an attribute of a module is found last of all, after 0.8 us
-        weights = [
+        # Asked first: an attribute of a module is found last of all, after 0.8 us.
+        own: dict[str, Any] = self._parameters
+        if self._written_weights:
+            own = {**own, **self._written_weights}
+        sets = [
             [own[name] if name in own else getattr(self, name) for name in names]
-            for names in self._all_weights[layer * directions : (layer + 1) * directions]
+            for names in self._all_weights[number * directions : (number + 1) * directions]
         ]
         if directions == 1:
-            w_ih, w_hh, b_ih, b_hh = (*weights[0], None, None)[:4]
-            return w_ih, w_hh, b_ih, b_hh
+            return Weights(*sets[0])
         # Biases are added before they are joined: the other way round the gradients of b_ih and b_hh would be two views
-        # of the same memory, and what is accumulated into one of them would be in the other too.
-        parts = [(w_ih, w_hh, *([biases[0] + biases[1]] if biases else [])) for w_ih, w_hh, *biases in weights]
-        w_ih, w_hh, *bias = (torch.cat(pair) for pair in zip(*parts, strict=True))
-        return w_ih, w_hh, bias[0] if bias else None, None
+        # of the same memory, and what is accumulated into one of them would be in the other too. Times one, since a sum
+        # hands the same tensor to both.
+        parts = [(w_ih, w_hh, *([biases[0] + biases[1] * 1] if biases else [])) for w_ih, w_hh, *biases in sets]
+        return Weights(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+
+
+class _FlatWeights(list[Tensor | None]):
+    """`RIN._flat_weights`: what is written to an entry is written to the module."""
+
+    def __init__(self, module: RIN, weights: list[Tensor | None]) -> None:
+        super().__init__(weights)
+        self._module = module
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        self._module._flat_weights = list(self)
 
 
 class RINCell(SkipModule, torch.nn.RNNCellBase):
@@ -338,24 +320,24 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
         backend: str = "auto",
     ) -> None:
         check_nonlinearity(nonlinearity)
-        skip = check_skip(skip)
         check_backend(backend)
+        # Before the base class, whose constructor initialises the weights.
+        self.nonlinearity, self.skip_factor, self.backend = nonlinearity, check_skip(skip), backend
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if size <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {size}")
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self._set_skip(nonlinearity, skip, backend, device)
 
     _first_recurrent_weight = "weight_hh"
 
     @classmethod
     def from_rnn(cls, cell: torch.nn.RNNCell, *, skip: float = 1.0, backend: str = "auto") -> RINCell:
         """A RINCell with the weights of a torch.nn.RNNCell; as `RIN.from_rnn`."""
-        return convert.from_rnn(cls, cell, skip=skip, backend=backend)
+        return weights.from_rnn(cls, cell, skip=skip, backend=backend)
 
     def to_rnn(self) -> torch.nn.RNNCell:
         """A torch.nn.RNNCell with V = U + skip * I."""
-        return convert.to_rnn(self)
+        return weights.to_rnn(self)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
@@ -365,6 +347,8 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             text += f", nonlinearity={self.nonlinearity}"
         if self.skip_factor != 1.0:
             text += f", skip={self.skip_factor:g}"
+        if self.backend != "auto":
+            text += f", backend={self.backend}"
         return text
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -373,6 +357,13 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             direct = step.cell(self, input, hx)
             if direct is not None:
                 return direct
+            names = weights.weight_names(self) if watchers.function_modes() else ()
+            if names and watchers.may_be_passed_by(input, hx, *(self._parameters.get(name, False) for name in names)):
+                with torch._C.DisableTorchFunction():
+                    return RINCell.forward(self, input, hx)
+            leaf = watchers.fx_leaf(self, input, hx)
+            if leaf is not None:
+                return leaf
         if input.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() not in (1, 2):
@@ -401,8 +392,9 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             raise RuntimeError(f"weight_hh must have dtype {input.dtype}, got {weight.dtype}")
         if hx is not None and hx.dtype != input.dtype and not autocast:
             raise RuntimeError(f"hx must have the dtype of input, {input.dtype}, got {hx.dtype}")
-        plain = backend == "auto" and input.is_cpu and input.dtype in (torch.float32, torch.float64) and not autocast
-        if plain and hx is not None:
+        if hx is None:
+            hx = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
+        if self.uses_torch(input.device, input.dtype, backend):
             # One step has no loop to fuse, and a graph of torch's operators costs less than a function of our own
             # (measured at B=1, D=128 with gradients: 33 us against 108). 16-bit types need its float32 sums.
             if not self.skip_factor:
@@ -411,14 +403,19 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             a = F.linear(input, self.weight_ih, self.bias_ih) + F.linear(hx, weight, self.bias_hh)
             a = torch.add(a, hx, alpha=self.skip_factor)
             return torch.relu(a) if self.nonlinearity == "relu" else torch.tanh(a)
-        pre = F.linear(input, self.weight_ih, self.bias_ih + self.bias_hh if self.bias else None)
-        if plain:
-            return torch.relu(pre) if self.nonlinearity == "relu" else torch.tanh(pre)
-        if hx is not None:
-            hx = hx.to(pre.dtype)
-        weight = weight.to(pre.dtype)
-        _, h_n = ops.recurrence(
-            pre[None, :, None], weight[None], None if hx is None else hx[:, None], None, None, None,
-            self.skip_factor, self.nonlinearity, 0, backend,
-        )  # fmt: skip
-        return h_n[:, 0]
+        # The second bias times one: a sum would hand the same tensor to both as their gradient.
+        pre = F.linear(input, self.weight_ih, self.bias_ih + self.bias_hh * 1 if self.bias else None)
+        rule = Rule(self.skip_factor, self.nonlinearity)
+        h0 = hx.to(pre.dtype)[:, None]
+        _, h_n = ops.recurrence(pre[None], weight.to(pre.dtype)[None], h0, ALL_ROWS, rule, backend)
+        return h_n[:, 0].clone()  # no view, which would refuse detach_()
+
+    @staticmethod
+    def uses_torch(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+        """Whether a step is torch's operators, not the sweep; `backend` as `backends.requested` has it."""
+        return (
+            backend == "auto"
+            and device.type == "cpu"
+            and dtype in (torch.float32, torch.float64)
+            and not torch._C._is_any_autocast_enabled()
+        )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rin.convert import add_identity
 from fused_rin.modules import RIN
+from fused_rin.weights import add_identity
 
 _library = torch.library.Library("fused_rin", "FRAGMENT")
 _library.define(
@@ -65,6 +65,8 @@ class _Layers(torch.nn.Module):
             w, r, b = (getattr(self, f"{name}{layer}") for name in "wrb")
             y, h_n = torch.ops.fused_rin.onnx_rnn(x, w, r, b, lengths, h0, self.activation)
             x = y.transpose(1, 2).flatten(2)
+            if lengths is not None and h0 is not None:  # the operator gives 0 for a sequence that has no step
+                h_n = torch.where((lengths > 0)[:, None], h_n, h0)
             states.append(h_n)
         state = torch.cat(states)
         if not batched:

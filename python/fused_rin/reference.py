@@ -1,13 +1,17 @@
 """The recurrence in plain PyTorch: what every kernel of this package is checked against.
 
-Any dtype, any device, differentiable any number of times, usable under vmap and forward-mode derivatives.
-Imports nothing of this package.
+Any dtype, any device, differentiable any number of times, usable under vmap and forward-mode derivatives. Knows of this
+package only how a problem is told (problem.py). It is a backend like the others, and the last one: it runs everything.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fused_rin.problem import ALL_ROWS, RIN_RULE, Rows, Rule
+
+name = "reference"
 
 ACTIVATIONS = {"none": lambda a: a, "relu": torch.relu, "tanh": torch.tanh}
 
@@ -19,50 +23,65 @@ SLOPES = {
 }
 
 
-def recurrence(
+def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
+    """None: it runs everything."""
+    return None
+
+
+def describe(
+    steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> str:
+    """The plan for a problem, in words."""
+    return f"a loop of PyTorch operations over {steps} steps"
+
+
+def forward(
     pre: Tensor,
     weight: Tensor,
     h0: Tensor | None = None,
-    lengths: Tensor | None = None,
-    offsets: Tensor | None = None,
-    resets: Tensor | None = None,
-    *,
-    skip: float = 1.0,
-    activation: str = "relu",
-    num_reversed: int = 0,
+    rows: Rows = ALL_ROWS,
+    rule: Rule = RIN_RULE,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = act(pre_t + U h_{t-1} + skip * h_{t-1}) for G independent recurrences (arXiv 1801.06105, eq. 2).
 
-    Shapes: `pre` [T, B, G, D], `weight` (U) [G, D, D], `h0` [B, G, D] or None for zeros, `lengths` [B] integers,
-    `resets` [T, B] bool. With `offsets` [T] the batch is packed: `pre` is [rows, G, D], `resets` [rows], row
-    `offsets[t] + b` belongs to step t of sequence b, and `lengths` is required.
+    Shapes: `pre` [T, B, G, D] or [T, B, G * D], `weight` (U) [G, D, D], `h0` [B, G, D] or None for zeros,
+    `rows.lengths` [B] integers, `rows.resets` [T, B] bool. With `rows.offsets` [T] the batch is packed: `pre` is
+    [rows, ...], `resets` [rows], row `offsets[t] + b` belongs to step t of sequence b, and `lengths` is required.
 
-    The last `num_reversed` recurrences run from the last step to the first. A sequence shorter than T keeps its
+    The last `rule.num_reversed` recurrences run from the last step to the first. A sequence shorter than T keeps its
     state past its end and its outputs there are 0. `resets[t, b]` says that an episode starts at step t: no state
     crosses from t-1 to t, in either direction (at t = 0 it is `h0` that is dropped, for recurrences that run forward).
 
-    Returns `out` in the layout of `pre`, and `h_n` [B, G, D], the state after the last step each sequence ran.
+    Returns `out` in the layout of `pre` (in the tensor given as `out`, where one is, which ends differentiability), and
+    `h_n` [B, G, D], the state after the last step each sequence ran.
     """
+    lengths, offsets, resets = rows
+    if out is not None:
+        states, h_n = forward(pre, weight, h0, rows, rule)
+        return out.copy_(states), h_n
     if offsets is not None:
         assert lengths is not None
         row, valid = _padded_rows(lengths, offsets)
-        out, h_n = recurrence(
-            _pad(pre, row), weight, h0, lengths, None, None if resets is None else _pad(resets, row),
-            skip=skip, activation=activation, num_reversed=num_reversed,
-        )  # fmt: skip
+        padded = Rows(lengths, None, None if resets is None else _pad(resets, row))
+        out, h_n = forward(_pad(pre, row), weight, h0, padded, rule)
         return out[valid], h_n
 
+    groups, hidden = weight.shape[:2]
+    shape = pre.shape
+    pre = pre.reshape(*shape[:2], groups, hidden)
     if h0 is None:
         h0 = pre.new_zeros(pre.shape[1:])
-    forward = pre.shape[2] - num_reversed
+    ahead = groups - rule.num_reversed
     parts = [
-        _scan(pre[:, :, g], weight[g], h0[:, g], lengths, resets, skip, activation, reverse)
-        for g, reverse in ((slice(None, forward), False), (slice(forward, None), True))
+        _scan(pre[:, :, g], weight[g], h0[:, g], lengths, resets, rule, reverse)
+        for g, reverse in ((slice(None, ahead), False), (slice(ahead, None), True))
         if weight[g].shape[0]
     ]
     if not parts:
-        return torch.empty_like(pre), torch.empty_like(h0)
-    return torch.cat([out for out, _ in parts], 2), torch.cat([h for _, h in parts], 1)
+        return torch.empty_like(pre).reshape(shape), torch.empty_like(h0)
+    out, h_n = torch.cat([out for out, _ in parts], 2), torch.cat([h for _, h in parts], 1)
+    return out.reshape(shape), h_n
 
 
 def _padded_rows(lengths: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,11 +102,10 @@ def _scan(
     h: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
-    skip: float,
-    activation: str,
+    rule: Rule,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    act = ACTIVATIONS[activation]
+    act, skip = ACTIVATIONS[rule.activation], rule.skip
     steps = pre.shape[0]
     out = []
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
@@ -114,13 +132,8 @@ def backward(
     grad_h_n: Tensor | None,
     weight: Tensor,
     out: Tensor,
-    lengths: Tensor | None = None,
-    offsets: Tensor | None = None,
-    resets: Tensor | None = None,
-    *,
-    skip: float = 1.0,
-    activation: str = "relu",
-    num_reversed: int = 0,
+    rows: Rows = ALL_ROWS,
+    rule: Rule = RIN_RULE,
 ) -> tuple[Tensor, Tensor]:
     """The backward sweep: gradients of `pre` (layout of `out`) and of `h0` [B, G, D].
 
@@ -128,30 +141,34 @@ def backward(
     x_t = (grad_out_t + c) * act'(h_t), c = x_t U + skip * x_t, c starting as `grad_h_n` and ending as grad h0.
     act' comes from `out` alone, so nothing else has to be kept. Differentiable itself, through `out` too.
     """
+    lengths, offsets, resets = rows
     if offsets is not None:
         assert lengths is not None
         row, valid = _padded_rows(lengths, offsets)
-        grad_pre, grad_h0 = backward(
-            None if grad_out is None else _pad(grad_out, row), grad_h_n, weight, _pad(out, row), lengths,
-            None, None if resets is None else _pad(resets, row),
-            skip=skip, activation=activation, num_reversed=num_reversed,
-        )  # fmt: skip
+        padded = Rows(lengths, None, None if resets is None else _pad(resets, row))
+        grads = None if grad_out is None else _pad(grad_out, row)
+        grad_pre, grad_h0 = backward(grads, grad_h_n, weight, _pad(out, row), padded, rule)
         return grad_pre[valid], grad_h0
 
+    groups, hidden = weight.shape[:2]
+    shape = out.shape
+    out = out.reshape(*shape[:2], groups, hidden)
+    if grad_out is not None:
+        grad_out = grad_out.reshape(out.shape)
     if grad_h_n is None:
         grad_h_n = out.new_zeros(out.shape[1:])
-    forward = out.shape[2] - num_reversed
+    ahead = groups - rule.num_reversed
     parts = [
         _scan_back(
-            None if grad_out is None else grad_out[:, :, g], grad_h_n[:, g], weight[g], out[:, :, g], lengths,
-            resets, skip, activation, reverse,
+            None if grad_out is None else grad_out[:, :, g], grad_h_n[:, g], weight[g], out[:, :, g], lengths, resets,
+            rule, reverse,
         )
-        for g, reverse in ((slice(None, forward), False), (slice(forward, None), True))
+        for g, reverse in ((slice(None, ahead), False), (slice(ahead, None), True))
         if weight[g].shape[0]
     ]  # fmt: skip
     if not parts:
-        return torch.empty_like(out), torch.empty_like(grad_h_n)
-    return torch.cat([grad for grad, _ in parts], 2), torch.cat([c for _, c in parts], 1)
+        return torch.empty_like(out).reshape(shape), torch.empty_like(grad_h_n)
+    return torch.cat([grad for grad, _ in parts], 2).reshape(shape), torch.cat([c for _, c in parts], 1)
 
 
 def _scan_back(
@@ -161,11 +178,10 @@ def _scan_back(
     out: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
-    skip: float,
-    activation: str,
+    rule: Rule,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    slope = SLOPES[activation]
+    slope, skip = SLOPES[rule.activation], rule.skip
     steps = out.shape[0]
     grad_pre = []
     for t in range(steps) if reverse else range(steps - 1, -1, -1):

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import init
 
 from fused_rin import backends
@@ -16,34 +17,47 @@ INIT_STD = 1e-3
 
 
 class SkipModule(torch.nn.Module):
-    """A module with U in place of V = U + skip * I. Its state dict says so, in a 0-dim buffer named `skip`.
+    """A module with U in place of V = U + skip * I. Where skip is not 0, its state dict says so, by a mark.
 
-    A tensor, so that every checkpoint format keeps it: a state dict without it is that of a torch.nn.RNN or
-    RNNCell. `skip_factor` is the same number for Python: reading the buffer would wait for a GPU.
+    The mark is a 0-dim entry `skip`, a tensor so that every checkpoint format keeps it: a state dict without it is that
+    of a torch.nn.RNN or RNNCell. It is no buffer of the module, which DistributedDataParallel would broadcast before
+    every call and other tools refuse; with skip=0 there is none, and the state dict is torch.nn.RNN's in both
+    directions.
     """
 
     nonlinearity: str
     skip_factor: float
     backend: str
-    skip: torch.Tensor
     _first_recurrent_weight: str
 
-    def _set_skip(self, nonlinearity: str, skip: float, backend: str, device: torch.device | str | None) -> None:
-        self.nonlinearity = nonlinearity
-        self.skip_factor = skip
-        self.backend = backend
+    @property
+    def skip(self) -> Tensor:
+        """The mark: `skip_factor` as a tensor, on the CPU."""
         # float32: float64 does not exist on every device, and a factor needs no more.
-        self.register_buffer("skip", torch.tensor(skip, dtype=torch.float32, device=device))
+        return torch.tensor(self.skip_factor, dtype=torch.float32, device="cpu")
 
     def reset_parameters(self) -> None:
-        """Draw W and U from N(0, 0.001^2), set biases to 0."""
+        """Draw W and U from N(0, 0.001^2) and set biases to 0, as the paper; with skip=0 draw all as torch.nn.RNN."""
+        if self.skip_factor == 0:
+            super().reset_parameters()  # type: ignore[misc]  # of the class beside this one
+            return
         for name, parameter in self.named_parameters():
             if name.startswith("bias"):
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, 0.0, INIT_STD)
-        if "skip" in self._buffers:  # after to_empty() it holds whatever memory held
-            self.skip.fill_(self.skip_factor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Modules pickled when the mark was a buffer have it among their buffers, in the property's way.
+        buffers = state.get("_buffers")
+        if buffers and "skip" in buffers:
+            state = {**state, "_buffers": {name: value for name, value in buffers.items() if name != "skip"}}
+        super().__setstate__(state)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.skip_factor != 0:
+            destination[prefix + "skip"] = self.skip
 
     def _load_from_state_dict(
         self,
@@ -57,7 +71,7 @@ class SkipModule(torch.nn.Module):
     ) -> None:
         key, first = prefix + "skip", prefix + self._first_recurrent_weight
         if key in state_dict:
-            # A module cast to 16 bits has its buffer cast too, hence the tolerance.
+            # A state dict cast to 16 bits has its mark cast too, hence the tolerance.
             theirs = state_dict[key]
             if not theirs.is_meta and not math.isclose(float(theirs), self.skip_factor, rel_tol=1e-2):
                 error_msgs.append(
@@ -65,19 +79,19 @@ class SkipModule(torch.nn.Module):
                     f"skip={self.skip_factor:g}."
                 )
                 return
-        elif first in state_dict:
-            if self.skip_factor != 0:
-                error_msgs.append(
-                    f"{first}: this is the state of a torch.nn.RNN or RNNCell (it has no '{key}'), whose recurrent "
-                    f"matrix is V = U + {self.skip_factor:g} I, while a {type(self).__name__} holds U. Load it with "
-                    f"fused_rin.load_rnn_state_dict, convert the module with {type(self).__name__}.from_rnn, or make "
-                    "the module with skip=0, which takes V as it is."
-                )
-                return
-            state_dict = {**state_dict, key: self.skip}
+        elif first in state_dict and self.skip_factor != 0:
+            error_msgs.append(
+                f"{first}: this is the state of a torch.nn.RNN or RNNCell (it has no '{key}'), whose recurrent "
+                f"matrix is V = U + {self.skip_factor:g} I, while a {type(self).__name__} holds U. Load it with "
+                f"fused_rin.load_rnn_state_dict, convert the module with {type(self).__name__}.from_rnn, or make "
+                "the module with skip=0, which takes V as it is."
+            )
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
 
 
 def check_nonlinearity(nonlinearity: str) -> None:
@@ -92,4 +106,4 @@ def check_skip(skip: float) -> float:
 
 
 def check_backend(backend: str) -> None:
-    backends._check_name(backend)
+    backends.check_name(backend)

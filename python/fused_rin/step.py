@@ -17,54 +17,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rin import backends, cpu
+from fused_rin import backends, cpu, watchers
+from fused_rin.problem import ACTIVATIONS, DTYPES
 
-# Above this many rows a matrix product over all of them is faster than a dot product for each (measured: at 4 rows
-# this way is ahead of torch.nn.RNNCell at every D from 8 to 1,024, at 16 rows behind it from D = 512 on).
-MAX_ROWS = 4
-# And above this many rows times steps the sweep, with its packed matrix, is: measured up to 1,024 units, where 16 steps
-# of one row and 4 of four rows are still ahead of it, 8 of four rows behind; up to 256 units it would be far more.
+MAX_ROWS = cpu.MAX_STEP_ROWS  # why, csrc/cpu/kernels.h says
+# Above this many rows times steps the sweep, with its packed matrix, is faster: measured up to 1,024 units, where 16
+# steps of one row and 4 of four rows are still ahead of it, 8 of four rows behind; up to 256 units far more would be.
 MAX_ROW_STEPS = 16
 
 # Looked up once: together they would cost as much as the arithmetic of a step of 64 units.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracing_state = torch._C._get_tracing_state
-_autocast = torch._C._is_any_autocast_enabled
-_transforms = torch._C._are_functorch_transforms_active
-_forward_ad = torch.autograd.forward_ad
+_unobserved = watchers.unobserved
 _grad_enabled, _num_threads = torch.is_grad_enabled, torch.get_num_threads
 _empty, _empty_like = torch.empty, torch.empty_like
 _Parameter = torch.nn.Parameter
 
 
-def unobserved(backend: str) -> bool:
-    """Whether nothing has to see operators here: no tracer, transform, mode or autocast, and the CPU backend's turn."""
-    return (
-        backends.requested(backend) in ("auto", "cpu")
-        and cpu._native is not None
-        and not (_dispatch_modes() or _function_modes() or _autocast() or _transforms())
-        and _tracing_state() is None
-        and _forward_ad._current_level < 0
-    )
+def is_short(steps: int, batch: int, dtype: torch.dtype, batch_first: bool) -> bool:
+    """Whether a call of these sizes is one for `rin`."""
+    if not 0 < batch <= MAX_ROWS or not 0 < steps * batch <= MAX_ROW_STEPS:
+        return False
+    # Steps are read one after the other, and in 16 bits the sweep carries the state in float32 where a step rounds it.
+    return steps == 1 or not (DTYPES.get(dtype, 2) > 1 or (batch > 1 and batch_first))
+
+
+def _here(backend: str) -> bool:
+    """Whether it is the CPU backend's turn and nobody looks."""
+    return backends.requested(backend) in ("auto", "cpu") and cpu._native is not None and _unobserved()
 
 
 def _address(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], grad: bool) -> int:
     """Where the numbers of a plain tensor of this dtype and shape lie; 0 if it is anything else, or empty.
 
-    `is_neg`: the imaginary part of a conjugate is a view whose numbers are read with the other sign.
+    As `watchers.is_readable`, with what a kernel has to know beside it, in half the time.
     """
     kind = type(tensor)
-    if (
-        (kind is _Parameter or kind is Tensor)
-        and tensor.dtype is dtype
-        and tensor.shape == shape
-        and tensor.is_contiguous()
-        and tensor.is_cpu
-        and not (grad and tensor.requires_grad)
-        and not tensor.is_neg()
-    ):
-        return tensor.data_ptr()
+    if kind is not _Parameter and kind is not Tensor:
+        return 0
+    try:
+        if (
+            tensor.dtype is dtype
+            and tensor.shape == shape
+            and tensor.is_contiguous()
+            and tensor.is_cpu
+            and not (grad and tensor.requires_grad)
+            and not tensor.is_neg()
+        ):
+            return tensor.data_ptr()
+    except RuntimeError:  # other layouts, batched tensors: no shape, no strides or no memory
+        pass
     return 0
 
 
@@ -87,22 +87,15 @@ def _addresses(
     return (w_ih, w_hh, b_ih, b_hh) if b_ih and b_hh else None
 
 
-def _leaf(module: Any, input: Any, hx: Any) -> Any:
-    """torch.fx.symbolic_trace keeps torch.nn's modules whole, by their place; here its proxies are met and told so."""
-    tracer = getattr(input, "tracer", None)
-    if not isinstance(tracer, torch.fx.Tracer):
-        return None
-    arguments = (input,) if hx is None else (input, hx)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
-
-
 def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """A few steps of all layers of a unidirectional RIN; shapes as in RIN.forward."""
-    if type(input) is not Tensor:
-        return _leaf(module, input, hx)
-    if not unobserved(module.backend):
+    if type(input) is not Tensor or not _here(module.backend):
         return None
-    shape, dtype, hidden, layers = input.shape, input.dtype, module.hidden_size, module.num_layers
+    try:
+        shape, dtype = input.shape, input.dtype
+    except RuntimeError:  # nested tensors have none
+        return None
+    hidden, layers = module.hidden_size, module.num_layers
     # Sizes one by one: a slice of a torch.Size takes 0.5 us, a tuple makes torch.empty 0.7 us slower.
     if len(shape) == 3:
         first, second, features = shape
@@ -114,18 +107,15 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
         batch, state_shape, out_shape = 1, (layers, hidden), (steps, hidden)
     else:
         return None
-    inputs, code, grad = module.input_size, cpu.DTYPES.get(dtype), _grad_enabled()
+    inputs, code, grad = module.input_size, DTYPES.get(dtype), _grad_enabled()
     if (
-        not 0 < batch <= MAX_ROWS
-        or not 0 < steps * batch <= MAX_ROW_STEPS
+        code is None
+        or not is_short(steps, batch, dtype, module.batch_first)
         or features != inputs
-        or code is None
         or module.bidirectional
+        or module._written_weights
         or (module.dropout and module.training)
     ):
-        return None
-    # Steps are read one after the other, and in 16 bits the sweep carries the state in float32 where a step rounds it.
-    if steps > 1 and (code > 1 or (batch > 1 and module.batch_first)):
         return None
     x, h = _address(input, dtype, shape, grad), 0
     if not x:
@@ -143,13 +133,13 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
             return None
         weights.append(addresses)
         width = hidden
-    h_n = _empty(*state_shape, dtype=dtype) if hx is None else _empty_like(hx)
-    out = _empty(*out_shape, dtype=dtype)
-    activation, skip, threads, isa = cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, _num_threads(), cpu._isa
+    h_n = _empty(*state_shape, dtype=dtype, device="cpu") if hx is None else _empty_like(hx)
+    out = _empty(*out_shape, dtype=dtype, device="cpu")
+    rule, threads, isa = (code, ACTIVATIONS[module.nonlinearity], module.skip_factor), _num_threads(), cpu._isa
     state, y, native = h_n.data_ptr(), out.data_ptr(), cpu._native.step
     size = batch * hidden * input.element_size()
     if layers > 1 and steps > 1:
-        between = _empty(layers - 1, steps, size, dtype=torch.uint8)  # what the layers but the last one put out
+        between = _empty(layers - 1, steps, size, dtype=torch.uint8, device="cpu")  # outputs of all layers but the last
         next_y = between.data_ptr()
     for addresses in weights:
         layers -= 1
@@ -160,9 +150,7 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
         else:
             target, copy = next_y, state
             next_y += steps * size
-        native(
-            steps, batch, inputs, heads, block, code, activation, skip, *addresses, x, h, target, copy, threads, isa
-        )  # fmt: skip
+        native((steps, batch, inputs, heads, block), rule, addresses, x, h, target, copy, threads, isa)
         x, inputs, state, h = target, hidden, state + size, h + size if h else 0
     return out, h_n
 
@@ -172,11 +160,13 @@ _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     """One step of a RINCell; shapes as in RINCell.forward."""
-    if type(input) is not Tensor:
-        return _leaf(module, input, hx)
-    if not unobserved(module.backend):
+    if type(input) is not Tensor or not _here(module.backend):
         return None
-    shape, dtype, inputs, hidden = input.shape, input.dtype, module.input_size, module.hidden_size
+    try:
+        shape, dtype = input.shape, input.dtype
+    except RuntimeError:
+        return None
+    inputs, hidden = module.input_size, module.hidden_size
     if len(shape) == 2:
         batch, features = shape
         state_shape: tuple[int, ...] = (batch, hidden)
@@ -184,7 +174,7 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
         batch, features, state_shape = 1, shape[0], (hidden,)
     else:
         return None
-    code, grad = cpu.DTYPES.get(dtype), _grad_enabled()
+    code, grad = DTYPES.get(dtype), _grad_enabled()
     if not 0 < batch <= MAX_ROWS or features != inputs or code is None:
         return None
     x, h = _address(input, dtype, shape, grad), 0
@@ -198,9 +188,9 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     addresses = _addresses(module._parameters, names, dtype, ((hidden, inputs), (hidden, hidden)), hidden, grad)
     if addresses is None:
         return None
-    out = _empty(*state_shape, dtype=dtype) if hx is None else _empty_like(hx)
+    out = _empty(*state_shape, dtype=dtype, device="cpu") if hx is None else _empty_like(hx)
     cpu._native.step(
-        1, batch, inputs, 1, hidden, code, cpu.ACTIVATIONS[module.nonlinearity], module.skip_factor, *addresses, x, h,
+        (1, batch, inputs, 1, hidden), (code, ACTIVATIONS[module.nonlinearity], module.skip_factor), addresses, x, h,
         out.data_ptr(), 0, _num_threads(), cpu._isa,
     )  # fmt: skip
     return out

@@ -112,7 +112,7 @@ def test_nothing_spills_and_everything_fits():
 
 
 def test_the_planner_leaves_out_what_an_architecture_cannot_hold():
-    from fused_rin.backends import Device
+    from fused_rin.device import Device, NoPlan
 
     for arch, kilobytes in SHARED_LIMIT.items():
         device = Device(f"sm_{arch}", (arch // 10, arch % 10), 100, kilobytes * 1024, 65536, 0, 1)
@@ -120,7 +120,7 @@ def test_the_planner_leaves_out_what_an_architecture_cannot_hold():
             for hidden in (32, 100, 192, 256, 384):
                 try:
                     kernel = cuda_plan.plan(64, 1, hidden, dtype, device).kernel
-                except cuda_plan.NoPlan:
+                except NoPlan:
                     continue
                 assert kernel.shared_bytes <= kilobytes * 1024
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fused_rin import backends, cuda, cuda_plan
+from fused_rin import cuda, cuda_plan
+from fused_rin.device import Device
 
 from tests.cuda_on_cpu.machine import KernelError, Machine, Problem
 
-H200 = backends.Device("NVIDIA H200", (9, 0), 132, 227 * 1024, 65536, 50 << 20, 16)
+H200 = Device("NVIDIA H200", (9, 0), 132, 227 * 1024, 65536, 50 << 20, 16)
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +30,12 @@ class NativeOnFibres:
         self.seed = 0
         self.kernels: set[tuple[int, int, int]] = set()
 
-    def sweep_block(self, *arguments: Any) -> None:
-        (
-            steps, batch, groups, hidden, reversed_, dtype, activation, backward, skip, lengths, offsets, resets,
-            weight, in_, saved, state_in, out, state_out, math, padded, rows, _device, _stream,
-        ) = arguments  # fmt: skip
+    def sweep_block(self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, kernel: Any, *_: Any) -> None:
+        steps, batch, groups, hidden = sizes
+        dtype, activation, backward, skip, reversed_ = rule
+        lengths, offsets, resets = row_tensors
+        weight, in_, saved, state_in, out, state_out = tensors
+        math, padded, rows = kernel
         size = 4 if dtype == 0 else 2
         row_count = self.rows_of(steps, batch, lengths, offsets)
         row_bytes = groups * hidden * size
@@ -68,7 +70,7 @@ def native(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> NativeOnFibres:
     stand_in = NativeOnFibres(machine)
     monkeypatch.setattr(cuda, "_cuda", stand_in)
     monkeypatch.setattr(cuda, "_place", lambda tensor: (H200, 0, 0))
-    monkeypatch.setattr(cuda, "_allow_tf32", lambda: False)
+    monkeypatch.setattr(cuda, "allow_tf32", lambda: False)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
     return stand_in

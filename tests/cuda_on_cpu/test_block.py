@@ -8,6 +8,7 @@ import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
 from fused_rin.cuda_plan import KERNELS, MATH, Kernel
+from fused_rin.problem import ALL_ROWS
 
 from tests.conftest import check_sweeps, make_case
 from tests.cuda_on_cpu.machine import KernelError, Machine
@@ -69,14 +70,14 @@ def test_tf32_kernels(native, force, kernel):
     """One step from h0, whose only error beyond float32's is the rounding of the product's operands to TF32."""
     force(kernel)
     case = make_case(1, kernel.rows + 1, kernel.hidden - 1, activation="none")
-    out, h_n = cuda.forward(*case.tensors, **case.constants)
+    out, h_n = cuda.forward(*case.arguments)
     rounded = torch.einsum("bgj,gij->bgi", tf32(case.h0), tf32(case.weight)) + case.pre[0] + case.h0.double()
     torch.testing.assert_close(h_n.double(), rounded, rtol=0, atol=2e-6)
     assert torch.equal(out[0], h_n)
-    exact = reference.recurrence(*case.to(torch.float64).tensors, **case.constants)[1]
+    exact = reference.forward(*case.to(torch.float64).arguments)[1]
     assert (h_n.double() - exact).abs().max() > 1e-5, "TF32 was asked for"
     grad = torch.randn_like(out)
-    grad_pre, grad_h0 = cuda.backward(grad, None, case.weight, out, None, None, None, **case.constants)
+    grad_pre, grad_h0 = cuda.backward(grad, None, case.weight, out, ALL_ROWS, case.rule)
     torch.testing.assert_close(grad_pre, grad, rtol=0, atol=0)
     rounded = torch.einsum("bgi,gij->bgj", tf32(grad[0]), tf32(case.weight)) + grad[0].double()
     torch.testing.assert_close(grad_h0.double(), rounded, rtol=0, atol=2e-6)
@@ -112,16 +113,16 @@ def test_the_schedule_changes_nothing(native, small, seed):
     """Bit for bit, whichever thread runs first."""
     case = make_case(6, 9, 40, 2, dtype=small, layout="lengths", resets=True, num_reversed=1)
     native.seed = 0
-    first = cuda.forward(*case.tensors, **case.constants)
+    first = cuda.forward(*case.arguments)
     native.seed = seed + 1
-    again = cuda.forward(*case.tensors, **case.constants)
+    again = cuda.forward(*case.arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    rest = (case.weight, first[0], case.lengths, case.offsets, case.resets)
+    rest = (case.weight, first[0], case.rows)
     grads = torch.randn_like(first[0]), torch.randn_like(first[1])
     native.seed = 0
-    first = cuda.backward(*grads, *rest, **case.constants)
+    first = cuda.backward(*grads, *rest, case.rule)
     native.seed = seed + 1
-    again = cuda.backward(*grads, *rest, **case.constants)
+    again = cuda.backward(*grads, *rest, case.rule)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -137,10 +138,10 @@ def test_sequences_shorter_than_what_is_read_ahead(native, small, steps):
 
 def test_no_steps(native, small):
     case = make_case(0, 3, 10, dtype=small)
-    out, h_n = cuda.forward(*case.tensors, **case.constants)
+    out, h_n = cuda.forward(*case.arguments)
     assert out.shape == (0, 3, 1, 10)
     assert torch.equal(h_n, case.h0)
-    grad_pre, grad_h0 = cuda.backward(None, case.h0, case.weight, out, None, None, None, **case.constants)
+    grad_pre, grad_h0 = cuda.backward(None, case.h0, case.weight, out, ALL_ROWS, case.rule)
     assert grad_pre.shape == out.shape
     assert torch.equal(grad_h0, case.h0)
 
@@ -148,7 +149,7 @@ def test_no_steps(native, small):
 def test_nan_goes_through_relu_and_reaches_every_unit(native, small):
     case = make_case(3, 1, 12, dtype=small)
     case.pre[1, 0, 0, 5] = float("nan")
-    out, h_n = cuda.forward(*case.tensors, **case.constants)
+    out, h_n = cuda.forward(*case.arguments)
     assert out[1].isnan().nonzero().tolist() == [[0, 0, 5]]
     assert h_n.isnan().all()
 
@@ -160,7 +161,7 @@ def test_without_a_skip_an_infinite_state_makes_no_nan(native, force, which):
     case = make_case(2, 1, 8, dtype=dtype, skip=0.0)
     case.weight.fill_(1)
     case.h0.fill_(1)[0, 0, 0] = float("inf")
-    out, _ = cuda.forward(*case.tensors, **case.constants)
+    out, _ = cuda.forward(*case.arguments)
     assert out.isposinf().all()
 
 
@@ -176,7 +177,7 @@ def test_a_lying_size_is_caught_with_coordinates(native, small, monkeypatch):
     case = make_case(4, 2, 10, dtype=small, h0=False)
     monkeypatch.setattr(type(native), "rows_of", staticmethod(lambda steps, batch, *_: steps * batch - 1))
     with pytest.raises(KernelError, match=r"thread \d+ \(warp \d+, lane \d+\): global .* outside every tensor"):
-        cuda.forward(*case.tensors, **case.constants)
+        cuda.forward(*case.arguments)
 
 
 def test_rows_longer_than_32_bit_offsets_reach_are_refused(native):
@@ -188,7 +189,7 @@ def test_rows_longer_than_32_bit_offsets_reach_are_refused(native):
 
 def test_the_planner_picks_the_kernel_that_runs(native):
     case = make_case(2, 3, 100, dtype=BF16)
-    cuda.forward(*case.tensors, **case.constants)
+    cuda.forward(*case.arguments)
     assert native.kernels == {(MATH["mma"], 128, 8)}
     assert "128 x 128" in cuda_plan.plan(3, 1, 100, BF16, cuda._place(case.pre)[0]).describe()
 
@@ -196,7 +197,7 @@ def test_the_planner_picks_the_kernel_that_runs(native):
 def test_the_output_may_lie_over_the_input(native, small, monkeypatch):
     """As problem.h promises: the same result when every sweep writes where it reads."""
     case = make_case(6, 5, 30, 2, dtype=small, layout="lengths", resets=True, num_reversed=1)
-    apart = cuda.forward(*case.tensors, **case.constants)
+    apart = cuda.forward(*case.arguments)
     sweep_block = native.sweep_block
     size = case.pre.numel() * case.pre.element_size()
 
@@ -208,7 +209,7 @@ def test_the_output_may_lie_over_the_input(native, small, monkeypatch):
         ctypes.memmove(out, in_, size)
 
     monkeypatch.setattr(native, "sweep_block", in_place)
-    over = cuda.forward(*case.to(small).tensors, **case.constants)
+    over = cuda.forward(*case.to(small).arguments)
     assert all(torch.equal(a, b) for a, b in zip(apart, over, strict=True))
 
 
@@ -216,8 +217,8 @@ def test_lengths_out_of_range_are_clamped(native, small):
     """On a GPU nobody has looked at them."""
     case = make_case(4, 3, 10, dtype=small)
     case.lengths = torch.tensor([9, -2, 4])
-    out, h_n = cuda.forward(*case.tensors, **case.constants)
+    out, h_n = cuda.forward(*case.arguments)
     case.lengths = torch.tensor([4, 0, 4])
-    expected = cuda.forward(*case.tensors, **case.constants)
+    expected = cuda.forward(*case.arguments)
     assert torch.equal(out, expected[0])
     assert torch.equal(h_n, expected[1])

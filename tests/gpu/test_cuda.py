@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from fused_rin import cuda, cuda_plan, recurrence
+from fused_rin.device import device_record
+from fused_rin.problem import Rows
 from torch import Tensor
 
 from tests.conftest import Case, check_sweeps, make_case
@@ -27,9 +29,11 @@ def test_the_backend_is_there():
 def on_gpu(function, device: torch.device | str = "cuda"):
     """A sweep on CPU tensors that runs on the GPU; outputs hold NaN before."""
 
-    def run(*tensors: Tensor | None, **constants: object) -> tuple[Tensor, ...]:
-        moved = [None if t is None else t.to(device) for t in tensors]
-        return tuple(t.cpu() for t in function(*moved, **constants))
+    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *given, rows, rule = tensors
+        moved = [None if t is None else t.to(device) for t in given]
+        rows = Rows(*(None if t is None else t.to(device) for t in rows))
+        return tuple(t.cpu() for t in function(*moved, rows, rule))
 
     return run
 
@@ -45,7 +49,7 @@ def check(case: Case, device: torch.device | str = "cuda") -> None:
 
 
 def fits(kernel: cuda_plan.Kernel) -> bool:
-    return kernel.shared_bytes <= cuda._record(torch.cuda.current_device()).shared_memory_per_block
+    return kernel.shared_bytes <= device_record(torch.cuda.current_device()).shared_memory_per_block
 
 
 @pytest.mark.parametrize(
@@ -157,10 +161,10 @@ torch.zeros(1, device="cuda")  # the context is torch's
 torch.cuda.synchronize()
 start = time.perf_counter()
 from fused_rin import cuda
+from fused_rin.problem import ALL_ROWS, Rule
 pre, weight = torch.zeros(5, 3, 1, 100, device="cuda"), torch.zeros(1, 100, 100, device="cuda")
-constants = {"skip": 1.0, "activation": "relu", "num_reversed": 0}
-out, h_n = cuda.forward(pre, weight, None, None, None, None, **constants)
-cuda.backward(out, h_n, weight, out, None, None, None, **constants)
+out, h_n = cuda.forward(pre, weight, None, ALL_ROWS, Rule())
+cuda.backward(out, h_n, weight, out, ALL_ROWS, Rule())
 torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """

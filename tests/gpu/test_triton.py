@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from fused_rin import explain, recurrence, triton_kernels
+from fused_rin.problem import ALL_ROWS, Rows, Rule
 from fused_rin.triton_kernels.device import device_record
 
 from tests.conftest import Case, check_sweeps, make_case
@@ -19,9 +20,11 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def on_gpu(function, **options):
     """A sweep on CPU tensors that runs on the GPU."""
 
-    def run(*tensors, **constants):
+    def run(*arguments):
+        *tensors, rows, rule = arguments
         moved = [None if t is None else t.cuda() for t in tensors]
-        return tuple(t.cpu() for t in function(*moved, **constants, **options))
+        rows = Rows(*(None if t is None else t.cuda() for t in rows))
+        return tuple(t.cpu() for t in function(*moved, rows, rule, **options))
 
     return run
 
@@ -109,18 +112,18 @@ def test_more_tiles_than_run_at_once(hidden):
 @pytest.mark.parametrize("hidden", [100, 1024])
 def test_results_are_bitwise_the_same(hidden):
     case = make_case(50, 40, hidden, dtype=torch.bfloat16)
-    arguments = [None if t is None else t.cuda() for t in case.tensors]
-    first = triton_kernels.forward(*arguments, **case.constants)
+    arguments = case.on("cuda").arguments
+    first = triton_kernels.forward(*arguments)
     for _ in range(10):
-        again = triton_kernels.forward(*arguments, **case.constants)
+        again = triton_kernels.forward(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_more_than_65535_steps():
     case = make_case(70_000, 1, 16, dtype=torch.bfloat16, skip=0.5)
-    out = triton_kernels.forward(*(None if t is None else t.cuda() for t in case.tensors), **case.constants)[0]
+    out = triton_kernels.forward(*case.on("cuda").arguments)[0]
     tail = case.pre[-100:], case.weight, out[-101].cpu()
-    again = triton_kernels.forward(*(t.cuda() for t in tail), None, None, None, **case.constants)[0]
+    again = triton_kernels.forward(*(t.cuda() for t in tail), ALL_ROWS, case.rule)[0]
     # The state at step T-101 is rounded to bfloat16 when it starts the shorter run; skip = 0.5 forgets that.
     torch.testing.assert_close(again[20:], out[-80:], rtol=2e-2, atol=2e-2)
 
@@ -129,7 +132,7 @@ def test_more_than_65535_steps():
 def test_no_compilation_when_batch_or_length_changes(hidden):
     def run(steps, batch):
         case = make_case(steps, batch, hidden, dtype=torch.float16, layout="lengths")
-        triton_kernels.forward(*(None if t is None else t.cuda() for t in case.tensors), **case.constants)
+        triton_kernels.forward(*case.on("cuda").arguments)
 
     run(3, 2)
     before = compiled()
@@ -145,9 +148,9 @@ def test_the_first_call_takes_less_than_3_s(tmp_path, monkeypatch):
         triton.knobs.cache.dir = str(tmp_path)
         # No other test compiles this one: float16, tanh, no skip.
         case = make_case(2, 2, 23, dtype=torch.float16)
-        arguments = [None if t is None else t.cuda() for t in case.tensors]
+        arguments = case.on("cuda").arguments[:-1]
         before, start = compiled(), time.perf_counter()
-        triton_kernels.forward(*arguments, **{**case.constants, "activation": "tanh", "skip": 0.0})
+        triton_kernels.forward(*arguments, Rule(0.0, "tanh"))
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
     assert compiled() == before + 1
@@ -158,11 +161,11 @@ def test_the_first_call_takes_less_than_3_s(tmp_path, monkeypatch):
 def test_a_cuda_graph_replays_forward_and_backward(hidden):
     """On new inputs: those of the capture are not what is replayed."""
     case = make_case(9, 5, hidden, dtype=torch.bfloat16)
-    arguments = [None if t is None else t.cuda() for t in case.tensors]
+    arguments = case.on("cuda").arguments
     weight = arguments[1]
 
     def run() -> tuple[torch.Tensor, ...]:
-        out, h_n = triton_kernels.forward(*arguments, **case.constants)
+        out, h_n = triton_kernels.forward(*arguments)
         return out, h_n, *triton_kernels.backward(out, h_n, weight, out, None, None, None, **case.constants)
 
     run()
@@ -183,12 +186,12 @@ def test_offsets_that_need_64_bits():
     steps, batch, hidden = 70_000, 256, 128
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GB of free memory")
-    constants = {"skip": 0.5, "activation": "relu", "num_reversed": 0}
+    rest = (ALL_ROWS, Rule(0.5))
     weight = torch.randn(1, hidden, hidden, device="cuda", dtype=torch.bfloat16) * 1e-3
     pre = torch.randn(steps, batch, 1, hidden, device="cuda", dtype=torch.bfloat16)
-    out, h_n = triton_kernels.forward(pre, weight, None, None, None, None, **constants)
+    out, h_n = triton_kernels.forward(pre, weight, None, *rest)
     half = steps // 2
-    again, _ = triton_kernels.forward(pre[half:], weight, out[half - 1], None, None, None, **constants)
+    again, _ = triton_kernels.forward(pre[half:], weight, out[half - 1], *rest)
     # Its start is rounded to bfloat16, which a skip of 0.5 forgets.
     assert torch.equal(again[100:], out[half + 100 :])
     assert torch.equal(out[-1], h_n)
@@ -196,16 +199,16 @@ def test_offsets_that_need_64_bits():
 
 def test_another_stream_and_device():
     case = make_case(9, 5, 64)
-    arguments = [None if t is None else t.cuda() for t in case.tensors]
-    expected = triton_kernels.forward(*arguments, **case.constants)
+    arguments = case.on("cuda").arguments
+    expected = triton_kernels.forward(*arguments)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        got = triton_kernels.forward(*arguments, **case.constants)
+        got = triton_kernels.forward(*arguments)
     torch.cuda.synchronize()
     assert torch.equal(got[0], expected[0])
     if torch.cuda.device_count() > 1:
-        other = [None if t is None else t.to("cuda:1") for t in case.tensors]
-        assert torch.equal(triton_kernels.forward(*other, **case.constants)[0].cpu(), expected[0].cpu())
+        other = triton_kernels.forward(*case.on("cuda:1").arguments)
+        assert torch.equal(other[0].cpu(), expected[0].cpu())
 
 
 @pytest.mark.parametrize("hidden", [40, 600])

@@ -17,6 +17,7 @@ def main() -> None:
     import torch
     import triton
     from fused_rin import triton_kernels
+    from fused_rin.problem import Rows, Rule
     from fused_rin.triton_kernels import Device, launch
     from fused_rin.triton_kernels.sweep import sweep
     from triton.backends.compiler import GPUTarget
@@ -50,9 +51,9 @@ def main() -> None:
     def call(steps: int, batch: int, hidden: int, dtype: torch.dtype, lengths: bool = True) -> None:
         pre, weight = torch.zeros(steps, batch, 2, hidden, dtype=dtype), torch.zeros(2, hidden, hidden, dtype=dtype)
         o_lengths = torch.full((batch,), steps) if lengths else None
-        constants = {"skip": 1.0, "activation": "relu", "num_reversed": 1}
-        out, h_n = triton_kernels.forward(pre, weight, None, o_lengths, None, None, **constants)
-        triton_kernels.backward(out, h_n, weight, out, o_lengths, None, None, **constants)
+        rows, rule = Rows(o_lengths), Rule(1.0, "relu", 1)
+        out, h_n = triton_kernels.forward(pre, weight, None, rows, rule)
+        triton_kernels.backward(out, h_n, weight, out, rows, rule)
 
     found = {}
     for hidden, dtype in ((48, torch.float32), (100, torch.bfloat16), (1024, torch.bfloat16)):
@@ -73,10 +74,9 @@ def main() -> None:
         {"activation": "tanh", "resets": True, "hidden": 1500},
     ):
         case = make_case(3, 2, options.pop("hidden", 16), 2, num_reversed=1, **options)
-        out, h_n = triton_kernels.forward(*case.tensors, **case.constants)
+        out, h_n = triton_kernels.forward(*case.arguments)
         for grads in ((out, h_n), (None, h_n), (out, None)):
-            rest = (case.weight, out, case.lengths, case.offsets, case.resets)
-            triton_kernels.backward(*grads, *rest, **case.constants)
+            triton_kernels.backward(*grads, case.weight, out, case.rows, case.rule)
     kinds = compiled()
     launches.clear()
     call(2, 16 * 9, 1024, torch.bfloat16, lengths=False)

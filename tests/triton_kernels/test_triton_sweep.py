@@ -17,11 +17,11 @@ def check(case: Case, plan: Plan | None = None) -> None:
 
 
 def run_forward(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(*case.tensors, **case.constants)
+    return forward(*case.arguments)
 
 
 def run_backward(case: Case, out: torch.Tensor, grad_out, grad_h_n) -> tuple[torch.Tensor, torch.Tensor]:
-    return backward(grad_out, grad_h_n, case.weight, out, case.lengths, case.offsets, case.resets, **case.constants)
+    return backward(grad_out, grad_h_n, case.weight, out, case.rows, case.rule)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +108,7 @@ def test_nan_comes_through(activation: str) -> None:
     assert not out[:, 1].isnan().any()
     # A NaN output is not an inactive unit: relu's gradient goes through it, as in torch.
     got = run_backward(case, out, torch.ones_like(out), None)
-    expected = reference.backward(torch.ones_like(out), None, case.weight, out, **case.constants)
+    expected = reference.backward(torch.ones_like(out), None, case.weight, out, case.rows, case.rule)
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
