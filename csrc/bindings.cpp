@@ -40,13 +40,13 @@ void layer_forward(const Sizes& sizes, const Rule& rule, const RowAddresses& row
 
 // A layer's backward pass, of one recurrence: all gradients from the output and the input. Of `tensors`, `in` is the
 // gradient of the output, state_in that of h_n, state_out that of h0, and there is no `out`.
-using GradientAddresses = std::tuple<Address, Address, Address, Address>;  // of x, w_ih, w_hh, the bias
+using GradientAddresses = std::tuple<Address, Address, Address, Address, Address>;  // of x, w_ih, w_hh, b_ih, b_hh
 
 void layer_backward(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
                     const InputAddresses& input, Address h0, const GradientAddresses& gradients, int max_threads,
                     const std::string& isa) {
   const Problem p = make_problem(sizes, rule, rows, tensors);
-  const auto& [grad_x, grad_w_ih, grad_w_hh, grad_bias] = gradients;
+  const auto& [grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh] = gradients;
   Layer layer{};
   layer.inputs = std::get<0>(input);
   layer.x = pointer<const void>(std::get<1>(input));
@@ -55,7 +55,8 @@ void layer_backward(const Sizes& sizes, const Rule& rule, const RowAddresses& ro
   layer.grad_x = pointer<void>(grad_x);
   layer.grad_w_ih = pointer<void>(grad_w_ih);
   layer.grad_w_hh = pointer<void>(grad_w_hh);
-  layer.grad_bias = pointer<void>(grad_bias);
+  layer.grad_b_ih = pointer<void>(grad_b_ih);
+  layer.grad_b_hh = pointer<void>(grad_b_hh);
   const Kernels& kernels = cpu_kernels(isa);
   py::gil_scoped_release release;
   sweep_cpu(p, &layer, kernels, max_threads);
@@ -65,65 +66,38 @@ using StepSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // T
 using StepRule = std::tuple<int, int, double>;                              // dtype, activation, skip
 using WeightAddresses = std::tuple<Address, Address, Address, Address>;     // w_ih, w_hh, b_ih, b_hh
 
-Step make_step(const StepSizes& sizes, const StepRule& rule, const WeightAddresses& weights) {
-  Step s{};
-  s.batch = std::get<1>(sizes);
-  s.inputs = std::get<2>(sizes);
-  s.groups = std::get<3>(sizes);
-  s.hidden = std::get<4>(sizes);
-  s.dtype = static_cast<DType>(std::get<0>(rule));
-  s.activation = static_cast<Activation>(std::get<1>(rule));
-  s.skip = std::get<2>(rule);
-  s.w_ih = pointer<const void>(std::get<0>(weights));
-  s.w_hh = pointer<const void>(std::get<1>(weights));
-  s.b_ih = pointer<const void>(std::get<2>(weights));
-  s.b_hh = pointer<const void>(std::get<3>(weights));
-  return s;
-}
-
 // A few steps of a layer from the weights as they lie. x [T, B, I], out [T, B, G * D]; h and h_n [B, G * D], h_n may be
 // null.
 void step(const StepSizes& sizes, const StepRule& rule, const WeightAddresses& weights, Address x, Address h,
           Address out, Address h_n, int max_threads, const std::string& isa) {
-  Step s = make_step(sizes, rule, weights);
+  const auto& [steps, batch, inputs, groups, hidden] = sizes;
+  const auto& [dtype, activation, skip] = rule;
+  const auto& [w_ih, w_hh, b_ih, b_hh] = weights;
+  Step s{};
+  s.batch = batch;
+  s.inputs = inputs;
+  s.groups = groups;
+  s.hidden = hidden;
+  s.dtype = static_cast<DType>(dtype);
+  s.activation = static_cast<Activation>(activation);
+  s.skip = skip;
+  s.w_ih = pointer<const void>(w_ih);
+  s.w_hh = pointer<const void>(w_hh);
+  s.b_ih = pointer<const void>(b_ih);
+  s.b_hh = pointer<const void>(b_hh);
   s.h = pointer<const void>(h);
   const int64_t size = s.dtype == DType::kFloat64 ? 8 : s.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t x_bytes = s.batch * s.inputs * size;
-  const int64_t out_bytes = s.batch * s.groups * s.hidden * size;
+  const int64_t x_bytes = batch * inputs * size;
+  const int64_t out_bytes = batch * groups * hidden * size;
   const Kernels& kernels = cpu_kernels(isa);
   py::gil_scoped_release release;
-  for (int64_t t = 0, steps = std::get<0>(sizes); t < steps; ++t) {
+  for (int64_t t = 0; t < steps; ++t) {
     s.x = pointer<const void>(x + t * x_bytes);
     s.out = pointer<void>(out + t * out_bytes);
     if (t + 1 == steps) s.h_n = pointer<void>(h_n);
     step_cpu(s, kernels, max_threads);
     s.h = s.out;
   }
-}
-
-// All gradients of one step.
-using StepGradientAddresses =
-    std::tuple<Address, Address, Address, Address, Address, Address>;  // of x, h, w_ih, w_hh, b_ih, b_hh
-
-void step_backward(const StepSizes& sizes, const StepRule& rule, const WeightAddresses& weights, Address x, Address h,
-                   Address out, Address grad_out, Address grad_h_n, const StepGradientAddresses& gradients,
-                   int max_threads, const std::string& isa) {
-  Step s = make_step(sizes, rule, weights);
-  s.x = pointer<const void>(x);
-  s.h = pointer<const void>(h);
-  s.out = pointer<void>(out);
-  StepGradients g{};
-  g.out = pointer<const void>(grad_out);
-  g.h_n = pointer<const void>(grad_h_n);
-  g.x = pointer<void>(std::get<0>(gradients));
-  g.h = pointer<void>(std::get<1>(gradients));
-  g.w_ih = pointer<void>(std::get<2>(gradients));
-  g.w_hh = pointer<void>(std::get<3>(gradients));
-  g.b_ih = pointer<void>(std::get<4>(gradients));
-  g.b_hh = pointer<void>(std::get<5>(gradients));
-  const Kernels& kernels = cpu_kernels(isa);
-  py::gil_scoped_release release;
-  step_backward_cpu(s, g, kernels, max_threads);
 }
 
 // `inputs` is that of a layer, or 0 for the bare recurrence.
@@ -160,7 +134,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("layer_forward", &layer_forward);
   m.def("layer_backward", &layer_backward);
   m.def("step", &step);
-  m.def("step_backward", &step_backward);
   m.def("plan", &plan);
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(pointer<void>(memory), bytes); });
   m.def("has_torchs_threads", &has_torchs_threads);

@@ -153,7 +153,7 @@ def test_replace_rnn_keeps_the_model(skip):
     x = torch.randn(3, 6, 4)
     expected, before = model(x), copy.deepcopy(model)
     calls.clear()
-    report = fused_rin.replace_rnn(model, skip=skip)
+    report = fused_rin.replace_rnn(model, skip=skip, report=True)
     assert report.model is model
     assert sorted(report.replaced) == ["again", "cell", "encoder.rnn", "relu"]
     assert list(report.left_alone) == ["lstm"]
@@ -193,12 +193,14 @@ def test_replace_rnn_with_skip_0_keeps_the_parameters():
 
 
 def test_replace_rnn_of_a_bare_module_and_of_nothing():
-    assert type(fused_rin.replace_rnn(nn.RNN(2, 3)).model) is RIN
-    nothing = fused_rin.replace_rnn(nn.Linear(2, 2))
-    assert (nothing.replaced, nothing.left_alone) == ([], {})
-    assert "none" in str(nothing)
-    done = fused_rin.replace_rnn(nn.Sequential(RIN(2, 3)))
-    assert (done.replaced, done.left_alone) == ([], {})
+    assert type(fused_rin.replace_rnn(nn.RNN(2, 3))) is RIN
+    model = nn.Sequential(nn.RNN(2, 3))
+    assert fused_rin.replace_rnn(model) is model
+    assert type(model[0]) is RIN
+    for without in (nn.Linear(2, 2), nn.Sequential(RIN(2, 3))):
+        nothing = fused_rin.replace_rnn(without, report=True)
+        assert (nothing.model, nothing.replaced, nothing.left_alone) == (without, [], {})
+        assert "none" in str(nothing)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(RIN, nn.RNN), (RINCell, nn.RNNCell)])
@@ -210,9 +212,15 @@ def test_a_foreign_state_dict_is_refused_and_changes_nothing(ours, theirs):
     _assert_untouched(module, before)
     plain = ours(5, 7, skip=0)
     plain.load_state_dict(foreign)
-    _assert_untouched(plain, {**foreign, "skip": torch.tensor(0.0)})
-    with pytest.raises(RuntimeError, match=r"the checkpoint has skip=0, this RIN.* was made with skip=1"):
-        module.load_state_dict(plain.state_dict())
+    _assert_untouched(plain, foreign)
+    # With skip=0 a state dict is torch's in both directions; a mark of 0, as older checkpoints have it, is taken too.
+    theirs(5, 7).load_state_dict(plain.state_dict())
+    plain.load_state_dict({**foreign, "skip": torch.tensor(0.0)})
+    for other in (plain.state_dict(), ours(5, 7, skip=0.5).state_dict()):
+        with pytest.raises(
+            RuntimeError, match=r"state of a torch.nn.RNN|has skip=0.5, this RIN.* was made with skip=1"
+        ):
+            module.load_state_dict(other)
     _assert_untouched(module, before)
 
 

@@ -137,7 +137,7 @@ def test_layouts_over_threads(threads, options):
 @pytest.mark.parametrize("options", LAYOUTS[::3], ids=name_of)
 def test_several_recurrences(isa, options):
     """Heads and directions: their gradients go by products over all steps."""
-    check(5, 4, 6, 9, groups=3, **options)
+    check(5, 4, 6, 9, groups=4, **{**options, "num_reversed": 2 * options["num_reversed"]})
 
 
 @pytest.mark.parametrize("layout", ["full", "lengths"])

@@ -337,14 +337,8 @@ void sweep_any(const Problem& p, const Layout& l, const Part& part) {
 
 #define FUSED_RIN_STRING_(x) #x
 #define FUSED_RIN_STRING(x) FUSED_RIN_STRING_(x)
-const Kernels kKernels = {FUSED_RIN_STRING(FUSED_RIN_ISA),
-                          FUSED_RIN_VECTOR_BYTES,
-                          kNarrow,
-                          kWide,
-                          pack_any,
-                          sweep_any,
-                          step_any,
-                          step_backward_any};
+const Kernels kKernels = {
+    FUSED_RIN_STRING(FUSED_RIN_ISA), FUSED_RIN_VECTOR_BYTES, kNarrow, kWide, pack_any, sweep_any, step_any};
 
 }  // namespace
 }  // namespace FUSED_RIN_ISA

@@ -62,7 +62,7 @@ struct Layer {
   const void* h0;               // backward: [B, D] or null, zero
   void* grad_x;                 // backward: [rows, I] or null, not wanted
   void *grad_w_ih, *grad_w_hh;  // backward: [D, I] and [D, D], or both null
-  void* grad_bias;              // backward: [D] or null
+  void *grad_b_ih, *grad_b_hh;  // backward: [D], or both null
 };
 
 // What one thread does: some rows of one recurrence, all outputs or (in a team) some blocks of them.
@@ -108,14 +108,6 @@ struct Step {
   void *out, *h_n;                        // [B, G * D], and the same once more or null
 };
 
-// Gradients of such a step, all contiguous, null where not given or not wanted. `out` of the step is read here.
-struct StepGradients {
-  const void *out, *h_n;  // [B, G * D]: given
-  void *x, *h;            // [B, inputs], [B, G * D]
-  void *w_ih, *w_hh;      // as the weights
-  void *b_ih, *b_hh;      // [G * D]
-};
-
 // More rows than these are faster as a matrix product than as a dot product each (measured: at 4 rows a step is ahead
 // of torch.nn.RNNCell at every D from 8 to 1,024, at 16 rows behind it from D = 512 on).
 constexpr int64_t kMaxStepRows = 4;
@@ -131,16 +123,7 @@ struct Kernels {
                void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
   void (*step)(const Step&, int64_t output_begin, int64_t output_end);
-  // At most kMaxStepRows rows. Columns of [W | U], inputs and then hidden; scratch: step_scratch(s) scalars.
-  void (*step_backward)(const Step&, const StepGradients&, int64_t column_begin, int64_t column_end, void* scratch);
 };
-
-// The gradient of the sums, and sums over a matrix's rows, each padded to a vector.
-inline int64_t step_scratch(const Step& s) {
-  constexpr int64_t kPad = 16;
-  const int64_t columns = s.inputs > s.hidden ? s.inputs : s.hidden;
-  return s.batch * (s.groups * s.hidden + columns + 2 * kPad);
-}
 
 constexpr int64_t kMaxTileRows = 6;
 constexpr int64_t kMaxChunks = 8;

@@ -122,7 +122,7 @@ class WeightGradient {
     for (int64_t i = begin_ * kLanes * l.padded(); i < end_ * kLanes * l.padded(); i += kLanes) {
       store(sums() + i, Vec<T>{});
     }
-    if (!layer_.grad_bias) return;
+    if (!layer_.grad_b_ih) return;
     for (int64_t level = 0; level < kBiasLevels; ++level) {
       for (int64_t v = first_vec(); v < end_vec(); ++v) store(bias(level) + v * kLanes, Vec<T>{});
     }
@@ -135,7 +135,7 @@ class WeightGradient {
     for (int64_t k = 0; k < rows && begin_ < end_; k += kOuterDepth) {
       add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, grad_pre + k * l_.padded());
     }
-    if (layer_.grad_bias) add_bias(rows, grad_pre);
+    if (layer_.grad_b_ih) add_bias(rows, grad_pre);
     const int64_t rank = part_.rank, n = part_.threads;
     if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, grad_pre);
   }
@@ -148,11 +148,11 @@ class WeightGradient {
     for (int64_t i = begin; i < end; i += kLanes) {
       write(sums(), i, p_.hidden, static_cast<T*>(layer_.grad_w_hh));
       write(inputs, i, layer_.inputs, static_cast<T*>(layer_.grad_w_ih));
-      if (!layer_.grad_bias) continue;
+      if (!layer_.grad_b_ih) continue;
       const int64_t count = p_.hidden - i < kLanes ? p_.hidden - i : kLanes;
       Vec<T> sum{};
       for (int64_t level = 0; level < kBiasLevels; ++level) sum += load(bias(level) + i);
-      store_first(static_cast<T*>(layer_.grad_bias) + i, sum, count);
+      for (void* bias : {layer_.grad_b_ih, layer_.grad_b_hh}) store_first(static_cast<T*>(bias) + i, sum, count);
     }
   }
 

@@ -352,24 +352,13 @@ void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
-namespace {
-
-// How many threads read `bytes` of weights: waking one takes about 10 us, in which one core reads a few hundred KB.
-int step_threads(const Step& s, int64_t bytes, int max_threads) {
-  const int64_t all = bytes * std::max<int64_t>(s.batch, 1);
-  return static_cast<int>(
-      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + all / (int64_t{2} << 20)}));
-}
-
-int64_t weight_bytes(const Step& s) {
-  return s.groups * s.hidden * (s.inputs + s.hidden) * (s.dtype == DType::kFloat64 ? 8 : 4);
-}
-
-}  // namespace
-
 void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
-  const int64_t outputs = s.groups * s.hidden;
-  const int threads = step_threads(s, weight_bytes(s), max_threads);
+  const int64_t outputs = s.groups * s.hidden, scalar = s.dtype == DType::kFloat64 ? 8 : 4;
+  // Waking a thread takes about 10 us, in which one core reads a few hundred KB of weights.
+  const int64_t weight_bytes = outputs * (s.inputs + s.hidden) * scalar;
+  const int64_t rows_bytes = weight_bytes * std::max<int64_t>(s.batch, 1);
+  const int threads = static_cast<int>(
+      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)}));
   const auto first = [&](int rank) {
     const int64_t output = rank * outputs / threads;
     return output - output % s.hidden % kStepOutputs;
@@ -377,20 +366,6 @@ void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
   const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
   if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
   kernels.step(s, 0, outputs);
-}
-
-void step_backward_cpu(const Step& s, const StepGradients& g, const Kernels& kernels, int max_threads) {
-  const int64_t columns = s.inputs + s.hidden;
-  const int threads = step_threads(s, 2 * weight_bytes(s), max_threads);  // read, and as much written
-  const int64_t bytes = (step_scratch(s) * 8 + 127) / 128 * 128;
-  const Workspace workspace(static_cast<size_t>(threads * bytes));
-  const auto first = [&](int rank) { return rank * columns / threads / 16 * 16; };
-  const auto part = [&](int rank) {
-    kernels.step_backward(s, g, first(rank), rank + 1 == threads ? columns : first(rank + 1),
-                          workspace.data() + rank * bytes);
-  };
-  if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
-  kernels.step_backward(s, g, 0, columns, workspace.data());
 }
 
 }  // namespace fused_rin

@@ -38,6 +38,5 @@ void sweep_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threa
 void prefer_huge_pages(void* memory, size_t bytes);
 
 void step_cpu(const Step&, const Kernels&, int max_threads);
-void step_backward_cpu(const Step&, const StepGradients&, const Kernels&, int max_threads);
 
 }  // namespace fused_rin

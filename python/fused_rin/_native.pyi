@@ -28,7 +28,7 @@ def layer_backward(
     tensors: _Sweep,
     input: _Input,
     h0: int,
-    gradients: tuple[int, int, int, int],  # of x, w_ih, w_hh, each bias
+    gradients: tuple[int, int, int, int, int],  # of x, w_ih, w_hh, b_ih, b_hh
     max_threads: int,
     isa: str,
     /,
@@ -41,20 +41,6 @@ def step(
     h: int,
     out: int,
     h_n: int,
-    max_threads: int,
-    isa: str,
-    /,
-) -> None: ...
-def step_backward(
-    sizes: _StepSizes,
-    rule: _StepRule,
-    weights: _Weights,
-    x: int,
-    h: int,
-    out: int,
-    grad_out: int,
-    grad_h_n: int,
-    gradients: tuple[int, int, int, int, int, int],  # of x, h, w_ih, w_hh, b_ih, b_hh
     max_threads: int,
     isa: str,
     /,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,11 +70,12 @@ def describe(
     plan = _native.plan((steps, batch, groups, hidden), input_size, DTYPES[dtype], torch.get_num_threads(), _isa)
     whose = "of torch's " if _native.has_torchs_threads() else ""  # or of our own pool
     threads = f"{plan['threads']} {whose}threads"
+    how = str(plan["sharing"])
     sharing = {
         "nothing": "one thread",
         "rows": f"{threads}, each with sequences of its own",
         "outputs": f"{threads} that share the outputs and meet once a step",
-    }[plan["sharing"]]
+    }[how]
     scalar = "float64" if dtype == torch.float64 else "float32"
     # Several recurrences have their gradients from products over all steps (see layer.py).
     products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
@@ -191,71 +192,30 @@ def layer_backward(
     out: Tensor,
     rows: Rows,
     rule: Rule,
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Gradients of x, w_ih, w_hh, of each bias, and of h0, for a layer of one recurrence; None where not needed.
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh and h0, for a layer of one recurrence; None where not needed
+    (`needs` says it of each).
+
+    Both biases get a tensor of their own: who scales gradients in place would scale a shared one twice.
 
     The gradient of pre is never stored as a whole: a thread that has it for some steps adds it to the gradients.
     """
     hidden, inputs = w_ih.shape
     steps, batch = rows.sizes(x)
-    grad_x = _advised(torch.empty_like(x)) if needs_x else None
-    grad_w_ih, grad_w_hh, grad_bias = (
-        (torch.empty_like(w_ih), torch.empty_like(w_hh), w_ih.new_empty(hidden)) if needs_weights else (None,) * 3
-    )
-    grad_h0 = x.new_empty(batch, 1, hidden)
+    grad_x = _advised(torch.empty_like(x)) if needs[0] else None
+    grad_w_ih = grad_w_hh = grad_b_ih = grad_b_hh = None
+    biases = needs[3] or needs[4]
+    if needs[1] or needs[2] or biases:
+        grad_w_ih, grad_w_hh = torch.empty_like(w_ih), torch.empty_like(w_hh)
+    if biases:
+        grad_b_ih, grad_b_hh = w_ih.new_empty(hidden), w_ih.new_empty(hidden)
+    grad_h0 = x.new_empty(batch, 1, hidden) if needs[5] else None
     _native.layer_backward(
         (steps, batch, 1, hidden), _rule(x.dtype, rule, True), _row_addresses(rows),
         (_address(w_hh), _address(grad_out), _address(out), _address(grad_h_n), 0, _address(grad_h0)),
         (inputs, _address(x), _address(w_ih), 0, 0), _address(h0),
-        (_address(grad_x), _address(grad_w_ih), _address(grad_w_hh), _address(grad_bias)),
-        torch.get_num_threads(), _isa,
-    )  # fmt: skip
-    return grad_x, grad_w_ih, grad_w_hh, grad_bias, grad_h0
-
-
-def step_forward(x: Tensor, weights: Weights, h0: Tensor | None, rule: Rule, groups: int) -> tuple[Tensor, Tensor]:
-    """One step of a layer, from the weights as they lie: x [1, B, I] -> out and h_n, each [1, B, G * D]."""
-    w_ih, w_hh, b_ih, b_hh = weights
-    width, inputs = w_ih.shape
-    batch = x.shape[1]
-    out, h_n = x.new_empty(1, batch, width), x.new_empty(1, batch, width)
-    _native.step(
-        (1, batch, inputs, groups, width // groups), (DTYPES[x.dtype], ACTIVATIONS[rule.activation], rule.skip),
-        (_address(w_ih), _address(w_hh), _address(b_ih), _address(b_hh)), _address(x), _address(h0), _address(out),
-        _address(h_n), torch.get_num_threads(), _isa,
-    )  # fmt: skip
-    return out, h_n
-
-
-def step_backward(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    h0: Tensor | None,
-    out: Tensor,
-    rule: Rule,
-    groups: int,
-    needs: tuple[bool, bool, bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w_ih, w_hh, b_ih, b_hh and h0 of one step, each None where not needed."""
-    width, inputs = w_ih.shape
-    batch = x.shape[1]
-    new = torch.empty_like
-    grad_x = new(x) if needs[0] else None
-    grad_w_ih = _advised(new(w_ih)) if needs[1] else None
-    grad_w_hh = _advised(new(w_hh)) if needs[2] else None
-    grad_b_ih, grad_b_hh = (w_ih.new_empty(width) if need else None for need in needs[3:5])
-    grad_h0 = x.new_empty(batch, groups, width // groups) if needs[5] else None
-    _native.step_backward(
-        (1, batch, inputs, groups, width // groups), (DTYPES[x.dtype], ACTIVATIONS[rule.activation], rule.skip),
-        (_address(w_ih), _address(w_hh), 0, 0), _address(x), _address(h0), _address(out), _address(grad_out),
-        _address(grad_h_n),
-        (_address(grad_x), _address(grad_h0), _address(grad_w_ih), _address(grad_w_hh), _address(grad_b_ih),
-         _address(grad_b_hh)),
+        (_address(grad_x), _address(grad_w_ih), _address(grad_w_hh), _address(grad_b_ih), _address(grad_b_hh)),
         torch.get_num_threads(), _isa,
     )  # fmt: skip
     return grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0

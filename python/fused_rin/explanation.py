@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rin import backends, cpu, layer, step, watchers
+from fused_rin import backends, cpu, step, watchers
 from fused_rin.modules import RIN, RINCell
 from fused_rin.problem import ALL_ROWS, Rows
 from fused_rin.watchers import OPERATOR, REFERENCE
@@ -20,7 +20,7 @@ class Choice:
     """What `explain` returns.
 
     backend: who computes. kernel: what of it, "step" (weights read as they lie), "layer" (a whole layer in one call),
-    "products" (one step by torch's matrix products), "sweep" (the recurrence alone), "torch" (its operators).
+    "sweep" (the recurrence alone), "torch" (its operators).
     plan: the kernel's plan in words. reason: why this backend. way: who sees the call on its way, in words.
     passed_over: why not the backends that are preferred.
     """
@@ -76,7 +76,7 @@ def _of_module(module: RIN | RINCell, input: Any, hx: Tensor | None, lengths: An
     else:
         shape = tuple(input.shape if isinstance(input, Tensor) else input)
     tensors = [t for t in (data, hx) if isinstance(t, Tensor)]
-    common = {
+    common: dict[str, Any] = {
         "dtype": data.dtype if isinstance(data, Tensor) else weights[0].dtype,
         "device": data.device if isinstance(data, Tensor) else weights[0].device,
         "backend": module.backend,
@@ -113,11 +113,12 @@ def _kernel(call: _Call, name: str, chosen: backends.Backend) -> str:
     if unobserved and not call.training and is_short:
         return "step"
     if call.cell:
-        return "torch" if RINCell.uses_torch(call.device, call.dtype, name) else "sweep"
-    if not unobserved:
-        return "sweep"
-    how = layer.kind(call.steps, call.batch, call.dtype, call.rows, call.groups)
-    return "layer" if how is layer.CHUNKS else how
+        return "torch" if step.suits_products(call.dtype, call.device, call.backend) else "sweep"
+    if step.layers_suit_products(
+        call.steps, call.rows, call.groups, call.hidden, call.dtype, call.device, call.backend
+    ):
+        return "torch"
+    return "layer" if unobserved else "sweep"
 
 
 def explain(
@@ -194,10 +195,10 @@ def _plan(call: _Call, chosen: backends.Backend, kernel: str) -> str:
         return (
             f"{cpu._isa or best}, {call.steps} step(s) from W and U as they lie, each output a dot product of its row"
         )
-    if kernel == "products":
-        return "one step by PyTorch's matrix products; there is nothing to sweep, and packing U would cost more"
     if kernel == "torch":
-        return "one step of PyTorch operations, whose graph costs less than a function" if call.cell else _loop(call)
+        if chosen is cpu:
+            return "one step by torch's matrix products: there is no loop to fuse, and packing U would cost more"
+        return _loop(call)
     if kernel == "layer":
         return cpu.describe(*size, call.input_size)
     return chosen.describe(*size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rin.problem import Rows
+from fused_rin.problem import Rows, directions
 
 
 def weight_gradient(grad_pre: Tensor, out: Tensor, h0: Tensor | None, rows: Rows, num_reversed: int) -> Tensor:
@@ -14,12 +14,12 @@ def weight_gradient(grad_pre: Tensor, out: Tensor, h0: Tensor | None, rows: Rows
     grad_pre and out [T, B, G, D], or [rows, G, D] of a packed batch. One GEMM per direction: the states that enter are
     `out` shifted by a step, so no copy of them is made unless the batch is packed.
     """
-    groups, forward = out.shape[-2], out.shape[-2] - num_reversed
     one = _weight_gradient if rows.offsets is None else _packed_weight_gradient
     parts = [
-        one(grad_pre[..., g, :], out[..., g, :], None if h0 is None else h0[:, g], rows, reverse)
-        for g, reverse in ((slice(0, forward), False), (slice(forward, groups), True))
-        if g.start < g.stop
+        one(grad_pre, out, h0, rows, reverse)
+        if g is None  # no view: batched gradients of the older kind refuse one that changes nothing
+        else one(grad_pre[..., g, :], out[..., g, :], None if h0 is None else h0[:, g], rows, reverse)
+        for g, reverse in directions(out.shape[-2], num_reversed)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -28,11 +28,11 @@ def _weight_gradient(grad_pre: Tensor, out: Tensor, h0: Tensor | None, rows: Row
     lengths, _, resets = rows
     # Shifted as rows, not as steps: a tensor of T - 1 steps would have compilers tell T = 2 from all other T.
     steps, batch = out.shape[:2]
-    moved, entered = grad_pre.flatten(0, 1), out.flatten(0, 1)
+    moved, entered = (t.reshape(steps * batch, *out.shape[2:]) for t in (grad_pre, out))
     kept = (steps - 1) * batch
     moved, entered = (moved[:kept], entered[batch:]) if reverse else (moved[batch:], entered[:kept])
     if resets is not None:
-        moved = moved.masked_fill(resets.flatten()[batch:, None, None], 0)
+        moved = moved.masked_fill(resets.reshape(steps * batch)[batch:, None, None], 0)
     total = _outer(moved, entered)
     if h0 is None or not steps:
         return total

@@ -158,7 +158,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
             if watchers.function_modes() and self._may_pass_modes_by(input, hx, lengths, resets):
                 with torch._C.DisableTorchFunction():
                     return RIN.forward(self, input, hx, lengths=lengths, resets=resets)
-            leaf = watchers.fx_leaf(self, input, hx)
+            leaf = None if isinstance(input, (Tensor, PackedSequence)) else watchers.fx_leaf(self, input, hx)
             if leaf is not None:
                 return leaf
         if isinstance(input, PackedSequence):
@@ -241,9 +241,9 @@ class RIN(SkipModule, torch.nn.RNNBase):
     def _may_pass_modes_by(self, input: Any, hx: Any, lengths: Any, resets: Any) -> bool:
         """Whether the function modes that are on need not see this call: a default device, and plain tensors alone."""
         data = input.data if isinstance(input, PackedSequence) else input
-        own = [self._parameters.get(name) for name in self._flat_weights_names]
+        own = [self._parameters.get(name, ...) for name in self._flat_weights_names]  # parametrized ones are not there
         given = () if self._written_weights is None else self._written_weights.values()
-        return None not in own and watchers.may_be_passed_by(data, hx, lengths, resets, *own, *given)
+        return watchers.may_be_passed_by(data, hx, lengths, resets, *own, *given)
 
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
@@ -253,6 +253,16 @@ class RIN(SkipModule, torch.nn.RNNBase):
         groups, last = directions * self.num_heads, self.num_layers - 1
         rule = Rule(self.skip_factor, self.nonlinearity, self.num_heads if self.bidirectional else 0)
         states = []
+        if x.shape[0] == 1 and step.layers_suit_products(
+            1, rows, groups, self.hidden_size, x.dtype, x.device, self.backend
+        ):
+            x = x[0]
+            for number in range(self.num_layers):
+                x = step.products(x, None if hx is None else hx[number], self._layer_weights(number), rule)
+                states.append(x)
+                if self.dropout and self.training and number < last:
+                    x = F.dropout(x, self.dropout, True)
+            return torch.stack([x], 1 if batch_first else 0), torch.stack(states)
         for number in range(self.num_layers):
             h0 = None
             if hx is not None:
@@ -268,7 +278,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
         return x, torch.cat(states) if last else states[0]
 
     def _layer_weights(self, number: int) -> Weights:
-        """Of a layer; those of its two directions one after the other, the biases then as one."""
+        """Of a layer; those of its two directions one after the other."""
         directions = 2 if self.bidirectional else 1
         # Asked first: an attribute of a module is found last of all, after 0.8 us.
         own: dict[str, Any] = self._parameters
@@ -280,11 +290,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
         ]
         if directions == 1:
             return Weights(*sets[0])
-        # Biases are added before they are joined: the other way round the gradients of b_ih and b_hh would be two views
-        # of the same memory, and what is accumulated into one of them would be in the other too. Times one, since a sum
-        # hands the same tensor to both.
-        parts = [(w_ih, w_hh, *([biases[0] + biases[1] * 1] if biases else [])) for w_ih, w_hh, *biases in sets]
-        return Weights(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+        return Weights(*(torch.cat(pair) for pair in zip(*sets, strict=True)))
 
 
 class _FlatWeights(list[Tensor | None]):
@@ -358,10 +364,10 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             if direct is not None:
                 return direct
             names = weights.weight_names(self) if watchers.function_modes() else ()
-            if names and watchers.may_be_passed_by(input, hx, *(self._parameters.get(name, False) for name in names)):
+            if names and watchers.may_be_passed_by(input, hx, *(self._parameters.get(name, ...) for name in names)):
                 with torch._C.DisableTorchFunction():
                     return RINCell.forward(self, input, hx)
-            leaf = watchers.fx_leaf(self, input, hx)
+            leaf = None if isinstance(input, Tensor) else watchers.fx_leaf(self, input, hx)
             if leaf is not None:
                 return leaf
         if input.dim() not in (1, 2):
@@ -392,30 +398,16 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             raise RuntimeError(f"weight_hh must have dtype {input.dtype}, got {weight.dtype}")
         if hx is not None and hx.dtype != input.dtype and not autocast:
             raise RuntimeError(f"hx must have the dtype of input, {input.dtype}, got {hx.dtype}")
-        if hx is None:
-            hx = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
-        if self.uses_torch(input.device, input.dtype, backend):
-            # One step has no loop to fuse, and a graph of torch's operators costs less than a function of our own
-            # (measured at B=1, D=128 with gradients: 33 us against 108). 16-bit types need its float32 sums.
-            if not self.skip_factor:
-                cell = torch._VF.rnn_relu_cell if self.nonlinearity == "relu" else torch._VF.rnn_tanh_cell
-                return cell(input, hx, self.weight_ih, weight, self.bias_ih, self.bias_hh)
-            a = F.linear(input, self.weight_ih, self.bias_ih) + F.linear(hx, weight, self.bias_hh)
-            a = torch.add(a, hx, alpha=self.skip_factor)
-            return torch.relu(a) if self.nonlinearity == "relu" else torch.tanh(a)
+        own, rule = (
+            Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh),
+            Rule(self.skip_factor, self.nonlinearity),
+        )
+        if step.suits_products(input.dtype, input.device, backend):
+            return step.products(input, hx, own, rule)
+        if not torch.compiler.is_compiling():
+            watchers.check_memory(input, *own)
         # The second bias times one: a sum would hand the same tensor to both as their gradient.
-        pre = F.linear(input, self.weight_ih, self.bias_ih + self.bias_hh * 1 if self.bias else None)
-        rule = Rule(self.skip_factor, self.nonlinearity)
-        h0 = hx.to(pre.dtype)[:, None]
+        pre = F.linear(input, own.w_ih, self.bias_ih + self.bias_hh * 1 if self.bias else None)
+        h0 = None if hx is None else hx.to(pre.dtype)[:, None]
         _, h_n = ops.recurrence(pre[None], weight.to(pre.dtype)[None], h0, ALL_ROWS, rule, backend)
         return h_n[:, 0].clone()  # no view, which would refuse detach_()
-
-    @staticmethod
-    def uses_torch(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
-        """Whether a step is torch's operators, not the sweep; `backend` as `backends.requested` has it."""
-        return (
-            backend == "auto"
-            and device.type == "cpu"
-            and dtype in (torch.float32, torch.float64)
-            and not torch._C._is_any_autocast_enabled()
-        )

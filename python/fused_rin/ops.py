@@ -7,6 +7,7 @@ the dispatcher costs about 6 us a call, the direct call 1.4. Which way a call ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fused_rin import backends, gradients, reference, watchers
 from fused_rin.problem import Rows, Rule
-from fused_rin.watchers import DIRECT, REFERENCE
+from fused_rin.watchers import DIRECT, PLAIN, REFERENCE
 
 _library = torch.library.Library("fused_rin", "DEF")
 _library.define(
@@ -27,7 +28,7 @@ _library.define(
 )
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
+def _plain(tensor: Any) -> Any:
     """As a kernel reads it: contiguous, and no view whose numbers are to be read with the other sign."""
     return None if tensor is None else tensor.resolve_neg().contiguous()
 
@@ -121,41 +122,43 @@ def _(  # type: ignore[no-untyped-def]
 # ---- autograd ----
 
 
-def kinds_of(tensors: tuple[Tensor | None, ...]) -> list[tuple[torch.dtype, torch.Size] | None]:
-    """What `restored` compares with."""
-    return [None if t is None else (t.dtype, t.shape) for t in tensors]
+def keep(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
+    """Saves tensors for backward, for `restored`."""
+    ctx.save_for_backward(*tensors)
+    ctx.kinds = [None if t is None else (t.dtype, t.shape) for t in tensors]
+    ctx.set_materialize_grads(False)
 
 
-def restored(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What was saved for backward, as it was saved.
+def restored(ctx: Any) -> Sequence[Tensor | None]:
+    """What was kept for backward, as it was kept.
 
     Hooks (torch.autograd.graph.saved_tensors_hooks: offloading, compression) may hand back other strides, which kernels
-    read through `contiguous`, and another floating point dtype, which is converted. Raises RuntimeError for a shape
-    that is not what was saved.
+    read through `contiguous`, a negated view, and another floating point dtype, which are converted. Raises
+    RuntimeError for what cannot be what was saved.
     """
     tensors = ctx.saved_tensors
-    for tensor, kind in zip(tensors, ctx.kinds, strict=True):
-        if tensor is not None and (tensor.dtype is not kind[0] or tensor.shape != kind[1]):
-            break
-    else:
-        return tensors
-    return tuple(None if t is None else _as_saved(t, *kind) for t, kind in zip(tensors, ctx.kinds, strict=True))
+    for t, kind in zip(tensors, ctx.kinds, strict=True):
+        if t is not None and (t.dtype is not kind[0] or t.shape != kind[1] or type(t) not in PLAIN or t.is_neg()):
+            return [None if t is None else _as_saved(t, *kind) for t, kind in zip(tensors, ctx.kinds, strict=True)]
+    return tensors
 
 
 def _as_saved(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return tensor  # no numbers yet
     if tensor.shape != shape or (tensor.dtype != dtype and not tensor.is_floating_point()):
         raise RuntimeError(
-            f"a tensor saved for backward came back from a saved_tensors_hooks with shape {tuple(tensor.shape)} and "
+            f"a tensor saved for backward came back from saved_tensors_hooks with shape {tuple(tensor.shape)} and "
             f"dtype {tensor.dtype}, expected {tuple(shape)} and {dtype}"
         )
-    return tensor.to(dtype)
+    return tensor.to(dtype).resolve_neg()
 
 
 def backward(
     grad_out: Tensor | None, grad_h_n: Tensor | None, weight: Tensor, out: Tensor, rows: Rows, rule: Rule, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of pre and of h0, by the way that fits whoever looks."""
-    way = watchers.way_back(grad_out, grad_h_n, weight, out)
+    way = watchers.way_back(grad_out, grad_h_n, out)
     if way is REFERENCE:
         # A graph of this backward depends on pre through `out`, which is part of it. Batched gradients are no tensors
         # that a kernel could read.
@@ -186,13 +189,6 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tu
     return grad_pre if needs[0] else None, grad_weight, grad_h0 if needs[2] else None
 
 
-def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], rule: Rule, backend: str, batch_first: bool) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.kinds = kinds_of(tensors)
-    ctx.constants = rule, backend, batch_first
-    ctx.set_materialize_grads(False)
-
-
 class Recurrence(torch.autograd.Function):
     """The recurrence with its gradient; keeps the output and nothing else for backward.
 
@@ -201,22 +197,25 @@ class Recurrence(torch.autograd.Function):
 
     # The context is an argument of forward: with a setup_context of its own, torch inspects forward's signature at
     # every call, for some 50 us. Transforms that need it never come here (see watchers.py).
+    # One object for all that needs no gradient: `apply` looks at every argument, for 0.5 us each.
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, weight: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-        rows, rule, backend, batch_first = Rows(*rest[:3]), Rule(*rest[3:6]), rest[6], rest[7]
-        out, h_n = sweep_forward(pre, weight, h0, rows, rule, backend, batch_first)
-        _keep(ctx, (weight, h0, out, *rows), rule, backend, batch_first)
+    def forward(
+        ctx: Any, pre: Tensor, weight: Tensor, h0: Tensor | None, rest: tuple[Rows, Rule, str, bool]
+    ) -> tuple[Tensor, Tensor]:
+        rows, *ctx.constants = rest
+        out, h_n = sweep_forward(pre, weight, h0, *rest)
+        keep(ctx, (weight, h0, out, *rows))
         return out, h_n
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grad_out, grad_h_n), *(None,) * 8
+        return *_gradients(ctx, grad_out, grad_h_n), None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend = inputs
-    tensors = (weight, h0, output[0], lengths, offsets, resets)
-    _keep(ctx, tensors, Rule(skip, activation, num_reversed), backend, False)
+    ctx.constants = Rule(skip, activation, num_reversed), backend, False
+    keep(ctx, (weight, h0, output[0], lengths, offsets, resets))
 
 
 # The operator itself is differentiable too: for compilers (torch.export of torch 2.6 cannot take an autograd.Function
@@ -241,7 +240,7 @@ def recurrence(
         if torch.is_grad_enabled() and (
             pre.requires_grad or weight.requires_grad or (h0 is not None and h0.requires_grad)
         ):
-            return Recurrence.apply(pre, weight, h0, *rows, *rule, backend, batch_first)
+            return Recurrence.apply(pre, weight, h0, (rows, rule, backend, batch_first))
         return sweep_forward(pre, weight, h0, rows, rule, backend, batch_first)
     if way is REFERENCE:
         out, h_n = reference.forward(pre, weight, h0, rows, rule)

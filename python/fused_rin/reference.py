@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rin.problem import ALL_ROWS, RIN_RULE, Rows, Rule
+from fused_rin.problem import ALL_ROWS, RIN_RULE, Rows, Rule, directions
 
 name = "reference"
 
@@ -69,19 +69,32 @@ def forward(
 
     groups, hidden = weight.shape[:2]
     shape = pre.shape
-    pre = pre.reshape(*shape[:2], groups, hidden)
+    pre = _in_shape(pre, torch.Size((*shape[:2], groups, hidden)))
     if h0 is None:
         h0 = pre.new_zeros(pre.shape[1:])
-    ahead = groups - rule.num_reversed
     parts = [
-        _scan(pre[:, :, g], weight[g], h0[:, g], lengths, resets, rule, reverse)
-        for g, reverse in ((slice(None, ahead), False), (slice(ahead, None), True))
-        if weight[g].shape[0]
+        _scan(_take(pre, 2, g), _take(weight, 0, g), _take(h0, 1, g), lengths, resets, rule, reverse)
+        for g, reverse in directions(groups, rule.num_reversed)
     ]
     if not parts:
         return torch.empty_like(pre).reshape(shape), torch.empty_like(h0)
-    out, h_n = torch.cat([out for out, _ in parts], 2), torch.cat([h for _, h in parts], 1)
-    return out.reshape(shape), h_n
+    return _in_shape(_join([out for out, _ in parts], 2), shape), _join([h for _, h in parts], 1)
+
+
+# Batched gradients of the older kind (is_grads_batched) refuse views that change nothing.
+
+
+def _take(tensor: Tensor, dim: int, part: slice | None) -> Tensor:
+    """Some recurrences of a tensor that has them at `dim`; itself for all."""
+    return tensor if part is None else tensor[(slice(None),) * dim + (part,)]
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _in_shape(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def _padded_rows(lengths: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +126,7 @@ def _scan(
         if resets is not None and start < steps:
             crossed = resets[start] if lengths is None else resets[start] & (start < lengths)
             h = h.masked_fill(crossed[:, None, None], 0)
-        a = pre[t] + torch.einsum("bgj,gij->bgi", h, weight)
+        a = pre[t] + (h.transpose(0, 1) @ weight.mT).transpose(0, 1)
         new = act(a + skip * h if skip else a)
         if lengths is None:
             h = new
@@ -152,23 +165,21 @@ def backward(
 
     groups, hidden = weight.shape[:2]
     shape = out.shape
-    out = out.reshape(*shape[:2], groups, hidden)
+    out = _in_shape(out, torch.Size((*shape[:2], groups, hidden)))
     if grad_out is not None:
-        grad_out = grad_out.reshape(out.shape)
+        grad_out = _in_shape(grad_out, out.shape)
     if grad_h_n is None:
         grad_h_n = out.new_zeros(out.shape[1:])
-    ahead = groups - rule.num_reversed
     parts = [
         _scan_back(
-            None if grad_out is None else grad_out[:, :, g], grad_h_n[:, g], weight[g], out[:, :, g], lengths, resets,
-            rule, reverse,
+            None if grad_out is None else _take(grad_out, 2, g), _take(grad_h_n, 1, g), _take(weight, 0, g),
+            _take(out, 2, g), lengths, resets, rule, reverse,
         )
-        for g, reverse in ((slice(None, ahead), False), (slice(ahead, None), True))
-        if weight[g].shape[0]
+        for g, reverse in directions(groups, rule.num_reversed)
     ]  # fmt: skip
     if not parts:
         return torch.empty_like(out).reshape(shape), torch.empty_like(grad_h_n)
-    return torch.cat([grad for grad, _ in parts], 2).reshape(shape), torch.cat([c for _, c in parts], 1)
+    return _in_shape(_join([grad for grad, _ in parts], 2), shape), _join([c for _, c in parts], 1)
 
 
 def _scan_back(
@@ -186,7 +197,7 @@ def _scan_back(
     grad_pre = []
     for t in range(steps) if reverse else range(steps - 1, -1, -1):
         x = slope(c if grad_out is None else grad_out[t] + c, out[t])
-        carry = torch.einsum("bgi,gij->bgj", x, weight)
+        carry = (x.transpose(0, 1) @ weight).transpose(0, 1)
         carry = carry + skip * x if skip else carry
         start = t + 1 if reverse else t
         if resets is not None and start < steps:

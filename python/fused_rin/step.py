@@ -1,4 +1,6 @@
-"""A few steps for inference, straight from the weights: what a streaming model calls for every sample that arrives.
+"""Calls that are too short for a sweep.
+
+`rin` and `cell`: a few steps for inference, straight from the weights, what a streaming model calls for every sample.
 
 At B = 1 and D = 128 the arithmetic of a step takes 2 to 3 us, a registered operator 6 and a matrix packed for the sweep
 5 to 10. So short calls have a way of their own: one native call a layer that reads W and U as they lie. Nothing derived
@@ -6,7 +8,11 @@ from the weights is kept between calls, so an optimizer, `load_state_dict` or an
 `.data = ` changes address, shape and layout and leaves `_version` alone, so there is no key to a cache but what is
 looked at here in every call.
 
-`rin` and `cell` return None when this way does not fit; the general one then runs, or says what is wrong.
+They return None when this way does not fit; the general one then runs, or says what is wrong.
+
+`products`: one step of many rows, or one that needs gradients, by torch's own matrix products. There is no loop to
+fuse, packing U for it took three quarters of a decoder's training step at D = 1,024, and a graph of torch's operators
+costs less than a function of our own (a training step at B = 1, D = 64: 93 us; torch.nn.RNN 105, the sweep 144).
 """
 
 from __future__ import annotations
@@ -16,9 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_rin import backends, cpu, watchers
-from fused_rin.problem import ACTIVATIONS, DTYPES
+from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
 
 MAX_ROWS = cpu.MAX_STEP_ROWS  # why, csrc/cpu/kernels.h says
 # Above this many rows times steps the sweep, with its packed matrix, is faster: measured up to 1,024 units, where 16
@@ -28,7 +35,6 @@ MAX_ROW_STEPS = 16
 # Looked up once: together they would cost as much as the arithmetic of a step of 64 units.
 _unobserved = watchers.unobserved
 _grad_enabled, _num_threads = torch.is_grad_enabled, torch.get_num_threads
-_empty, _empty_like = torch.empty, torch.empty_like
 _Parameter = torch.nn.Parameter
 
 
@@ -41,8 +47,8 @@ def is_short(steps: int, batch: int, dtype: torch.dtype, batch_first: bool) -> b
 
 
 def _here(backend: str) -> bool:
-    """Whether it is the CPU backend's turn and nobody looks."""
-    return backends.requested(backend) in ("auto", "cpu") and cpu._native is not None and _unobserved()
+    """Whether it is the CPU backend's turn."""
+    return backends.requested(backend) in ("auto", "cpu") and cpu._native is not None
 
 
 def _address(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], grad: bool) -> int:
@@ -87,10 +93,20 @@ def _addresses(
     return (w_ih, w_hh, b_ih, b_hh) if b_ih and b_hh else None
 
 
-def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def rin(module: Any, input: Any, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """A few steps of all layers of a unidirectional RIN; shapes as in RIN.forward."""
+    if not _unobserved():
+        if not watchers.only_a_default_device():
+            return None
+        with torch._C.DisableTorchFunction():
+            return rin(module, input, hx) if _unobserved() else None
     if type(input) is not Tensor or not _here(module.backend):
         return None
+    grad, parameters = _grad_enabled(), module._parameters
+    if grad:  # in training, the shortest way out
+        first = parameters.get("weight_ih_l0")
+        if first is None or first.requires_grad:
+            return None
     try:
         shape, dtype = input.shape, input.dtype
     except RuntimeError:  # nested tensors have none
@@ -107,7 +123,7 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
         batch, state_shape, out_shape = 1, (layers, hidden), (steps, hidden)
     else:
         return None
-    inputs, code, grad = module.input_size, DTYPES.get(dtype), _grad_enabled()
+    inputs, code = module.input_size, DTYPES.get(dtype)
     if (
         code is None
         or not is_short(steps, batch, dtype, module.batch_first)
@@ -126,20 +142,20 @@ def rin(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] 
             return None
 
     heads, weights = module.num_heads, []
-    block, parameters, width = hidden // heads, module._parameters, inputs
+    block, width = hidden // heads, inputs
     for names in module._all_weights:
         addresses = _addresses(parameters, names, dtype, ((hidden, width), (hidden, block)), hidden, grad)
         if addresses is None:
             return None
         weights.append(addresses)
         width = hidden
-    h_n = _empty(*state_shape, dtype=dtype, device="cpu") if hx is None else _empty_like(hx)
-    out = _empty(*out_shape, dtype=dtype, device="cpu")
+    # Twice as fast as torch.empty with a dtype and a device.
+    h_n, out = input.new_empty(*state_shape), input.new_empty(*out_shape)
     rule, threads, isa = (code, ACTIVATIONS[module.nonlinearity], module.skip_factor), _num_threads(), cpu._isa
     state, y, native = h_n.data_ptr(), out.data_ptr(), cpu._native.step
     size = batch * hidden * input.element_size()
     if layers > 1 and steps > 1:
-        between = _empty(layers - 1, steps, size, dtype=torch.uint8, device="cpu")  # outputs of all layers but the last
+        between = input.new_empty(layers - 1, steps, batch, hidden)  # outputs of all layers but the last
         next_y = between.data_ptr()
     for addresses in weights:
         layers -= 1
@@ -160,6 +176,11 @@ _CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     """One step of a RINCell; shapes as in RINCell.forward."""
+    if not _unobserved():
+        if not watchers.only_a_default_device():
+            return None
+        with torch._C.DisableTorchFunction():
+            return cell(module, input, hx) if _unobserved() else None
     if type(input) is not Tensor or not _here(module.backend):
         return None
     try:
@@ -188,9 +209,55 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     addresses = _addresses(module._parameters, names, dtype, ((hidden, inputs), (hidden, hidden)), hidden, grad)
     if addresses is None:
         return None
-    out = _empty(*state_shape, dtype=dtype, device="cpu") if hx is None else _empty_like(hx)
+    out = input.new_empty(*state_shape)
     cpu._native.step(
         (1, batch, inputs, 1, hidden), (code, ACTIVATIONS[module.nonlinearity], module.skip_factor), addresses, x, h,
         out.data_ptr(), 0, _num_threads(), cpu._isa,
     )  # fmt: skip
     return out
+
+
+# Up to this many units a sweep of one step, a single call, is as fast without gradients, and faster from no state.
+_FEW_UNITS = 64
+
+
+def suits_products(dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+    """Whether a step that `rin` or `cell` did not take is one for `products`.
+
+    Not in 16 bits, or where autocast would make them, where both products and the state need one sum in float32.
+    """
+    return (
+        (dtype is torch.float32 or dtype is torch.float64)
+        and device.type == "cpu"
+        and backends.requested(backend) == "auto"
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def layers_suit_products(
+    steps: int, rows: Rows, groups: int, hidden: int, dtype: torch.dtype, device: torch.device, backend: str
+) -> bool:
+    """The same for the layers of a RIN. Where somebody traces it has to be the sweep: the steps of a call may vary."""
+    return (
+        steps == 1
+        and rows is ALL_ROWS
+        and groups == 1
+        and (hidden > _FEW_UNITS or _grad_enabled())
+        and suits_products(dtype, device, backend)
+        and not torch.compiler.is_compiling()
+        and _unobserved()
+    )
+
+
+def products(x: Tensor, h: Tensor | None, weights: Weights, rule: Rule) -> Tensor:
+    """One step of one recurrence: x [B, I], h [B, D] or None for zeros -> the next state."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    watchers.check_memory(x, h, *weights)
+    if h is None:  # and not no product: U is part of the graph, and an Inf in it of the result
+        h = x.new_zeros(x.shape[0], w_hh.shape[0])
+    if not rule.skip:
+        cell = torch._VF.rnn_relu_cell if rule.activation == "relu" else torch._VF.rnn_tanh_cell
+        return cell(x, h, w_ih, w_hh, b_ih, b_hh)
+    a = F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
+    a = torch.add(a, h, alpha=rule.skip)
+    return torch.relu(a) if rule.activation == "relu" else torch.tanh(a)

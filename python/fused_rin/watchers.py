@@ -22,12 +22,15 @@ DIRECT, OPERATOR, REFERENCE = "direct", "operator", "reference"
 # Looked up once: together the look-ups would cost as much as the arithmetic of a step of 64 units.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._is_torch_function_mode_enabled
+_function_modes_there = torch._C._len_torch_function_stack
+_function_mode = torch._C._get_function_stack_at
 _tracing_state = torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
 _transforms = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_Parameter = torch.nn.Parameter
+
+PLAIN = frozenset({Tensor, torch.nn.Parameter})  # types of tensors that hide nothing behind another
 
 
 def unobserved() -> bool:
@@ -64,8 +67,7 @@ def is_readable(tensor: Tensor) -> bool:
     Not those of subclasses, fake and functional tensors, other layouts, negated views (the sign is a flag of the
     tensor), and tensors whose memory is gone or was never there (a freed storage, an efficient zero tensor).
     """
-    kind = type(tensor)
-    if kind is not Tensor and kind is not _Parameter:
+    if type(tensor) not in PLAIN:
         return False
     try:
         return not tensor.is_neg() and (tensor.data_ptr() != 0 or not tensor.numel())
@@ -73,11 +75,44 @@ def is_readable(tensor: Tensor) -> bool:
         return False
 
 
+def check_memory(*tensors: Tensor | None) -> None:
+    """RuntimeError for a tensor whose memory was taken from it, which torch's own products would read all the same."""
+    for t in tensors:
+        if t is None or type(t) not in PLAIN or t.layout is not torch.strided or t.device.type not in ("cpu", "cuda"):
+            continue
+        if not (is_readable(t) or t.is_neg() or t._is_zerotensor() or torch._is_functional_tensor(t)):
+            try:
+                taken = t.untyped_storage().nbytes() == 0
+            except (RuntimeError, NotImplementedError):  # batched: others hold its numbers
+                continue
+            if taken:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed (resize_(0), as sharding "
+                    "does between uses)"
+                )
+
+
+def is_plain(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether it is readable, of this dtype and shape, on the CPU, and not empty; in one look."""
+    try:
+        return (
+            tensor.dtype is dtype
+            and tensor.shape == shape
+            and tensor.is_cpu
+            and type(tensor) in PLAIN
+            and not tensor.is_neg()
+            and tensor.data_ptr() != 0
+        )
+    except RuntimeError:
+        return False
+
+
 def way(*tensors: Tensor | None, product: bool = False) -> str:
     """DIRECT, OPERATOR or REFERENCE for a call on these tensors made now."""
-    seen = observer(product)
-    if seen is not None:
-        return seen[0]
+    if torch.compiler.is_compiling() or not unobserved():
+        seen = observer(product)
+        if seen is not None:
+            return seen[0]
     for tensor in tensors:
         if tensor is not None and not is_readable(tensor):
             return REFERENCE if type(tensor) is Tensor and _is_legacy_batched(tensor) else OPERATOR
@@ -96,8 +131,10 @@ def way_back(*tensors: Tensor | None) -> str:
 
 
 def only_a_default_device() -> bool:
-    """Whether all function modes are torch.set_default_device's or `with torch.device(...)`."""
-    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+    """Whether there are function modes, all of them torch.set_default_device's or `with torch.device(...)`."""
+    if not function_modes():
+        return False
+    return all(type(_function_mode(i)) is DeviceContext for i in range(_function_modes_there()))
 
 
 def may_be_passed_by(*tensors: Any) -> bool:
@@ -105,11 +142,9 @@ def may_be_passed_by(*tensors: Any) -> bool:
 
     The caller then goes on under `torch._C.DisableTorchFunction()`.
     """
-    if not function_modes() or torch.compiler.is_compiling() or not only_a_default_device():
+    if torch.compiler.is_compiling() or not only_a_default_device():
         return False
-    return all(
-        type(t) is Tensor or type(t) is _Parameter or t is None or type(t) in (list, tuple, bool) for t in tensors
-    )
+    return all(t is None or type(t) in PLAIN or type(t) in (list, tuple, bool) for t in tensors)
 
 
 def fx_leaf(module: Any, input: Any, hx: Any) -> Any:
