@@ -141,6 +141,11 @@ def forward(
     return out, torch.stack(h_n.reshape(h_n.shape[-2:]).chunk(2, 1)) if rule.num_reversed else h_n
 
 
+def bias(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
+    """Their sum, by an operator whose gradients are two tensors: that of a plain sum is one, for both."""
+    return b_ih if b_ih is None or b_hh is None else torch.sub(b_ih, b_hh, alpha=-1)
+
+
 def _composed(
     x: Tensor,
     weights: Weights,
@@ -154,10 +159,8 @@ def _composed(
 ) -> tuple[Tensor, Tensor]:
     """As a matrix product and the recurrence, by operators: any device, under compilers and autocast."""
     w_ih, w_hh, b_ih, b_hh = weights
-    if not torch.compiler.is_compiling():
-        watchers.check_memory(x, *weights)
-    # Times one: a sum would hand the same tensor to both biases as their gradient.
-    pre = F.linear(x, w_ih, b_ih if b_ih is None or b_hh is None else b_ih + b_hh * 1)
+    watchers.check_memory(x, *weights)
+    pre = F.linear(x, w_ih, bias(b_ih, b_hh))
     if w_hh.dtype != pre.dtype:
         if not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"{u_name} must have dtype {pre.dtype}, got {w_hh.dtype}")

@@ -404,10 +404,8 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
         )
         if step.suits_products(input.dtype, input.device, backend):
             return step.products(input, hx, own, rule)
-        if not torch.compiler.is_compiling():
-            watchers.check_memory(input, *own)
-        # The second bias times one: a sum would hand the same tensor to both as their gradient.
-        pre = F.linear(input, own.w_ih, self.bias_ih + self.bias_hh * 1 if self.bias else None)
+        watchers.check_memory(input, *own)
+        pre = F.linear(input, own.w_ih, layer.bias(own.b_ih, own.b_hh))
         h0 = None if hx is None else hx.to(pre.dtype)[:, None]
         _, h_n = ops.recurrence(pre[None], weight.to(pre.dtype)[None], h0, ALL_ROWS, rule, backend)
         return h_n[:, 0].clone()  # no view, which would refuse detach_()

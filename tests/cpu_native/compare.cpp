@@ -129,12 +129,13 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
   plain(s, false, p.skip, wide(u), pre, {}, wide(h0), want, want_end);
   double error = std::fmax(worst(out, want), worst(end, want_end));
 
-  std::vector<T> dx = fresh(rows * width), dw = fresh(d * width), du = fresh(d * d), db = fresh(d),
+  std::vector<T> dx = fresh(rows * width), dw = fresh(d * width), du = fresh(d * d), db = fresh(d), db_too = fresh(d),
                  dh0 = fresh(s.batch * d);
   p.backward = true, p.in = grad.data(), p.saved = out.data(), p.state_in = grad_end.data(), p.out = nullptr;
   p.state_out = dh0.data();
   layer.h0 = h0.data(), layer.grad_x = dx.data(), layer.grad_w_ih = dw.data(), layer.grad_w_hh = du.data();
-  layer.grad_bias = db.data();
+  layer.grad_b_ih = db.data();
+  layer.grad_b_hh = db_too.data();
   sweep_cpu(p, &layer, kernels, 3);
   plain(s, true, p.skip, wide(u), wide(grad), wide(out), wide(grad_end), want, want_end);
   std::vector<double> want_dx(rows * width), want_dw(d * width), want_du(d * d), want_db(d);
@@ -150,7 +151,7 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
     }
   }
   error = std::fmax(error, std::fmax(worst(dx, want_dx), worst(dw, want_dw)));
-  error = std::fmax(error, std::fmax(worst(du, want_du), worst(db, want_db)));
+  error = std::fmax(error, std::fmax(worst(du, want_du), std::fmax(worst(db, want_db), worst(db_too, want_db))));
   error = std::fmax(error, worst(dh0, want_end));
   std::printf("%s layer T=%d B=%d I=%d D=%d: %.2g\n", kernels.name, static_cast<int>(s.steps),
               static_cast<int>(s.batch), static_cast<int>(width), static_cast<int>(d), error);

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
 from fused_rin.cuda_plan import KERNELS, MATH, Kernel
-from fused_rin.problem import ALL_ROWS
+from fused_rin.problem import ALL_ROWS, Rule
 
 from tests.conftest import check_sweeps, make_case
 from tests.cuda_on_cpu.machine import KernelError, Machine
@@ -184,7 +184,7 @@ def test_rows_longer_than_32_bit_offsets_reach_are_refused(native):
     """Within a tile of up to 64 rows, offsets have 32 bits."""
     pre, weight = torch.zeros(1, 1, (1 << 23) + 2, 2, dtype=BF16), torch.zeros((1 << 23) + 2, 2, 2, dtype=BF16)
     with pytest.raises(KernelError, match=r"groups x hidden must be at most 2\^24, got 8388610 x 2"):
-        cuda.forward(pre, weight, None, None, None, None, skip=1.0, activation="relu", num_reversed=0)
+        cuda.forward(pre, weight, None, ALL_ROWS, Rule())
 
 
 def test_the_planner_picks_the_kernel_that_runs(native):
@@ -202,10 +202,8 @@ def test_the_output_may_lie_over_the_input(native, small, monkeypatch):
     size = case.pre.numel() * case.pre.element_size()
 
     def in_place(*arguments):
-        changed = list(arguments)
-        in_, out = changed[13], changed[16]
-        changed[16] = in_
-        sweep_block(*changed)
+        weight, in_, saved, state_in, out, state_out = arguments[3]
+        sweep_block(*arguments[:3], (weight, in_, saved, state_in, in_, state_out), *arguments[4:])
         ctypes.memmove(out, in_, size)
 
     monkeypatch.setattr(native, "sweep_block", in_place)

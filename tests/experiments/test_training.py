@@ -245,7 +245,7 @@ def test_warmup_rises_linearly_to_what_follows(tiny):
 
 
 def test_learns_the_short_adding_problem(tiny_run):
-    outcome = Trainer(tiny_run(hidden_size=32, steps=500, test_size=200, learning_rate=3e-3)).run()
+    outcome = Trainer(tiny_run(hidden_size=32, steps=1000, test_size=200, learning_rate=3e-3)).run()
     assert outcome.test["loss"] < 0.02 < 1 / 6
 
 
