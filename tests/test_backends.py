@@ -169,16 +169,13 @@ def test_the_environment_chooses_and_is_checked():
 
 
 def test_importing_the_package_is_cheap():
-    """Under 0.2 s of processor time on top of torch's own, the best of three."""
+    """Beside torch it brings in its own files, and nothing that is slow to import: no Triton, no plots, no ONNX."""
     code = (
-        "import torch, time; t = time.process_time(); import fused_rin; print(time.process_time() - t);"
-        "import sys; assert 'triton' not in sys.modules and 'matplotlib' not in sys.modules"
+        "import sys, torch; before = set(sys.modules); import fused_rin;"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(times) < 0.2, times
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"fused_rin", "torch"}
 
 
 def test_all_names_exist():

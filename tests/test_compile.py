@@ -181,6 +181,29 @@ def test_onnx_of_lengths_unbatched_input_and_a_cell_in_a_model():
         numpy.testing.assert_allclose(got, cell(x[0], torch.ones(3, 8)).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_onnx_of_an_empty_sequence_keeps_its_state():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module = RIN(3, 4, 2).eval()
+    x, h = torch.randn(5, 3, 3), torch.rand(2, 3, 4)
+    lengths = torch.tensor([5, 0, 2])
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rin = module
+
+        def forward(self, x, h, lengths):
+            return self.rin(x, h, lengths=lengths)
+
+    program = export_onnx(Net(), (x, h, lengths))
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [i.name for i in session.get_inputs()]
+    got = session.run(None, dict(zip(names, (t.numpy() for t in (x, h, lengths)), strict=True)))
+    want = module(x, h, lengths=lengths)
+    torch.testing.assert_close(torch.from_numpy(got[1]), want[1])
+    assert torch.equal(want[1][:, 1], h[:, 1])
+
+
 def test_onnx_refuses_what_the_operator_has_not():
     with pytest.raises(ValueError, match=r"float32, got torch.bfloat16 in weight_ih_l0"):
         export_onnx(_rin().bfloat16(), (torch.randn(2, 3, 5).bfloat16(),))

@@ -203,6 +203,160 @@ def test_replace_rnn_of_a_bare_module_and_of_nothing():
         assert "none" in str(nothing)
 
 
+def test_replace_rnn_keeps_what_was_added():
+    model = nn.ModuleDict({"rnn": nn.RNN(3, 4), "cell": nn.RNNCell(3, 4)})
+    for old in list(model.values()):
+        old.tag = ["encoder"]
+        old.register_buffer("scale", torch.ones(4))
+        old.register_buffer("cache", torch.ones(2), persistent=False)
+        old.register_parameter("gain", nn.Parameter(torch.ones(4)))
+        old.project = nn.Linear(4, 4)
+    keys = list(model.state_dict())
+    parts = {name: [old.tag, old.scale, old.gain, old.project] for name, old in model.items()}
+    report = fused_rin.replace_rnn(model, report=True)
+    assert sorted(report.replaced) == ["cell", "rnn"]
+    for name, new in model.items():
+        assert isinstance(new, (RIN, RINCell))
+        assert all(a is b for a, b in zip([new.tag, new.scale, new.gain, new.project], parts[name], strict=True))
+    assert sorted(model.state_dict()) == sorted(keys)
+    model.load_state_dict(model.state_dict())
+
+
+def test_replace_rnn_leaves_alone_what_it_cannot_carry_over():
+    def patched(module):
+        old = module.forward
+        module.forward = lambda *arguments: (old(*arguments)[0] * 2, None)
+
+    def renamed(module):
+        module.num_heads = 3
+
+    def of_its_own(module):
+        module.register_buffer("skip", torch.ones(1))
+
+    def compiled(module):
+        module.compile(backend="eager")
+
+    def without_input(module):
+        module.cell = nn.RNNCell(0, 4)
+
+    reasons = {
+        patched: "its forward was replaced on the instance",
+        renamed: "its num_heads was added",
+        of_its_own: "its skip was added",
+        compiled: "its _compiled_call_impl was replaced",
+    }
+    for change, reason in reasons.items():
+        model = nn.Sequential(nn.RNN(3, 4), nn.RNN(4, 4))
+        x = torch.randn(5, 2, 3)
+        change(model[0])
+        want = model[0](x)[0]
+        report = fused_rin.replace_rnn(model, report=True)
+        assert (report.replaced, type(model[0])) == (["1"], nn.RNN)
+        assert reason in report.left_alone["0"]
+        torch.testing.assert_close(model[0](x)[0], want)
+    model = nn.Sequential(nn.RNN(3, 4))
+    without_input(model)
+    report = fused_rin.replace_rnn(model, report=True)
+    assert report.replaced == ["0"]
+    assert "input_size must be greater than zero, got 0" in report.left_alone["cell"]
+
+
+def test_replace_rnn_replaces_all_or_nothing(monkeypatch):
+    from fused_rin import convert
+
+    model = nn.Sequential(nn.RNN(3, 4), nn.RNN(4, 4), nn.RNNCell(4, 4))
+    real, made = convert.from_rnn, []
+
+    def failing(*arguments, **options):
+        made.append(real(*arguments, **options))
+        if len(made) == 3:
+            raise RuntimeError("out of memory")
+        return made[-1]
+
+    before = list(model)
+    handle = model[0].register_load_state_dict_pre_hook(lambda module, *_: None)
+    monkeypatch.setattr(convert, "from_rnn", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fused_rin.replace_rnn(model)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+    model.load_state_dict(model.state_dict())  # the hook still has its module
+    handle.remove()
+
+
+def test_replaced_modules_keep_their_state_dict_hooks():
+    model, seen = nn.Sequential(nn.RNN(3, 4)), []
+    handles = [
+        model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module)),
+        model[0].register_state_dict_post_hook(lambda module, *_: seen.append(module)),
+        model[0].register_state_dict_pre_hook(lambda module, *_: seen.append(module)),
+        model[0].register_load_state_dict_post_hook(lambda module, _: seen.append(module)),
+    ]
+    fused_rin.replace_rnn(model)
+    model.load_state_dict(model.state_dict())
+    assert len(seen) == 4
+    assert all(module is model[0] for module in seen)
+    for handle in handles:
+        handle.remove()
+    model.load_state_dict(model.state_dict())
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_restore_rnn_is_the_inverse(skip):
+    torch.manual_seed(0)
+    model = Model()
+    before, x = dict(model.named_parameters()), torch.randn(3, 6, 4)
+    want = model(x)
+    assert fused_rin.restore_rnn(fused_rin.replace_rnn(model, skip=skip)) is model
+    assert not any(isinstance(m, (RIN, RINCell)) for m in model.modules())
+    assert model.again is model.encoder["rnn"]
+    assert model.relu.weight_hh_l0 is model.relu.weight_hh_l0_reverse
+    torch.testing.assert_close(model(x), want)
+    if skip == 0:
+        assert all(before[name] is value for name, value in model.named_parameters())
+    assert type(fused_rin.restore_rnn(RIN(2, 4, num_heads=2))) is nn.RNN
+    torch.jit.script(fused_rin.restore_rnn(nn.Sequential(RIN(3, 4))))
+
+    class Own(RIN):
+        pass
+
+    model = nn.Sequential(RIN(2, 3), Own(3, 3))
+    with pytest.raises(TypeError, match="1: Own is a subclass"):
+        fused_rin.restore_rnn(model)
+    assert type(model[0]) is RIN
+
+
+@pytest.mark.parametrize("file", ["state_dict", "safetensors-like"])
+def test_a_replaced_model_rolls_back(file):
+    """Trained here, loaded by the service that still has nn.RNN; and the other way."""
+    make = lambda: nn.ModuleDict({"rnn": nn.RNN(3, 4, 2), "cell": nn.RNNCell(4, 4), "head": nn.Linear(4, 2)})  # noqa: E731
+    model, service = fused_rin.replace_rnn(make()), make()
+    state = model.state_dict()
+    assert list(state) == list(service.state_dict())
+    service.load_state_dict(state)
+    model.load_state_dict(service.state_dict())
+    with torch.device("meta"):
+        empty = fused_rin.replace_rnn(make())
+    empty.load_state_dict(service.state_dict(), assign=True)
+    empty.to("cpu").share_memory()
+    assert not list(model.buffers())
+
+
+def test_the_mark_is_no_buffer_and_guards_all_the_same():
+    module = RIN(3, 4, skip=0.5)
+    assert not list(module.buffers())
+    state = module.state_dict()
+    assert state["skip"] == 0.5
+    assert module.skip == 0.5
+    with pytest.raises(RuntimeError, match=r"has skip=0\.5, this RIN"):
+        RIN(3, 4, skip=1.0).load_state_dict(state)
+    assert RIN(3, 4, skip=0.5).load_state_dict(state).unexpected_keys == []
+    nested = nn.Sequential(nn.Linear(2, 3), module)
+    nested.load_state_dict(nested.state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        nested.load_state_dict({**nested.state_dict(), "1.other": torch.ones(1)})
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [(RIN, nn.RNN), (RINCell, nn.RNNCell)])
 def test_a_foreign_state_dict_is_refused_and_changes_nothing(ours, theirs):
     module, foreign = ours(5, 7), theirs(5, 7).state_dict()

@@ -49,6 +49,7 @@ def test_repr_names_what_differs():
     module = RIN(2, 4, nonlinearity="tanh", skip=0.5, num_heads=2, backend="reference")
     assert repr(module) == "RIN(2, 4, nonlinearity=tanh, skip=0.5, num_heads=2, backend=reference)"
     assert repr(RINCell(2, 4, bias=False)) == "RINCell(2, 4, bias=False)"
+    assert repr(RINCell(2, 4, backend="cpu")) == "RINCell(2, 4, backend=cpu)"
 
 
 def test_initialisation_is_the_papers():
@@ -334,3 +335,96 @@ def test_cell_is_torchs(bias, nonlinearity, batched):
             torch.testing.assert_close(ours(x, state), theirs(x, state))
             with torch.no_grad():
                 torch.testing.assert_close(ours(x, state), theirs(x, state))
+
+
+# ---- what code around nn.RNN does to it ----
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_write_to_flat_weights_is_computed_with(options, steps):
+    """Dropout of weights writes there; a later write to the attribute counts again, as in torch."""
+    ours, theirs = _pair(options)
+    x = torch.randn(3, steps, 5) if options.get("batch_first") else torch.randn(steps, 3, 5)
+    other = [torch.randn_like(p) * 0.3 for p in theirs.parameters()]
+    for module in (ours, theirs):
+        module._flat_weights = [w.clone() for w in other]
+    _same(ours(x)[0], theirs(x)[0])
+    for module in (ours, theirs):
+        module._flat_weights[0] = torch.zeros_like(module._flat_weights[0])
+    _same(ours(x)[0], theirs(x)[0])
+    for module in (ours, theirs):
+        for name, value in zip(module._flat_weights_names, other, strict=True):
+            setattr(module, name, nn.Parameter(value * 2))
+    _same(ours(x)[0], theirs(x)[0])
+    assert ours._written_weights is None
+
+
+@pytest.mark.parametrize("options", [*MODES, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "batch_first": True}])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("where", ["", "autocast", "reference"])
+def test_results_may_be_detached_in_place(options, shape, where):
+    """No views: truncated backpropagation calls detach_() on what comes back."""
+    module = RIN(5, 7, **options, backend=where if where == "reference" else "auto")
+    x = torch.randn(*shape, 5, dtype=options.get("dtype", torch.float32))
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+        for result in module(x):
+            result.detach_()
+    cell = RINCell(5, 7, dtype=x.dtype, backend=where if where == "reference" else "auto")
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+        cell(x[0]).detach_()
+        cell(x[0], torch.rand(shape[1], 7, dtype=x.dtype)).detach_()
+
+
+def test_batch_first_output_is_kept_for_backward():
+    module = RIN(3, 4, batch_first=True)
+    out, _ = module(torch.randn(2, 9, 3))
+    assert not out._is_view()
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_a_cell_without_state_has_all_its_weights_in_the_graph(skip, dtype):
+    """Their gradient is zero, as nn.RNNCell's: wrappers that wait for every gradient would else wait for ever."""
+    cell = RINCell(3, 4, skip=skip, dtype=dtype)
+    grads = torch.autograd.grad(cell(torch.randn(2, 3, dtype=dtype)).sum(), list(cell.parameters()))
+    assert torch.equal(grads[1], torch.zeros_like(cell.weight_hh))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_an_infinity_in_u_reaches_the_first_step(nonlinearity, value):
+    """From no state too, since 0 * inf is NaN; but for short calls without gradients, as the migration page says."""
+    ours, theirs = _pair(nonlinearity=nonlinearity)
+    with torch.no_grad():
+        for module in (ours, theirs):
+            module.weight_hh_l0[2, 3] = value
+    x = torch.randn(20, 3, 5)
+    got, want = ours(x)[0], theirs(x)[0]
+    assert want[0].isnan().any()
+    assert torch.equal(got.isnan(), want.isnan())
+    ours_cell = RINCell(5, 7, nonlinearity=nonlinearity, skip=0.0)
+    with torch.no_grad():
+        ours_cell.weight_hh[2, 3] = value
+    assert ours_cell(x[0])[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_with_skip_0_it_is_initialised_as_torch(options):
+    """The same numbers from the same seed, in the constructor and in reset_parameters()."""
+    made = []
+    for make in (lambda: RIN(5, 7, skip=0.0, **options), lambda: nn.RNN(5, 7, **options)):
+        torch.manual_seed(3)
+        module = make()
+        first = [p.detach().clone() for p in module.parameters()]
+        torch.manual_seed(4)
+        module.reset_parameters()
+        made.append([*first, *module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    torch.manual_seed(3)
+    cell = RINCell(5, 7, skip=0.0)
+    torch.manual_seed(3)
+    assert torch.equal(cell.weight_hh, nn.RNNCell(5, 7).weight_hh)

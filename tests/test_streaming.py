@@ -275,25 +275,34 @@ def test_a_weight_of_a_wrong_shape_is_refused_not_read():
         module(torch.randn(1, 1, 5), torch.zeros(1, 1, 7))
 
 
-def _median_us(call, rounds=15, calls=40):
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - begin) / calls)
-    return 1e6 * sorted(times)[len(times) // 2]
-
-
-def test_overhead_of_a_step():
-    """At most half of torch.nn.RNN's time, at most torch.nn.RNNCell's; the figures are `make bench-cpu`'s to show."""
+def test_a_step_is_one_native_call_and_two_tensors(counted):
+    """What `make bench-cpu` times: a slow path would allocate more, or call an operator."""
     x, h = torch.randn(1, 1, 128), torch.rand(1, 1, 128)
-    rin, rnn = RIN(128, 128), nn.RNN(128, 128, nonlinearity="relu")
-    cell, rnn_cell = RINCell(128, 128), nn.RNNCell(128, 128, nonlinearity="relu")
-    with torch.inference_mode():
-        for _ in range(5):  # a machine that is busy for a moment is not a slow path
-            ours, theirs = _median_us(lambda: rin(x, h)), _median_us(lambda: rnn(x, h))
-            ours_cell, theirs_cell = _median_us(lambda: cell(x[0], h[0])), _median_us(lambda: rnn_cell(x[0], h[0]))
-            if ours < 0.5 * theirs and ours_cell < theirs_cell:
-                return
-    pytest.fail(f"RIN {ours:.1f} us, nn.RNN {theirs:.1f}; RINCell {ours_cell:.1f} us, nn.RNNCell {theirs_cell:.1f}")
+    for module, arguments, tensors in (
+        (RIN(128, 128), (x, h), ["aten::new_empty"] * 2),
+        (RIN(128, 128), (x,), ["aten::new_empty"] * 2),
+        (RINCell(128, 128), (x[0], h[0]), ["aten::new_empty"]),
+        (RINCell(128, 128), (x[0],), ["aten::new_empty"]),
+    ):
+        with torch.inference_mode():
+            module(*arguments)
+            counted.clear()
+            with torch.profiler.profile() as profile:
+                module(*arguments)
+        assert len(counted) == 1
+        assert [e.name for e in profile.events() if e.cpu_parent is None and e.name.startswith("aten")] == tensors
+        counted.clear()
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_a_step_under_autograd_packs_nothing(counted, monkeypatch, skip):
+    """A decoder's loop: torch's products, no sweep that packs U for a single step."""
+    calls = []
+    for name in ("sweep_cpu", "layer_forward", "sweep"):
+        monkeypatch.setattr(cpu._native, name, lambda *a, name=name: calls.append(name), raising=False)
+    for layers, batch in ((1, 1), (2, 3), (1, 40)):
+        module = RIN(5, 7, layers, skip=skip)
+        out, h_n = module(torch.randn(1, batch, 5), torch.rand(layers, batch, 7))
+        torch.autograd.grad(out.sum() + h_n.sum(), list(module.parameters()))
+    assert not calls
+    assert not counted

@@ -115,7 +115,9 @@ def _kept_reason(name: str, device: torch.device, dtype: torch.dtype, hidden: in
     return _backend(name).unavailable_reason(device, dtype, hidden)
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype, hidden: int) -> tuple[Backend, dict[str, str]]:
+def select(
+    name: str, device: torch.device, dtype: torch.dtype, hidden: int, batch: int
+) -> tuple[Backend, dict[str, str]]:
     """The backend for a request (`requested` applied already), and why better ones were passed over.
 
     Raises BackendError if a backend asked for by name cannot run.
@@ -128,6 +130,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype, hidden: int) -> 
     passed_over: dict[str, str] = {}
     for candidate in _CANDIDATES.get(device.type, ("reference",)):
         reason = _reason(candidate, device, dtype, hidden)
+        if reason is None and candidate == "cpu":
+            reason = cpu.why_too_narrow(batch, hidden)
         if reason is None:
             return _backend(candidate), passed_over
         passed_over[candidate] = reason

@@ -17,13 +17,13 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-# What an instance of a recurrent module of torch or of ours has of itself, beside hooks.
-_OWN = frozenset({
+# What an instance of a recurrent module has of itself: torch's, and ours beside that.
+_TORCHS = frozenset({
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "mode", "input_size",
     "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity",
-    "_flat_weights_names", "_all_weights", "_flat_weights", "_flat_weight_refs", "skip_factor", "num_heads", "backend",
-    "_written_weights", *_HOOKS,
+    "_flat_weights_names", "_all_weights", "_flat_weights", "_flat_weight_refs", *_HOOKS,
 })  # fmt: skip
+_OURS = frozenset({"skip_factor", "num_heads", "backend", "_written_weights"})
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Replaced:
 
 def _added(old: torch.nn.Module) -> dict[str, Any]:
     """What somebody set on the instance."""
-    return {name: value for name, value in old.__dict__.items() if name not in _OWN}
+    own = _TORCHS | _OURS if isinstance(old, SkipModule) else _TORCHS
+    return {name: value for name, value in old.__dict__.items() if name not in own}
 
 
 def _why_not_carried(old: torch.nn.Module, cls: type) -> str | None:
@@ -53,7 +54,7 @@ def _why_not_carried(old: torch.nn.Module, cls: type) -> str | None:
             continue
         if name in old.__dict__ and hasattr(type(old), name):
             return f"its {name} was replaced on the instance, by what may still need the old module"
-        if hasattr(cls, name):
+        if hasattr(cls, name) or name in _OURS:
             return f"its {name} was added to the instance, and {cls.__name__} has its own"
     return None
 

@@ -165,7 +165,7 @@ def explain(
             training=training,
         )  # fmt: skip
     name = backends.requested(call.backend)
-    chosen, passed_over = backends.select(name, call.device, call.dtype, call.hidden)
+    chosen, passed_over = backends.select(name, call.device, call.dtype, call.hidden, call.batch)
     if name != "auto":
         reason = "it was asked for by name"
     elif passed_over:

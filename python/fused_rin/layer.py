@@ -93,8 +93,10 @@ def is_fused(x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, groups:
     if dtype not in DTYPES or not x.numel() or w_ih.dim() != 2:
         return False
     width = w_ih.shape[0]
-    hidden, vector = width // groups, (width,)
-    shapes = (x.shape, (width, x.shape[-1]), (width, hidden), vector, vector, (rows.sizes(x)[1], groups, hidden))
+    hidden, vector, (_, batch) = width // groups, (width,), rows.sizes(x)
+    if name == "auto" and cpu.why_too_narrow(batch, hidden) is not None:
+        return False
+    shapes = (x.shape, (width, x.shape[-1]), (width, hidden), vector, vector, (batch, groups, hidden))
     for t, shape in zip((x, *weights, h0), shapes, strict=True):
         if t is not None and not watchers.is_plain(t, dtype, shape):
             return False
