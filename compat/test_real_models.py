@@ -31,7 +31,7 @@ def _series(count: int = 3, length: int = 80) -> pandas.DataFrame:
 
 
 def _replaced(module: torch.nn.Module, skip: float, count: int = 1) -> torch.nn.Module:
-    report = fused_rin.replace_rnn(module, skip=skip)
+    report = fused_rin.replace_rnn(module, skip=skip, report=True)
     assert len(report.replaced) == count
     assert not report.left_alone
     assert any(isinstance(part, RIN) for part in module.modules())

@@ -139,3 +139,31 @@ print(torch.equal(torchs, run()), after - before, count() - after)
 def test_a_runtime_that_gives_fewer_threads_is_not_waited_for():
     code = "want = run()\nprint(count() - before)\ntorch.set_num_threads(1)\nprint(torch.equal(run(), want))"
     assert run_python(SETUP + COUNT + code, OMP_THREAD_LIMIT="1").split() == ["1", "True"]
+
+
+MEMORY = """
+import threading, torch
+from fused_rin import recurrence
+torch.set_num_threads(1)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+pre, weight = torch.zeros(2, 1, 1, 1500), torch.zeros(1, 1500, 1500)
+recurrence(pre, weight)
+before, done, end = resident(), threading.Barrier(25), threading.Event()
+def work():
+    recurrence(pre, weight)
+    done.wait()
+    end.wait()
+workers = [threading.Thread(target=work) for _ in range(24)]
+for worker in workers:
+    worker.start()
+done.wait()
+print(resident() - before)
+end.set()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_threads_that_have_called_keep_no_matrix_each():
+    """24 living threads, a packed U of 9 MB: what is kept is bounded for the process, 64 MB, not for a thread."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100 << 20
