@@ -26,15 +26,15 @@ def metrics(folder):
 
 def fused_rin(*arguments, **options):
     """Runs the command line in a process of its own."""
-    return _run("fused_rin.experiments", *arguments, **options)
+    return run_module("fused_rin.experiments", *arguments, **options)
 
 
 def torchrun(processes, *arguments, **options):
     """Runs the command line in several processes that train together."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m", "fused_rin.experiments"]
-    return _run(*launcher, *arguments, **options)
+    return run_module(*launcher, *arguments, **options)
 
 
-def _run(*arguments, **options):
+def run_module(*arguments, **options):
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)

@@ -1,7 +1,7 @@
 """Two processes under torchrun walk the path of one: the same batches, shared between them."""
 
 import pytest
-from experiment_helpers import REAL, metrics, needs, torchrun
+from experiment_helpers import REAL, metrics, needs, run_module, torchrun
 from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.runs import Run
 from fused_rin.experiments.training import Trainer
@@ -59,3 +59,29 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert result.returncode != 0
     assert "batch_size must be a multiple of the number of processes, 2, got 33" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_processes_leave_their_group(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LEAVES)
+    command = ["train", "--task", "adding", "--length", "10", "--hidden-size", "8", "--steps", "1", "--test-size", "32"]
+    result = run_module(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script, *command, "--out", tmp_path / "run"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("joined True, left True") == 2
+
+
+LEAVES = """
+import sys
+import torch.distributed as dist
+from fused_rin.experiments.cli import main
+
+joined = []
+initialize = dist.init_process_group
+dist.init_process_group = lambda *args, **kwargs: (initialize(*args, **kwargs), joined.append(True))
+try:
+    main(sys.argv[1:])
+finally:
+    print(f"joined {bool(joined)}, left {not dist.is_initialized()}")
+"""
