@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from fused_rin import RIN, RINCell
+from fused_rin import RIN, RINCell, replace_rnn
 
 from tests.rnn_pairs import pair as _pair
 from tests.rnn_pairs import same as _same
@@ -181,3 +181,22 @@ def test_deferred_initialisation_restores_the_mark():
         made.skip.fill_(float("nan"))
         made.reset_parameters()
         assert made.skip == 0.25
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: RIN(3, 4, 2, dropout=0.1), lambda: RINCell(3, 4), lambda: replace_rnn(torch.nn.RNN(3, 4))]
+)
+def test_a_module_saved_whole_loads_with_weights_only(make, tmp_path):
+    module = make().eval()
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=True)
+    x = torch.randn(6, 3)
+    for a, b in zip(module(x), loaded(x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("module", [RIN(3, 4), RINCell(3, 4)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripting_names_the_other_ways(module):
+    with pytest.raises(RuntimeError, match=r"torch.jit.script cannot compile a RIN.*restore_rnn"):
+        torch.jit.script(torch.nn.Sequential(module))

@@ -3,12 +3,18 @@
 h_t = act(W x_t + b + U h_{t-1} + s * h_{t-1})     (Hu, Huber, Anumula, Liu: arXiv 1801.06105)
 """
 
+import torch as _torch
+
+from fused_rin import onnx
 from fused_rin.backends import BackendError, use_backend
 from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restore_rnn
 from fused_rin.device import Device
 from fused_rin.explanation import Choice, explain
 from fused_rin.functional import recurrence
 from fused_rin.modules import RIN, RINCell
+
+# A model saved whole loads under weights_only=True, torch.load's default, as far as it is ours.
+_torch.serialization.add_safe_globals([RIN, RINCell])
 
 __version__ = "0.1.0"
 
@@ -21,6 +27,7 @@ __all__ = [
     "Replaced",
     "explain",
     "load_rnn_state_dict",
+    "onnx",
     "recurrence",
     "replace_rnn",
     "restore_rnn",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fused_rin import profiling
 from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
 
 try:
@@ -169,6 +170,7 @@ def backward(
     return grad_pre, grad_h0
 
 
+@profiling.named
 def layer_forward(
     x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, rule: Rule, groups: int, batch_first: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -194,6 +196,7 @@ def layer_forward(
     return out, h_n
 
 
+@profiling.named
 def layer_backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,

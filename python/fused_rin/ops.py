@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rin import backends, gradients, reference, watchers
+from fused_rin import backends, gradients, profiling, reference, watchers
 from fused_rin.problem import Rows, Rule
 from fused_rin.watchers import DIRECT, PLAIN, REFERENCE
 
@@ -82,6 +82,10 @@ def sweep_backward(
     return chosen.backward(
         _plain(grad_out), _plain(grad_h_n), _plain(weight), _plain(out), _plain_rows(rows), rule
     )  # fmt: skip
+
+
+# Without the dispatcher, which names its ranges itself.
+_direct_forward, _direct_backward = profiling.named(sweep_forward), profiling.named(sweep_backward)
 
 
 def _forward_operator(pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend):  # type: ignore[no-untyped-def]
@@ -164,7 +168,8 @@ def backward(
         # that a kernel could read.
         return reference.backward(grad_out, grad_h_n, weight, out, rows, rule)
     if way is DIRECT:
-        return sweep_backward(grad_out, grad_h_n, weight, out, rows, rule, backend)
+        return _direct_backward(grad_out, grad_h_n, weight, out, rows, rule, backend)
+    profiling.count_sweeps()
     return torch.ops.fused_rin.sweep_backward(grad_out, grad_h_n, weight, out, *rows, *rule, backend)
 
 
@@ -203,7 +208,7 @@ class Recurrence(torch.autograd.Function):
         ctx: Any, pre: Tensor, weight: Tensor, h0: Tensor | None, rest: tuple[Rows, Rule, str, bool]
     ) -> tuple[Tensor, Tensor]:
         rows, *ctx.constants = rest
-        out, h_n = sweep_forward(pre, weight, h0, *rest)
+        out, h_n = _direct_forward(pre, weight, h0, *rest)
         keep(ctx, (weight, h0, out, *rows))
         return out, h_n
 
@@ -241,9 +246,10 @@ def recurrence(
             pre.requires_grad or weight.requires_grad or (h0 is not None and h0.requires_grad)
         ):
             return Recurrence.apply(pre, weight, h0, (rows, rule, backend, batch_first))
-        return sweep_forward(pre, weight, h0, rows, rule, backend, batch_first)
+        return _direct_forward(pre, weight, h0, rows, rule, backend, batch_first)
     if way is REFERENCE:
         out, h_n = reference.forward(pre, weight, h0, rows, rule)
     else:
+        profiling.count_sweeps()
         out, h_n = torch.ops.fused_rin.sweep_forward(pre, weight, h0, *rows, *rule, backend)
     return out.transpose(0, 1) if batch_first else out, h_n

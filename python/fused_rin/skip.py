@@ -54,6 +54,13 @@ class SkipModule(torch.nn.Module):
             state = {**state, "_buffers": {name: value for name, value in buffers.items() if name != "skip"}}
         super().__setstate__(state)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}, whose kernels are called from Python: record "
+            "the model with torch.jit.trace or torch.export, or script fused_rin.restore_rnn(model), which holds "
+            "torch's own modules with equal outputs"
+        )
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.skip_factor != 0:

@@ -18,13 +18,14 @@ costs less than a function of our own (a training step at B = 1, D = 64: 93 us; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_rin import backends, cpu, watchers
+from fused_rin import backends, cpu, profiling, watchers
 from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
 
 MAX_ROWS = cpu.MAX_STEP_ROWS  # why, csrc/cpu/kernels.h says
@@ -153,6 +154,8 @@ def rin(module: Any, input: Any, hx: Tensor | None) -> tuple[Tensor, Tensor] | N
     h_n, out = input.new_empty(*state_shape), input.new_empty(*out_shape)
     rule, threads, isa = (code, ACTIVATIONS[module.nonlinearity], module.skip_factor), _num_threads(), cpu._isa
     state, y, native = h_n.data_ptr(), out.data_ptr(), cpu._native.step
+    if profiling.enabled():
+        native = partial(profiling.in_range, "step_forward", (input, hx), native)
     size = batch * hidden * input.element_size()
     if layers > 1 and steps > 1:
         between = input.new_empty(layers - 1, steps, batch, hidden)  # outputs of all layers but the last
@@ -210,7 +213,10 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     if addresses is None:
         return None
     out = input.new_empty(*state_shape)
-    cpu._native.step(
+    native = cpu._native.step
+    if profiling.enabled():
+        native = partial(profiling.in_range, "step_forward", (input, hx), native)
+    native(
         (1, batch, inputs, 1, hidden), (code, ACTIVATIONS[module.nonlinearity], module.skip_factor), addresses, x, h,
         out.data_ptr(), 0, _num_threads(), cpu._isa,
     )  # fmt: skip
