@@ -53,13 +53,28 @@ def test_a_sweep_has_one_range_either_way(observed):
     assert found[0][1][:2] == [[5, 2, 1, 4], [1, 4, 4]]
 
 
+def test_ranges_for_other_profilers_than_torchs(monkeypatch):
+    """emit_itt hands torch's ranges on, as emit_nvtx does where there is a GPU."""
+    seen = []
+    enter = fused_rin.profiling._enter
+    monkeypatch.setattr(fused_rin.profiling, "_enter", lambda name, *rest: (seen.append(name), enter(name, *rest))[1])
+    rin, x = fused_rin.RIN(3, 8), torch.randn(20, 4, 3)
+    rin(x)
+    assert not seen
+    with torch.autograd.profiler.emit_itt():
+        rin(x)
+    assert seen == ["fused_rin::layer_forward"]
+
+
 def test_an_error_closes_its_range():
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        with pytest.raises(RuntimeError, match="out of order"):
+        with pytest.raises(RuntimeError, match="out of order") as caught:
             fused_rin.profiling.in_range("test", (), _fail)
         torch.ones(3).add(1)
-    outside = [e for e in profiler.events() if e.name == "aten::add"]
-    assert [e.cpu_parent for e in outside] == [None]
+    assert caught.tb  # alive until here, and with it the frame that holds the range
+    (failed,) = (e for e in profiler.events() if e.name == "fused_rin::test")
+    (after,) = (e for e in profiler.events() if e.name == "aten::add")
+    assert failed.time_range.start <= failed.time_range.end <= after.time_range.start
 
 
 def _fail():

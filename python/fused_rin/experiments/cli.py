@@ -94,9 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _leave_group() -> None:
-    """Ends the process group that torchrun's processes share. Without it gloo's threads live into the
-    interpreter's end and two of 25 runs abort there ("terminate called without an active exception").
-    After an error nothing is called: the other processes may wait in a collective."""
+    """Ends the process group that torchrun's processes share, if there is one.
+
+    Left to the interpreter's end, gloo's threads abort some processes ("terminate called without an active exception":
+    2 of 25 pairs). After an error it is not called: the other processes may wait in a collective.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
