@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import PEER, STEPS, Case, Measurement, Results, cases, wide_cases
+from benchmarks.gpu.cases import PEER, STEPS, Case, Measurement, Results, cases, important, wide_cases
 
 PATIENCE = 60.0  # seconds without a word from the process that measures
 MOST_LOSSES = 3  # after so many lost processes an implementation is left out
@@ -296,9 +296,11 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     results = Results(machine())
     first = ["cuda", PEER] if cuda_is_built() else [PEER]
-    jobs = [(first, case) for case in cases()]
-    jobs += [(["triton"], case) for case in cases()]
-    jobs += [(["triton", PEER], case) for case in wide_cases()]
+    jobs = [(first, case) for case in cases() if important(case)]
+    jobs += [(["triton", PEER], case) for case in wide_cases() if case.dtype == "bfloat16"]
+    jobs += [(["triton"], case) for case in cases() if important(case)]
+    jobs += [(["triton", PEER], case) for case in wide_cases() if case.dtype != "bfloat16"]
+    jobs += [([*first, "triton"], case) for case in cases() if not important(case)]
     command = [sys.executable, "-m", "benchmarks.gpu.measure", "--worker"]
     supervise(jobs, results, arguments.out, deadline, command)
     missing = sum(row.us is None for row in results.rows)

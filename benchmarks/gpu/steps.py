@@ -1,0 +1,118 @@
+"""Times a step of every CUDA kernel alone: (t(2048) - t(512)) / 1536, so that what a launch costs drops out.
+
+    python -m benchmarks.gpu.steps OUT.json [--only SUBSTRING] [--launches N]
+
+Each kernel runs its own tile (hidden x rows, no padding) in one block, then in a block on every SM. Cycles are the time
+times the clock that the card held, which a kernel that counts clock cycles measures before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SHORT, LONG = 512, 2048
+DTYPES = {0: torch.float32, 2: torch.bfloat16, 3: torch.float16}
+MATH = {0: "mma", 1: "tf32", 2: "tf32x3", 3: "fma"}
+SPIN = 4_000_000  # cycles, about 2 ms
+
+
+def elapsed(run: Callable[[], object]) -> float:
+    """Seconds between two events around what `run` enqueues."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def clock() -> float:
+    """The SM clock in Hz, now."""
+    return SPIN / statistics.median(elapsed(lambda: torch.cuda._sleep(SPIN)) for _ in range(3))
+
+
+def warm_up(seconds: float = 0.5) -> None:
+    end = time.monotonic() + seconds
+    square = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    while time.monotonic() < end:
+        square @ square
+        torch.cuda.synchronize()
+
+
+class Step:
+    """One kernel on `blocks` tiles of its own size; `run(steps)` launches it once."""
+
+    def __init__(self, instance: tuple[int, ...], blocks: int) -> None:
+        dtype, math, self.backward, self.hidden, self.rows, _, _ = instance
+        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows), dtype, self.rows * blocks
+        options = {"device": "cuda", "dtype": DTYPES[dtype]}
+        torch.manual_seed(0)
+        size = (LONG, self.batch, self.hidden)
+        self.weight = torch.randn(self.hidden, self.hidden, **options) * 0.01 / self.hidden**0.5
+        self.into, self.out = torch.randn(size, **options), torch.empty(size, **options)
+        self.saved = torch.rand(size, **options) - 0.5 if self.backward else None
+        self.last = torch.empty(self.batch, self.hidden, **options)
+
+    def run(self, steps: int) -> None:
+        from fused_rin import _cuda
+
+        saved = self.saved.data_ptr() if self.saved is not None else 0
+        _cuda.sweep_block(
+            (steps, self.batch, 1, self.hidden),
+            (self.dtype, 1, bool(self.backward), 1.0, 0),
+            (0, 0, 0),
+            (self.weight.data_ptr(), self.into.data_ptr(), saved, 0, self.out.data_ptr(), self.last.data_ptr()),
+            self.kernel, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+
+    def seconds(self, launches: int) -> float:
+        self.run(LONG)
+        torch.cuda.synchronize()
+        differences = [elapsed(lambda: self.run(LONG)) - elapsed(lambda: self.run(SHORT)) for _ in range(launches)]
+        return statistics.median(differences) / (LONG - SHORT)
+
+
+def name_of(instance: tuple[int, ...]) -> str:
+    dtype, math, backward, hidden, rows, _, _ = instance
+    kind = str(DTYPES[dtype]).removeprefix("torch.")
+    return f"{kind} {MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--launches", type=int, default=7)
+    arguments = parser.parse_args()
+    from fused_rin import _cuda
+
+    warm_up()
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    rows = []
+    for instance in _cuda.instances():
+        name = name_of(instance)
+        if arguments.only not in name:
+            continue
+        row: dict[str, object] = {"kernel": name, "rows": instance[4], "threads": instance[5]}
+        for label, blocks in (("alone", 1), ("full", sms)):
+            step = Step(instance, blocks)
+            before = clock()
+            seconds = step.seconds(arguments.launches)
+            hz = (before + clock()) / 2
+            row[label] = {"ns": seconds * 1e9, "cycles": seconds * hz, "ghz": hz / 1e9}
+            del step
+        rows.append(row)
+        alone, full = row["alone"], row["full"]
+        print(f"{name:38} {alone['ns']:7.1f} ns {alone['cycles']:6.0f} cycles; full {full['ns']:7.1f} ns", flush=True)  # type: ignore[index]
+        arguments.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
