@@ -22,7 +22,16 @@ struct Element {  // 16-bit types
   static __device__ __forceinline__ Scalar low(Pair pair) { return static_cast<Scalar>(pair); }
   static __device__ __forceinline__ Scalar high(Pair pair) { return static_cast<Scalar>(pair >> 16); }
   static __device__ __forceinline__ Pair pack(float2 value) { return device::pack(T{}, value.x, value.y); }
+  static __device__ __forceinline__ Pair pack_relu(float2 value) { return device::pack_relu(T{}, value.x, value.y); }
   static __device__ __forceinline__ float2 unpack(Pair pair) { return device::unpack(T{}, pair); }
+  // Masks of a pair: all ones where the element is wanted.
+  static __device__ __forceinline__ Pair mask(bool low, bool high) {
+    return (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
+  }
+  static __device__ __forceinline__ Pair both(Pair a, Pair b) { return a & b; }
+  static __device__ __forceinline__ float2 masked(float2 value, Pair mask) {
+    return {mask & 0xffffu ? value.x : 0.f, mask & 0xffff0000u ? value.y : 0.f};
+  }
 };
 
 template <>
@@ -40,6 +49,14 @@ struct Element<float> {
   }
   static __device__ __forceinline__ float2 unpack(Pair pair) {
     return {device::as_float(pair.x), device::as_float(pair.y)};
+  }
+  static __device__ __forceinline__ Pair pack_relu(float2 value) {
+    return pack({device::max_nan(value.x, 0.f), device::max_nan(value.y, 0.f)});
+  }
+  static __device__ __forceinline__ Pair mask(bool low, bool high) { return {low ? ~0u : 0u, high ? ~0u : 0u}; }
+  static __device__ __forceinline__ Pair both(Pair a, Pair b) { return {a.x & b.x, a.y & b.y}; }
+  static __device__ __forceinline__ float2 masked(float2 value, Pair mask) {
+    return unpack(both(pack(value), mask));
   }
 };
 

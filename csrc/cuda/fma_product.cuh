@@ -17,20 +17,19 @@ namespace fused_rin {
 template <class Config, bool kBackward>
 class FmaProduct;
 
-template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kAheadForward_, int kAheadBackward_>
+template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kSlotsForward_, int kSlotsBackward_>
 struct FmaConfig {
   using T = float;
   template <bool kBackward>
   using Product = FmaProduct<FmaConfig, kBackward>;
   static constexpr Math kMath = Math::kFma;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
-  static constexpr int kAheadForward = kAheadForward_, kAheadBackward = kAheadBackward_;
+  static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
   static constexpr int kOutputs = kHidden / (8 * kWarps);
   static constexpr int kChunks = kHidden / 16;  // 16-byte chunks of k that a lane multiplies
   static constexpr int kRegisterChunks = kRegisterChunks_ < kChunks ? kRegisterChunks_ : kChunks;
   static constexpr int kMatrixBytes = (kChunks - kRegisterChunks) * kOutputs * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
-  static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
   static_assert(kHidden == kOutputs * 8 * kWarps && kOutputs % 2 == 0, "warps share the outputs evenly, in pairs");
 };
 
@@ -43,6 +42,7 @@ class FmaProduct {
 
  public:
   static constexpr int kPairs = kQuarter, kColumns = kQuarter;
+  static constexpr bool kStateIsOutput = true;
   static_assert(kRows % kPairs == 0 || kPairs % kRows == 0, "see group_pair");
 
   __device__ __forceinline__ FmaProduct(device::SharedMemory shared, int) : shared_(shared) {}
@@ -90,13 +90,15 @@ class FmaProduct {
     }
   }
 
-  template <class Meanwhile>
-  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
+  // See mma_product.cuh.
+  template <class Prepare, class CarryOn>
+  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Prepare& prepare,
+                                           const CarryOn& carry_on) const {
     const uint32_t mine = state + 16 * (device::lane_idx() % 4);
     float4 first[kRows];
 #pragma unroll
     for (int n = 0; n < kRows; ++n) first[n] = shared_.load<float4>(mine + StateT::row(n));
-    meanwhile();
+    prepare();
 
     float d[kOutputs][kRows] = {};
 #pragma unroll
@@ -124,6 +126,8 @@ class FmaProduct {
         }
       }
     }
+
+    carry_on();
 
     // Sums of the group's pairs, pair (r / 2) * kRows + n; halved by every shuffle while there is more than one.
     float2 v[kGroupPairs];

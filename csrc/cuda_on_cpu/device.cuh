@@ -50,6 +50,7 @@ inline int lane_idx() { return thread_idx() & 31; }
 inline int warp_idx() { return thread_idx() >> 5; }
 inline int thread_idx_anew() { return thread_idx(); }
 inline int64_t block_idx() { return fibres::block_idx(); }
+inline void trap() { fibres::trap(); }
 inline void sync_block() { fibres::barrier_sync(0, 0); }
 inline void named_barrier_sync(int id, int threads) { fibres::barrier_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { fibres::barrier_arrive(id, threads); }
@@ -112,8 +113,9 @@ void store_global_if(bool wanted, T* p, std::common_type_t<T> value) {
   if (wanted) store_global(p, value);
 }
 
-inline void cp_async_16(const SharedMemory&, uint32_t offset, const void* global) {
-  fibres::async_copy(offset, global, 16);
+template <int kBytes>
+void cp_async(const SharedMemory&, uint32_t offset, const void* global, bool wanted) {
+  fibres::async_copy(offset, wanted ? global : nullptr, kBytes);
 }
 inline void cp_async_commit() { fibres::async_commit(); }
 template <int kPending>
@@ -199,6 +201,10 @@ inline float widen(Float16, uint32_t bits) {
 template <class T>
 uint32_t pack(T, float low, float high) {
   return detail::round(T{}, low) | detail::round(T{}, high) << 16;
+}
+template <class T>
+uint32_t pack_relu(T, float low, float high) {
+  return pack(T{}, low <= 0 ? 0 : low, high <= 0 ? 0 : high);
 }
 template <class T>
 float2 unpack(T, uint32_t word) {
