@@ -27,11 +27,11 @@ class Carrier {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       if constexpr (kWide) {
-        in_tile_[i] = i && kRegular ? in_tile_[0] + i * kTurn * StateT::kStride : StateT::row(row(i)) + column(i);
+        in_tile_[i] = i && kRegular ? in_tile_[0] + i * (kTurn / 8) * StateT::kEightRows : StateT::row(row(i)) + column(i);
         offset_[i] = i && kRegular ? offset_[0] + i * kTurn * static_cast<uint32_t>(share.row_bytes)
                                    : row(i) * static_cast<uint32_t>(share.row_bytes) + column(i);
       } else {
-        in_tile_[i] = Product::in_state(share.thread, i);
+        in_tile_[i] = Product::in_state(share.thread) + Product::in_state_step(i);
         offset_[i] = share.row(i) * static_cast<uint32_t>(share.row_bytes) + share.neuron(i) * E::kBytes;
       }
     }
@@ -54,7 +54,7 @@ class Carrier {
   __device__ __forceinline__ uint32_t offset(int i) const { return offset_[i]; }  // bytes, from the tile's first
 
  private:
-  // A row's place in shared memory is its number's multiple of the stride, but for a swizzle with a period of 8.
+  // Whole eights of rows further is a constant in shared memory.
   static constexpr bool kRegular = kWide && Config::kThreads % kPerRow == 0 && kTurn % 8 == 0;
   __device__ __forceinline__ int column(int i) const {  // bytes
     return (share_.thread + i * Config::kThreads) % kPerRow * 16;

@@ -267,6 +267,13 @@ __device__ __forceinline__ const char* opaque(const char* address) {
   asm volatile("" : "+l"(address));
   return address;
 }
+// prmt (PTX 9.7.8.7): the sign of each half in all of its bits.
+// Not __byte_perm: that masks the selectors' sign bits away.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t halves) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(word) : "r"(halves));
+  return word;
+}
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }
 

@@ -5,16 +5,12 @@
 #include <device.cuh>
 
 #include "../problem.h"
-#include "element.cuh"
 
 namespace fused_rin {
 
-// ReLU of a pair, and where its derivative is 1 as a mask of the pair; a NaN passes both.
-__device__ __forceinline__ float2 relu(float2 a) { return {device::max_nan(a.x, 0.f), device::max_nan(a.y, 0.f)}; }
-template <class E>
-__device__ __forceinline__ typename E::Pair relu_passes(typename E::Pair saved) {
-  const float2 h = E::unpack(saved);
-  return E::mask(!(h.x <= 0.f), !(h.y <= 0.f));
+// ReLU of a pair where `floor` is 0; a NaN stays one.
+__device__ __forceinline__ float2 at_least(float2 a, float floor) {
+  return {device::max_nan(a.x, floor), device::max_nan(a.y, floor)};
 }
 
 // ReLU and none share a path without a branch: forward a maximum with 0 or -inf, backward a comparison that is

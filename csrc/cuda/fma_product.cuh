@@ -56,8 +56,11 @@ class FmaProduct {
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kRows * 2; }
   static __device__ __forceinline__ constexpr int row_step(int p) { return p % kRows; }
   static __device__ __forceinline__ bool owner(int thread) { return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4); }
-  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
-    return StateT::row(row(thread) + row_step(p)) + (neuron(thread) + neuron_step(p)) * 4;
+  static __device__ __forceinline__ uint32_t in_state(int thread) {
+    return StateT::row(row(thread)) + neuron(thread) * 4;
+  }
+  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
+    return StateT::row(row_step(p)) + neuron_step(p) * 4;
   }
 
   static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }

@@ -63,10 +63,12 @@ class MmaProduct {
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kColumns * 16; }
   static __device__ __forceinline__ constexpr int row_step(int p) { return p % kColumns / 2 * 8 + p % 2; }
   static __device__ __forceinline__ bool owner(int) { return true; }
-  // Where pair p is in the state: one of two places, as its row is even or odd, and from there a constant.
-  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
-    return StateT::row(row(thread) + p % 2) + neuron(thread) * E::kBytes +
-           (p % kColumns / 2 * 8 * StateT::kStride + neuron_step(p) * E::kBytes);
+  // Where the first pair is in the state, and from there to pair p.
+  static __device__ __forceinline__ uint32_t in_state(int thread) {
+    return StateT::row(row(thread)) + neuron(thread) * E::kBytes;
+  }
+  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
+    return StateT::row(row_step(p)) + neuron_step(p) * E::kBytes;
   }
 
   static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
@@ -185,7 +187,7 @@ class MmaProduct {
   __device__ __forceinline__ void load_state(uint32_t state, int j, uint4 (&b)[kTilesN]) const {
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n)
-      b[n] = shared_.load<uint4>(state + lane_offset_ + n * 8 * StateT::kStride + 64 * j);
+      b[n] = shared_.load<uint4>(state + lane_offset_ + n * StateT::kEightRows + 64 * j);
   }
 
   // The two k-steps that one load of the state feeds.

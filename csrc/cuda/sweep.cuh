@@ -88,31 +88,26 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     return skip == 0.f ? float2{0.f, 0.f} : float2{skip * x.x, skip * x.y};
   };
   Pair x[kPairs];           // the state as tensors hold it
-  float2 a[kPairs] = {};    // forward it in float32, too; backward before the mask
-  float2 residual[kPairs];  // what the next a gets besides in and the product: skip * x, in float32
-  const auto store_state = [&](uint32_t buffer) {
-    if (!Product::owner(share.thread)) return;
+  float2 a[kPairs];         // the same in float32; backward before the mask
+  float2 residual[kPairs];  // general: what the next a gets besides in and the product: skip * x, in float32
+  const uint32_t own = device::opaque(Product::in_state(share.thread));
+  // What lies past the hidden size stays 0 there: infinite states would make NaN of it, and the next product of all.
+  const auto store_state = [&](uint32_t buffer, bool everywhere = false) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p)
-      shared.template store<Pair>(buffer + Product::in_state(share.thread, p), Product::to_state(x[p]));
+      if (Product::owner(share.thread) && (everywhere || share.neuron(p) < share.hidden))
+        shared.template store<Pair>(buffer + own + Product::in_state_step(p), Product::to_state(x[p]));
   };
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const Pair given = device::load_streaming_if(problem.state_in && share.owns(p),
                                                  at(problem.state_in, share.mine + share.offset(p)));
     x[p] = kBackward ? Pair{} : given;
-    residual[p] = kBackward ? E::unpack(given) : skipped(E::unpack(given));
+    a[p] = E::unpack(given);
+    residual[p] = kBackward ? a[p] : skipped(a[p]);
   }
-  store_state(0);
-
-  // Ones where a neuron exists. What lies past the hidden size must stay 0: infinite states would make NaN of it, and
-  // the next product of everything.
-  Pair exists[kPairs];
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const int units = share.hidden - static_cast<int>(problem.padding);
-    exists[p] = E::mask(share.neuron(p) < units, share.neuron(p) + 1 < units);
-  }
+  store_state(0, true);
+  store_state(Config::kStateBytes, true);
 
   // ---- the loop. Plain: ReLU over whole sequences of one length. Backward, one more product than there are steps
   // makes the gradient of h0.
@@ -125,28 +120,43 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
     for (int i = 0; i < Carry::kPieces; ++i) piece_limit[i] = carry.exists(i) ? length(carry.row(i)) : 0;
     uint32_t limit[kPairs];  // and so is a pair
+    Pair exists[kPairs];     // ones where it is not padding
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p)
+    for (int p = 0; p < kPairs; ++p) {
+      const int units = share.hidden - static_cast<int>(problem.padding);
       limit[p] = share.row(p) < live_rows && share.neuron(p) < share.hidden ? length(share.row(p)) : 0;
+      exists[p] = E::mask(share.neuron(p) < units, share.neuron(p) + 1 < units);
+    }
     const Epilogue<kBackward> epilogue(problem.activation);
     Schedule<Config::kRows, kSlots> schedule(shared, Places::kSchedule, problem, share.first_row, share.thread);
     const bool packed = !kPlain && problem.offsets, cuts = !kPlain && problem.resets;
     const auto staged_row = [&](int s) { return packed ? schedule.row(s) : time(s) * problem.batch; };
     const uint32_t own_limit = share.thread < live_rows ? length(share.thread) : 0;  // of the row whose cuts it copies
 
-    const int64_t stride = direction * problem.batch * row_bytes;
-    int64_t ahead = share.tile + (stop > 0 ? row_at(time(0)) * row_bytes : 0), behind = ahead - stride;
-    const auto fetch = [&](int s, uint32_t slot, int64_t bytes, const auto& row_of) {
+    // Where the thread's first piece is in the rows of the step to fetch, and in those of the step to write.
+    const int64_t stride = direction * problem.batch * row_bytes, first_piece = share.tile + carry.offset(0);
+    int64_t start = first_piece + (stop > 0 ? row_at(time(0)) * row_bytes : 0);
+    const char* in = static_cast<const char*>(problem.in) + start;
+    const char* saved = static_cast<const char*>(problem.saved) + start;
+    char* out = static_cast<char*>(problem.out) + (kCopiesState ? start : start - first_piece + share.mine) - stride;
+    const auto further = [&](int i) { return carry.offset(i) - carry.offset(0); };
+    const auto fetch = [&](int s, uint32_t slot, const auto& row_of) {
+      if (packed) {
+        start = first_piece + (s < stop ? row_of(s) * row_bytes : 0);
+        in = static_cast<const char*>(problem.in) + start;
+        saved = static_cast<const char*>(problem.saved) + start;
+      }
 #pragma unroll
       for (int i = 0; i < Carry::kPieces; ++i) {
         if (!carry.has(i)) continue;
-        const bool active = time(s) < piece_limit[i];
+        const bool active = kPlain ? s < stop && carry.exists(i) : time(s) < piece_limit[i];
         const uint32_t to = Places::kRing + slot + carry.in_tile(i);
-        device::cp_async<Carry::kBytes>(shared, to, at(problem.in, bytes + carry.offset(i)), active && problem.in);
+        device::cp_async<Carry::kBytes>(shared, to, in + further(i), active && problem.in);
         if constexpr (kBackward)
-          device::cp_async<Carry::kBytes>(shared, to + Config::kStateBytes, at(problem.saved, bytes + carry.offset(i)),
-                                          active);
+          device::cp_async<Carry::kBytes>(shared, to + Config::kStateBytes, saved + further(i), active);
       }
+      in += stride;
+      saved += stride;
       if (cuts) {
         // The boundary between two steps belongs to the later one in time. Running down that is the step before, and
         // at s == stop the boundary that the gradient of h0 crosses.
@@ -158,49 +168,41 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     };
     if (packed) schedule.begin(stop, time);
 #pragma unroll 1
-    for (int s = 0; s < kSlots - 1; ++s) {
-      if (packed) ahead = share.tile + (s < stop ? row_at(time(s)) * row_bytes : 0);
-      fetch(s, s * Places::kSlotBytes, ahead, [&](int step) { return row_at(time(step)); });
-      ahead += stride;
-    }
+    for (int s = 0; s < kSlots - 1; ++s)
+      fetch(s, s * Places::kSlotBytes, [&](int step) { return row_at(time(step)); });
     const int64_t matrix = int64_t{share.hidden} * share.hidden;
     product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.hidden);
     device::cp_async_wait<kSlots - 2>();
 
     uint32_t buffer = 0, slot = 0, spent = (kSlots - 1) * Places::kSlotBytes;
-    Pair mask[kPairs];  // plain and backward: of x, ones where the unit was not off
+    // Plain: a step's base is in + factor * max(a, floor), or * a where the mask has ones. Of the first step's a, h0 or
+    // the gradient of h_n, everything counts, and of the latter once.
+    float factor = kBackward ? 1.f : skip, floor = device::as_float(0xff800000u);
+    uint32_t on = factor == 0.f ? 0u : ~0u;  // 0 * inf must not make a NaN of a network without a skip
+    Pair mask[kPairs];
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p) mask[p] = exists[p];
+    for (int p = 0; p < kPairs; ++p) mask[p] = E::mask(true, true);
 #pragma unroll 1
     for (int s = 0; kBackward || s < stop; ++s) {
       device::sync_block();
       float2 sum[kPairs], base[kPairs], h[kPairs];
       bool cut[kColumns] = {};
       const auto prepare = [&] {
-        const uint32_t before = time(s - 1);
+        const uint32_t before = time(s - 1), here = Places::kRing + slot + own;
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          const float2 state = kPlain ? (kBackward ? E::masked(a[p], mask[p]) : relu(a[p])) : a[p];
-          if (kPlain ? s > 0 : before < limit[p]) {
-            if (kBackward)
-              residual[p] = skipped(state);
-            else if (skip != 0.f)  // else it is 0 from the beginning
-              residual[p] = {skip * state.x, skip * state.y};
+          base[p] = E::unpack(shared.template load<Pair>(here + Product::in_state_step(p)));
+          const Pair was = kBackward ? shared.template load<Pair>(here + Config::kStateBytes + Product::in_state_step(p))
+                                     : Pair{};
+          if constexpr (kPlain) {
+            const float2 state = kBackward ? a[p] : at_least(a[p], floor);
+            if (E::low_of(mask[p], on)) base[p].x = fmaf(factor, state.x, base[p].x);
+            if (E::high_of(mask[p], on)) base[p].y = fmaf(factor, state.y, base[p].y);
+            if (kBackward) mask[p] = E::not_zero(was);
+          } else {
+            if (kBackward) h[p] = E::unpack(was);
+            if (before < limit[p]) residual[p] = skipped(a[p]);
           }
-        }
-        const uint32_t here = Places::kRing + slot;
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-          const uint32_t place = Product::in_state(share.thread, p);
-          base[p] = E::unpack(shared.template load<Pair>(here + place));
-          if constexpr (kBackward) {
-            const Pair saved = shared.template load<Pair>(here + Config::kStateBytes + place);
-            if constexpr (kPlain)
-              mask[p] = E::both(relu_passes<E>(saved), exists[p]);
-            else
-              h[p] = E::unpack(saved);
-          }
-          if constexpr (kPlain) base[p] = {base[p].x + residual[p].x, base[p].y + residual[p].y};
         }
         if (cuts) {
 #pragma unroll
@@ -209,35 +211,34 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
         }
       };
       const auto carry_on = [&] {
-        if (packed) behind = share.tile + (s > 0 ? schedule.row(s - 1) * row_bytes : 0);
+        if (packed) {
+          const int64_t rows = (s > 0 ? schedule.row(s - 1) * row_bytes : 0);
+          out = static_cast<char*>(problem.out) + rows + (kCopiesState ? first_piece : share.mine);
+        }
         if constexpr (kCopiesState) {
 #pragma unroll
           for (int i = 0; i < Carry::kPieces; ++i) {
             if (!carry.has(i)) continue;
-            device::store_global_if(time(s - 1) < piece_limit[i],
-                                    reinterpret_cast<uint4*>(at(problem.out, behind + carry.offset(i))),
+            device::store_global_if(kPlain ? s > 0 && carry.exists(i) : time(s - 1) < piece_limit[i],
+                                    reinterpret_cast<uint4*>(out + further(i)),
                                     shared.template load<uint4>(buffer + carry.in_tile(i)));
           }
         } else {
 #pragma unroll
           for (int p = 0; p < kPairs; ++p)
             device::store_global_if(time(s - 1) < limit[p] && Product::owner(share.thread),
-                                    at(problem.out, behind + (share.mine - share.tile) + share.offset(p)), x[p]);
+                                    reinterpret_cast<Pair*>(out + share.offset(p)), x[p]);
         }
-        behind += stride;
-        const int next = s + kSlots - 1;
-        if (packed) {
-          ahead = share.tile + (next < stop ? schedule.row(next) * row_bytes : 0);
-          schedule.fetch_row(s, stop, time);
-        }
-        fetch(next, spent, ahead, staged_row);
-        ahead += stride;
+        out += stride;
+        if (packed) schedule.fetch_row(s, stop, time);
+        fetch(s + kSlots - 1, spent, staged_row);
+        if (kSlots > 2) device::cp_async_wait<kSlots - 2>();
       };
       product.multiply(buffer, sum, prepare, carry_on);
-      device::cp_async_wait<kSlots - 2>();
       spent = slot;
       slot = slot == (kSlots - 1) * Places::kSlotBytes ? 0 : slot + Places::kSlotBytes;
       buffer ^= Config::kStateBytes;
+      factor = skip, floor = 0.f, on = skip == 0.f ? 0u : ~0u;
 
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
@@ -251,8 +252,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       if (kBackward && s == stop) return;
       if constexpr (kPlain) {
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p)
-          x[p] = E::both(kBackward ? E::pack(a[p]) : E::pack_relu(a[p]), kBackward ? mask[p] : exists[p]);
+        for (int p = 0; p < kPairs; ++p) x[p] = kBackward ? E::both(E::pack(a[p]), mask[p]) : E::pack_relu(a[p]);
       } else {
         epilogue.apply(a, h);
 #pragma unroll
@@ -260,9 +260,11 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
           if (time(s) < limit[p]) x[p] = E::both(E::pack(a[p]), exists[p]);
       }
       store_state(buffer);
+      if (kSlots == 2) device::cp_async_wait<0>();  // what was asked for in this step is for the next one
     }
   };
-  const bool simple = problem.activation == Activation::kReLU && !problem.lengths && !problem.resets;
+  const bool simple =
+      problem.activation == Activation::kReLU && !problem.lengths && !problem.resets && !problem.padding;
   if (problem.wide && simple)
     run(std::true_type{}, std::true_type{});
   else if (problem.wide)

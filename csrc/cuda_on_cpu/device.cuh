@@ -220,6 +220,9 @@ inline void split_tf32(float value, uint32_t& big, uint32_t& small) {
   big = as_word(rounded);
   small = (as_word(value - rounded) + 0x1000u) & 0xffffe000u;
 }
+inline uint32_t spread_signs(uint32_t halves) {
+  return (halves & 0x80000000u ? 0xffff0000u : 0u) | (halves & 0x8000u ? 0xffffu : 0u);
+}
 inline uint32_t opaque(uint32_t word) { return word; }
 inline const char* opaque(const char* address) { return address; }
 inline float max_nan(float a, float b) { return a != a || b != b ? as_float(0x7fffffff) : a > b ? a : b; }

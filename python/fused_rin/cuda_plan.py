@@ -86,7 +86,7 @@ class Kernel:
 
     def shared_bytes(self, *, backward: bool) -> int:
         """Of a block: the state twice, what of the matrix is there, the ring, and what is staged of the layout."""
-        state = self.rows * (self.hidden * self.element_bytes + 128)
+        state = self.rows * (self.hidden * self.element_bytes + 64) + self.rows // 2 * 32
         slots = self.backward_slots if backward else self.forward_slots
         schedule = 4 * slots * 8 + -(-slots * self.rows * 4 // 16) * 16
         return self.matrix_shared_bytes + (2 + slots * (1 + backward)) * state + schedule
