@@ -23,13 +23,13 @@ class Schedule {
   // ---- packed sequences: the first row of a step
   template <class Time>
   __device__ __forceinline__ void begin(int stop, const Time& time) const {
-    if (thread_ < 2 * kSlots - 1 && thread_ < stop)
+    if (thread_ < 2 * kSlots && thread_ < stop)
       shared_.store<int64_t>(place_ + thread_ * 8, device::load_global(problem_.offsets + time(thread_)));
   }
-  // In step s: of the step 2 * kSlots - 1 ahead, which is asked for in kSlots steps' time.
+  // In step s: of the step 2 * kSlots ahead, which is asked for in kSlots steps' time.
   template <class Time>
   __device__ __forceinline__ void fetch_row(int s, int stop, const Time& time) const {
-    const int next = s + 2 * kSlots - 1;
+    const int next = s + 2 * kSlots;
     if (thread_ == 0 && next < stop)
       device::cp_async<8>(shared_, place_ + next % kSteps * 8, problem_.offsets + time(next), true);
   }

@@ -168,13 +168,31 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     };
     if (packed) schedule.begin(stop, time);
 #pragma unroll 1
-    for (int s = 0; s < kSlots - 1; ++s)
+    for (int s = 0; s < kSlots; ++s)
       fetch(s, s * Places::kSlotBytes, [&](int step) { return row_at(time(step)); });
     const int64_t matrix = int64_t{share.hidden} * share.hidden;
     product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.hidden);
+    // What a step gets from the ring, the thread loads a step ahead: behind the state's loads it would come too late.
+    Pair next_in[kPairs], next_saved[kPairs];
+    bool next_cut[kColumns] = {};
+    const auto look = [&](int s, uint32_t slot) {
+      const uint32_t here = Places::kRing + slot + own;
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        next_in[p] = shared.template load<Pair>(here + Product::in_state_step(p));
+        if (kBackward)
+          next_saved[p] = shared.template load<Pair>(here + Config::kStateBytes + Product::in_state_step(p));
+      }
+      if (!cuts) return;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        next_cut[c] =
+            schedule.cut(slot / Places::kSlotBytes, share.row(c), [&] { return staged_row(down ? s - 1 : s); });
+    };
     device::cp_async_wait<kSlots - 2>();
+    device::sync_block();
+    look(0, 0);
 
-    uint32_t buffer = 0, slot = 0, spent = (kSlots - 1) * Places::kSlotBytes;
     // Plain: a step's base is in + factor * max(a, floor), or * a where the mask has ones. Of the first step's a, h0 or
     // the gradient of h_n, everything counts, and of the latter once.
     float factor = kBackward ? 1.f : skip, floor = device::as_float(0xff800000u);
@@ -182,33 +200,31 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     Pair mask[kPairs];
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) mask[p] = E::mask(true, true);
-#pragma unroll 1
-    for (int s = 0; kBackward || s < stop; ++s) {
+    uint32_t slot = 0;
+
+    // Step s: true if it was the last.
+    const auto step = [&](int s, uint32_t buffer) {
+      if (!kBackward && s == stop) return true;
       device::sync_block();
       float2 sum[kPairs], base[kPairs], h[kPairs];
-      bool cut[kColumns] = {};
+      bool cut[kColumns];
       const auto prepare = [&] {
-        const uint32_t before = time(s - 1), here = Places::kRing + slot + own;
+        const uint32_t before = time(s - 1);
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          base[p] = E::unpack(shared.template load<Pair>(here + Product::in_state_step(p)));
-          const Pair was = kBackward ? shared.template load<Pair>(here + Config::kStateBytes + Product::in_state_step(p))
-                                     : Pair{};
+          base[p] = E::unpack(next_in[p]);
           if constexpr (kPlain) {
             const float2 state = kBackward ? a[p] : at_least(a[p], floor);
             if (E::low_of(mask[p], on)) base[p].x = fmaf(factor, state.x, base[p].x);
             if (E::high_of(mask[p], on)) base[p].y = fmaf(factor, state.y, base[p].y);
-            if (kBackward) mask[p] = E::not_zero(was);
+            if (kBackward) mask[p] = E::not_zero(next_saved[p]);
           } else {
-            if (kBackward) h[p] = E::unpack(was);
+            if (kBackward) h[p] = E::unpack(next_saved[p]);
             if (before < limit[p]) residual[p] = skipped(a[p]);
           }
         }
-        if (cuts) {
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c)
-            cut[c] = schedule.cut(slot / Places::kSlotBytes, share.row(c), [&] { return staged_row(down ? s - 1 : s); });
-        }
+        for (int c = 0; c < kColumns; ++c) cut[c] = next_cut[c];
       };
       const auto carry_on = [&] {
         if (packed) {
@@ -231,13 +247,16 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
         }
         out += stride;
         if (packed) schedule.fetch_row(s, stop, time);
-        fetch(s + kSlots - 1, spent, staged_row);
+        fetch(s + kSlots, slot, staged_row);
         if (kSlots > 2) device::cp_async_wait<kSlots - 2>();
+        slot = slot == (kSlots - 1) * Places::kSlotBytes ? 0 : slot + Places::kSlotBytes;
+        look(s + 1, slot);
       };
-      product.multiply(buffer, sum, prepare, carry_on);
-      spent = slot;
-      slot = slot == (kSlots - 1) * Places::kSlotBytes ? 0 : slot + Places::kSlotBytes;
-      buffer ^= Config::kStateBytes;
+      // With two slots there is no time to lose: what is asked for in this step is for the next but one.
+      if constexpr (kSlots > 2)
+        product.multiply(buffer, sum, prepare, carry_on);
+      else
+        product.multiply(buffer, sum, [&] { prepare(), carry_on(); }, [] {});
       factor = skip, floor = 0.f, on = skip == 0.f ? 0u : ~0u;
 
 #pragma unroll
@@ -249,7 +268,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
           if (!cut[p % kColumns]) a[p] = {a[p].x + residual[p].x + sum[p].x, a[p].y + residual[p].y + sum[p].y};
         }
       }
-      if (kBackward && s == stop) return;
+      if (kBackward && s == stop) return true;
       if constexpr (kPlain) {
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) x[p] = kBackward ? E::both(E::pack(a[p]), mask[p]) : E::pack_relu(a[p]);
@@ -259,8 +278,12 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
         for (int p = 0; p < kPairs; ++p)
           if (time(s) < limit[p]) x[p] = E::both(E::pack(a[p]), exists[p]);
       }
-      store_state(buffer);
-      if (kSlots == 2) device::cp_async_wait<0>();  // what was asked for in this step is for the next one
+      store_state(buffer ^ Config::kStateBytes);
+      if (kSlots == 2) device::cp_async_wait<0>();
+      return false;
+    };
+#pragma unroll 1
+    for (int s = 0; !step(s, 0) && !step(s + 1, Config::kStateBytes); s += 2) {
     }
   };
   const bool simple =
