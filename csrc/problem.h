@@ -39,8 +39,6 @@ struct Problem {
   const void* state_in;    // [B, G, D] h0 | gradient of h_n (null: zero)
   void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero. May be `in`
   void* state_out;         // [B, G, D] h_n | gradient of h0
-  int64_t padding;         // how many of the D units, the last ones, are there for alignment alone; they stay 0
-  bool wide;               // CUDA: rows and tensors are whole 16 bytes, so that tiles travel in these
 };
 
 }  // namespace fused_rin

@@ -51,7 +51,7 @@ class Step:
 
     def __init__(self, instance: tuple[int, ...], blocks: int) -> None:
         dtype, math, self.backward, self.hidden, self.rows, _, _ = instance
-        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, 0), dtype, self.rows * blocks
+        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows), dtype, self.rows * blocks
         options = {"device": "cuda", "dtype": DTYPES[dtype]}
         torch.manual_seed(0)
         size = (LONG, self.batch, self.hidden)

@@ -27,8 +27,7 @@ const std::vector<BlockInstance>& block_instances() {
   return instances;
 }
 
-void launch_block(const Problem& given, Math math, int hidden, int rows, int device, void* stream) {
-  Problem problem = given;
+void launch_block(const Problem& problem, Math math, int hidden, int rows, int device, void* stream) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (problem.steps >= kMost || problem.batch >= kMost)
     throw std::invalid_argument("steps and batch must be below 2^31, got " + std::to_string(problem.steps) + " and " +
@@ -37,10 +36,10 @@ void launch_block(const Problem& given, Math math, int hidden, int rows, int dev
   if (problem.groups * problem.hidden > int64_t{1} << 24)
     throw std::invalid_argument("groups x hidden must be at most 2^24, got " + std::to_string(problem.groups) + " x " +
                                 std::to_string(problem.hidden));
-  const auto bits = [](auto... tensors) { return (reinterpret_cast<uintptr_t>(tensors) | ...); };
-  const uintptr_t streamed = bits(problem.in, problem.saved, problem.out);
-  const uintptr_t addresses = streamed | bits(problem.weight, problem.state_in, problem.state_out);
-  problem.wide = (streamed | problem.hidden * (problem.dtype == DType::kFloat32 ? 4 : 2)) % 16 == 0;
+  uintptr_t addresses = 0;
+  for (const void* p : {problem.weight, problem.in, problem.saved, problem.state_in,
+                        static_cast<const void*>(problem.out), static_cast<const void*>(problem.state_out)})
+    addresses |= reinterpret_cast<uintptr_t>(p);
   if (problem.hidden % 2 || addresses % (problem.dtype == DType::kFloat32 ? 8 : 4))
     throw std::invalid_argument("the block kernels need an even hidden size and tensors aligned to two elements");
   if (problem.batch == 0 || problem.groups == 0 || problem.hidden == 0) return;

@@ -22,19 +22,7 @@ struct Element {  // 16-bit types
   static __device__ __forceinline__ Scalar low(Pair pair) { return static_cast<Scalar>(pair); }
   static __device__ __forceinline__ Scalar high(Pair pair) { return static_cast<Scalar>(pair >> 16); }
   static __device__ __forceinline__ Pair pack(float2 value) { return device::pack(T{}, value.x, value.y); }
-  static __device__ __forceinline__ Pair pack_relu(float2 value) { return device::pack_relu(T{}, value.x, value.y); }
   static __device__ __forceinline__ float2 unpack(Pair pair) { return device::unpack(T{}, pair); }
-  // Masks of a pair: all ones where the element is wanted. `on`: ~0, or 0 for neither.
-  static __device__ __forceinline__ Pair mask(bool low, bool high) {
-    return (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
-  }
-  static __device__ __forceinline__ Pair both(Pair a, Pair b) { return a & b; }
-  // Where the value of a ReLU is not zero: in each half, adding 0x7fff sets the sign of all but 0.
-  static __device__ __forceinline__ Pair not_zero(Pair h) {
-    return device::spread_signs((h & 0x7fff7fffu) + 0x7fff7fffu);
-  }
-  static __device__ __forceinline__ bool low_of(Pair mask, uint32_t on) { return (mask & 0xffffu & on) != 0; }
-  static __device__ __forceinline__ bool high_of(Pair mask, uint32_t on) { return (mask & 0xffff0000u & on) != 0; }
 };
 
 template <>
@@ -53,16 +41,6 @@ struct Element<float> {
   static __device__ __forceinline__ float2 unpack(Pair pair) {
     return {device::as_float(pair.x), device::as_float(pair.y)};
   }
-  static __device__ __forceinline__ Pair pack_relu(float2 value) {
-    return pack({device::max_nan(value.x, 0.f), device::max_nan(value.y, 0.f)});
-  }
-  static __device__ __forceinline__ Pair mask(bool low, bool high) { return {low ? ~0u : 0u, high ? ~0u : 0u}; }
-  static __device__ __forceinline__ Pair both(Pair a, Pair b) { return {a.x & b.x, a.y & b.y}; }
-  static __device__ __forceinline__ Pair not_zero(Pair h) {
-    return mask(device::as_float(h.x) != 0.f, device::as_float(h.y) != 0.f);
-  }
-  static __device__ __forceinline__ bool low_of(Pair mask, uint32_t on) { return (mask.x & on) != 0; }
-  static __device__ __forceinline__ bool high_of(Pair mask, uint32_t on) { return (mask.y & on) != 0; }
 };
 
 // A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from

@@ -8,11 +8,6 @@
 
 namespace fused_rin {
 
-// ReLU of a pair where `floor` is 0; a NaN stays one.
-__device__ __forceinline__ float2 at_least(float2 a, float floor) {
-  return {device::max_nan(a.x, floor), device::max_nan(a.y, floor)};
-}
-
 // ReLU and none share a path without a branch: forward a maximum with 0 or -inf, backward a comparison that is
 // combined with a predicate.
 template <bool kBackward>

@@ -12,16 +12,16 @@ template <class Config, bool kBackward>
 class MmaProduct;
 
 // Who keeps what where. kRegisterSteps of the matrix's k-steps (32 bytes of k each) live in registers; each costs
-// 4 * kTilesM registers a thread. kSlots*: steps in the ring of the streamed tensors, the one at hand included.
-template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kSlotsForward_,
-          int kSlotsBackward_>
+// 4 * kTilesM registers a thread. kAhead*: how many steps ahead the streamed tensors are read.
+template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kAheadForward_,
+          int kAheadBackward_>
 struct MmaConfig {
   using T = T_;
   template <bool kBackward>
   using Product = MmaProduct<MmaConfig, kBackward>;
   static constexpr Math kMath = kMath_;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
-  static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
+  static constexpr int kAheadForward = kAheadForward_, kAheadBackward = kAheadBackward_;
   static constexpr int kSteps = kHidden * Element<T>::kBytes / 32;  // k-steps
   static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;
   static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
@@ -32,6 +32,7 @@ struct MmaConfig {
   static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
+  static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
   static_assert(kHidden == kTilesM * 16 * kWarps, "warps share the outputs evenly");
   static_assert((kMath == Math::kMma) == (Element<T>::kBytes == 2), "float32 goes through tf32");
 };
@@ -46,7 +47,6 @@ class MmaProduct {
  public:
   static constexpr int kColumns = 2 * kTilesN;       // batch rows of a thread
   static constexpr int kPairs = kTilesM * kColumns;  // pair p belongs to column p % kColumns
-  static constexpr bool kStateIsOutput = Config::kMath != Math::kTf32;  // to the last bit: see to_state
 
   __device__ __forceinline__ MmaProduct(device::SharedMemory shared, int live_rows) : shared_(shared) {
     const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
@@ -63,12 +63,10 @@ class MmaProduct {
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kColumns * 16; }
   static __device__ __forceinline__ constexpr int row_step(int p) { return p % kColumns / 2 * 8 + p % 2; }
   static __device__ __forceinline__ bool owner(int) { return true; }
-  // Where the first pair is in the state, and from there to pair p.
-  static __device__ __forceinline__ uint32_t in_state(int thread) {
-    return StateT::row(row(thread)) + neuron(thread) * E::kBytes;
-  }
-  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
-    return StateT::row(row_step(p)) + neuron_step(p) * E::kBytes;
+  // Where pair p is in the state: one of two places, as its row is even or odd, and from there a constant.
+  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
+    return StateT::row(row(thread) + p % 2) + neuron(thread) * E::kBytes +
+           (p % kColumns / 2 * 8 * StateT::kStride + neuron_step(p) * E::kBytes);
   }
 
   static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
@@ -105,17 +103,16 @@ class MmaProduct {
     }
   }
 
-  // sum[p] = (x times matrix)[p] for the state at byte `state` of shared memory. What is off the critical path goes
-  // into the two callbacks: `prepare` runs while the first loads are in flight, `carry_on` behind the products.
-  template <class Prepare, class CarryOn>
-  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Prepare& prepare,
-                                           const CarryOn& carry_on) const {
+  // sum[p] = (x times matrix)[p] for the state at byte `state` of shared memory. `meanwhile` runs while the first
+  // loads are in flight: what is off the critical path goes there.
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
     // As many as cover their latency, about 33 cycles, but 4 registers each.
     constexpr int kFirst = kTilesN > 1 || kTilesM > 2 ? 1 : kSteps < 8 ? kSteps / 2 : 4;
     uint4 first[kFirst][kTilesN];
 #pragma unroll
     for (int j = 0; j < kFirst; ++j) load_state(state, j, first[j]);
-    prepare();
+    meanwhile();
 
     float d[Config::kChains][kTilesM][kTilesN][4] = {};
 #pragma unroll
@@ -142,7 +139,6 @@ class MmaProduct {
         multiply_pair(j, b, d);
       }
     }
-    carry_on();
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -187,7 +183,7 @@ class MmaProduct {
   __device__ __forceinline__ void load_state(uint32_t state, int j, uint4 (&b)[kTilesN]) const {
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n)
-      b[n] = shared_.load<uint4>(state + lane_offset_ + n * StateT::kEightRows + 64 * j);
+      b[n] = shared_.load<uint4>(state + lane_offset_ + n * 8 * StateT::kStride + 64 * j);
   }
 
   // The two k-steps that one load of the state feeds.

@@ -50,7 +50,6 @@ inline int lane_idx() { return thread_idx() & 31; }
 inline int warp_idx() { return thread_idx() >> 5; }
 inline int thread_idx_anew() { return thread_idx(); }
 inline int64_t block_idx() { return fibres::block_idx(); }
-inline void trap() { fibres::trap(); }
 inline void sync_block() { fibres::barrier_sync(0, 0); }
 inline void named_barrier_sync(int id, int threads) { fibres::barrier_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { fibres::barrier_arrive(id, threads); }
@@ -113,9 +112,8 @@ void store_global_if(bool wanted, T* p, std::common_type_t<T> value) {
   if (wanted) store_global(p, value);
 }
 
-template <int kBytes>
-void cp_async(const SharedMemory&, uint32_t offset, const void* global, bool wanted) {
-  fibres::async_copy(offset, wanted ? global : nullptr, kBytes);
+inline void cp_async_16(const SharedMemory&, uint32_t offset, const void* global) {
+  fibres::async_copy(offset, global, 16);
 }
 inline void cp_async_commit() { fibres::async_commit(); }
 template <int kPending>
@@ -203,10 +201,6 @@ uint32_t pack(T, float low, float high) {
   return detail::round(T{}, low) | detail::round(T{}, high) << 16;
 }
 template <class T>
-uint32_t pack_relu(T, float low, float high) {
-  return pack(T{}, low <= 0 ? 0 : low, high <= 0 ? 0 : high);
-}
-template <class T>
 float2 unpack(T, uint32_t word) {
   return {detail::widen(T{}, word & 0xffff), detail::widen(T{}, word >> 16)};
 }
@@ -219,9 +213,6 @@ inline void split_tf32(float value, uint32_t& big, uint32_t& small) {
   const float rounded = scaled - (scaled - value);
   big = as_word(rounded);
   small = (as_word(value - rounded) + 0x1000u) & 0xffffe000u;
-}
-inline uint32_t spread_signs(uint32_t halves) {
-  return (halves & 0x80000000u ? 0xffff0000u : 0u) | (halves & 0x8000u ? 0xffffu : 0u);
 }
 inline uint32_t opaque(uint32_t word) { return word; }
 inline const char* opaque(const char* address) { return address; }

@@ -16,34 +16,28 @@ import torch
 
 from fused_rin.device import Device, NoPlan
 
-# (hidden, batch rows, warps, parts of the matrix in registers, steps in the ring forward and backward); a mirror of
-# csrc/cuda/block_configs.h, checked by tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma"
-# 16 elements.
-_TABLES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
+# (hidden, batch rows, warps, parts of the matrix in registers); a mirror of csrc/cuda/block_configs.h, checked by
+# tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma" 16 elements.
+_TABLES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "mma": (
-        (64, 8, 4, 4, 8, 8), (64, 32, 4, 4, 4, 4),
-        (128, 8, 4, 8, 8, 8), (128, 16, 4, 8, 6, 6), (128, 32, 8, 8, 4, 4), (128, 64, 8, 8, 3, 2),
-        (192, 8, 4, 9, 6, 6), (192, 16, 12, 12, 4, 4), (192, 32, 12, 10, 3, 2),
-        (256, 8, 8, 16, 6, 6), (256, 16, 8, 15, 4, 4), (256, 32, 8, 11, 2, 2),
-        (384, 8, 8, 14, 2, 2), (384, 16, 8, 13, 2, 2),
+        (64, 8, 4, 4), (64, 32, 4, 4),
+        (128, 8, 4, 8), (128, 16, 4, 8), (128, 32, 8, 8), (128, 64, 8, 8),
+        (192, 8, 4, 9), (192, 16, 12, 12), (192, 32, 12, 10),
+        (256, 8, 8, 16), (256, 16, 8, 15), (256, 32, 8, 7),
+        (384, 8, 8, 12), (384, 16, 8, 8),
     ),
     "tf32": (
-        (64, 8, 4, 8, 8, 8), (64, 32, 4, 8, 3, 3),
-        (128, 8, 8, 16, 6, 6), (128, 32, 8, 12, 3, 2),
-        (192, 8, 12, 18, 4, 4), (192, 16, 12, 14, 2, 2),
-        (256, 8, 8, 19, 2, 2),
+        (64, 8, 4, 8), (64, 32, 4, 8),
+        (128, 8, 8, 16), (128, 32, 8, 12),
+        (192, 8, 12, 18), (192, 16, 12, 14),
+        (256, 8, 8, 14),
     ),
-    "tf32x3": (
-        (64, 16, 4, 8, 4, 4),
-        (128, 16, 8, 14, 2, 2),
-        (192, 16, 12, 11, 2, 2),
-        (256, 8, 8, 11, 2, 2),
-    ),
+    "tf32x3": ((64, 16, 4, 8), (128, 16, 8, 14), (192, 16, 12, 6), (256, 8, 8, 6)),
     "fma": (
-        (64, 1, 4, 4, 8, 8), (64, 2, 4, 4, 8, 8), (64, 4, 4, 4, 8, 8),
-        (128, 1, 4, 8, 8, 8), (128, 2, 4, 8, 8, 8), (128, 4, 4, 8, 8, 8),
-        (192, 1, 12, 12, 8, 8), (192, 2, 12, 12, 8, 8),
-        (256, 1, 8, 8, 8, 8), (256, 2, 8, 8, 6, 6),
+        (64, 1, 4, 4), (64, 2, 4, 4), (64, 4, 4, 4),
+        (128, 1, 4, 8), (128, 2, 4, 8), (128, 4, 4, 8),
+        (192, 1, 12, 12), (192, 2, 12, 12),
+        (256, 1, 8, 8), (256, 2, 8, 8),
     ),
 }  # fmt: skip
 
@@ -66,8 +60,6 @@ class Kernel:
     rows: int  # batch rows of a CTA
     warps: int
     register_parts: int
-    forward_slots: int
-    backward_slots: int
 
     @property
     def element_bytes(self) -> int:
@@ -84,17 +76,9 @@ class Kernel:
         per_thread = self.hidden // (8 * self.warps) if self.math == "fma" else self.hidden // (16 * self.warps)
         return (parts - self.register_parts) * per_thread * 16 * self.threads
 
-    def shared_bytes(self, *, backward: bool) -> int:
-        """Of a block: the state twice, what of the matrix is there, the ring, and what is staged of the layout."""
-        state = self.rows * (self.hidden * self.element_bytes + 64) + self.rows // 2 * 32
-        slots = self.backward_slots if backward else self.forward_slots
-        schedule = 4 * slots * 8 + -(-slots * self.rows * 4 // 16) * 16
-        return self.matrix_shared_bytes + (2 + slots * (1 + backward)) * state + schedule
-
     @property
-    def most_shared_bytes(self) -> int:
-        """Of either direction: a plan is for both."""
-        return max(self.shared_bytes(backward=False), self.shared_bytes(backward=True))
+    def shared_bytes(self) -> int:
+        return self.matrix_shared_bytes + 2 * self.rows * (self.hidden * self.element_bytes + 128)
 
     def work_cycles(self, capability: tuple[int, int]) -> float:
         """Cycles of one step's product that no overlap hides: tensor cores or FMA pipe, or shared memory if slower."""
@@ -150,7 +134,7 @@ class BlockPlan:
 
 def _resident(kernel: Kernel, device: Device) -> int:
     by_registers = device.registers_per_sm // (kernel.threads * 256)  # compiled with up to 255 a thread
-    by_shared = device.shared_memory_per_block // kernel.most_shared_bytes
+    by_shared = device.shared_memory_per_block // kernel.shared_bytes
     return max(1, min(by_registers, by_shared))
 
 
@@ -187,10 +171,10 @@ def plan(
     fitting = [
         k
         for k in wide_enough
-        if k.most_shared_bytes <= device.shared_memory_per_block and k.threads * 168 <= device.registers_per_sm
+        if k.shared_bytes <= device.shared_memory_per_block and k.threads * 168 <= device.registers_per_sm
     ]
     if not fitting:
-        least = min(k.most_shared_bytes for k in wide_enough)
+        least = min(k.shared_bytes for k in wide_enough)
         raise NoPlan(
             f"hidden size {hidden} in {dtype} takes at least {least / 1024:.0f} KB of shared memory a block, "
             f"{device.name} offers {device.shared_memory_per_block / 1024:.0f} KB; use backend='triton'"

@@ -15,10 +15,10 @@ from tests.cuda_on_cpu.machine import KernelError, Machine
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = {  # the kernel that a feature is tried on, for every element type and way to multiply
-    "bf16": (BF16, Kernel("mma", 64, 8, 4, 4, 8, 8)),
-    "fp16": (FP16, Kernel("mma", 64, 8, 4, 4, 8, 8)),
-    "fp32 fma": (FP32, Kernel("fma", 64, 2, 4, 4, 8, 8)),
-    "fp32 tf32x3": (FP32, Kernel("tf32x3", 64, 16, 4, 8, 4, 4)),
+    "bf16": (BF16, Kernel("mma", 64, 8, 4, 4)),
+    "fp16": (FP16, Kernel("mma", 64, 8, 4, 4)),
+    "fp32 fma": (FP32, Kernel("fma", 64, 2, 4, 4)),
+    "fp32 tf32x3": (FP32, Kernel("tf32x3", 64, 16, 4, 8)),
 }
 ACCURATE = [k for k in KERNELS if k.math != "tf32"]
 TF32 = [k for k in KERNELS if k.math == "tf32"]
@@ -39,7 +39,7 @@ def small(request, force) -> torch.dtype:
 def test_the_planner_knows_what_is_compiled(machine: Machine):
     """cuda_plan mirrors block_configs.h; both directions of every kernel exist, for every type of its math."""
     expected = {
-        (dtype, MATH[k.math], backward, k.hidden, k.rows, k.threads, k.shared_bytes(backward=bool(backward)))
+        (dtype, MATH[k.math], backward, k.hidden, k.rows, k.threads, k.shared_bytes)
         for k in KERNELS
         for dtype in ((2, 3) if k.math == "mma" else (0,))
         for backward in (0, 1)

@@ -49,7 +49,7 @@ def check(case: Case, device: torch.device | str = "cuda") -> None:
 
 
 def fits(kernel: cuda_plan.Kernel) -> bool:
-    return kernel.most_shared_bytes <= device_record(torch.cuda.current_device()).shared_memory_per_block
+    return kernel.shared_bytes <= device_record(torch.cuda.current_device()).shared_memory_per_block
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def fits(kernel: cuda_plan.Kernel) -> bool:
 @pytest.mark.parametrize("odd", [False, True], ids=["full", "odd"])
 def test_every_kernel(monkeypatch, kernel, odd):
     if not fits(kernel):
-        pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block")
+        pytest.skip(f"needs {kernel.shared_bytes} bytes of shared memory a block")
     chosen = cuda_plan.BlockPlan(kernel, "forced", 1, 1, 1, 0.0)
     monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
     hidden, batch = (kernel.hidden - 27, kernel.rows + 1) if odd else (kernel.hidden, kernel.rows)
