@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.gpu import measure, report, run
+from benchmarks.gpu import measure, report, run, steps
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, Case, Measurement, Results, cases
 
 
@@ -31,6 +31,22 @@ def made_up() -> Results:
 def test_the_grid_is_the_one_that_was_asked_for():
     grid = list(cases())
     assert len(grid) == len(set(grid)) == len(DTYPES) * len(BATCHES) * len(HIDDEN) * len(MODES) == 180
+
+
+def test_the_important_cases_come_first():
+    important = [measure.important(case) for case in cases()]
+    assert important == sorted(important, reverse=True)
+    assert sum(important) == 64
+
+
+def test_a_step_is_a_difference_of_launches(monkeypatch):
+    """What a launch costs, here 50 us, is no part of it."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(steps, "elapsed_us", lambda launch: launch())
+    step = object.__new__(steps.Step)
+    step.run = lambda count: 50 + 0.2 * count
+    assert step.seconds(3) == pytest.approx(0.2e-6)
+    assert steps.name_of((2, 0, 1, 128, 8, 128, 0)) == "bfloat16 mma 128x8 backward"
 
 
 def test_results_survive_the_file(tmp_path):
