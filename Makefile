@@ -35,8 +35,9 @@ setup: $(VENV)/.built
 demo: setup
 	$(BIN)/python -m fused_rin.experiments demo --out demo
 
+# A process per core; tests of a group share what they have built (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.deps
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_points_of_both_files_reach_results_and_table(tmp_path):
     raw, results = tmp_path / "raw.json", tmp_path / "cpu.json"
+    # Within a worker of pytest-xdist, pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     subprocess.run(
         [
             sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-enable", f"--benchmark-json={raw}",
             "-k", "(inference-1-512-64-1-rin) or (streaming-RIN-1-64-True) or (training-RINCell)",
         ],
-        cwd=ROOT, check=True, capture_output=True,
+        cwd=ROOT, check=True, capture_output=True, env=environment,
     )  # fmt: skip
     table.main(str(raw), str(results))
     written = json.loads(results.read_text())

@@ -101,8 +101,8 @@ def test_saved_tensors_that_come_back_changed(name, change):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), CHANGES[change]):
         out = function()
     got = torch.autograd.grad((out * 2 * out.detach()).sum() / 1, leaves)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(torch.Tensor(a), b)
+    for a, b in zip(got, want, strict=True):  # by another order of sums, of gradients that grow to 3e8
+        assert (torch.Tensor(a) - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def test_saved_tensors_of_another_shape_are_refused():
