@@ -39,6 +39,7 @@ struct Problem {
   const void* state_in;    // [B, G, D] h0 | gradient of h_n (null: zero)
   void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero. May be `in`
   void* state_out;         // [B, G, D] h_n | gradient of h0
+  int64_t padding;         // how many of the D units, the last ones, are there for alignment alone; they stay 0
 };
 
 }  // namespace fused_rin

@@ -309,7 +309,7 @@ def test_a_step_is_counted_along_the_shortest_way_around_the_loop():
     ]  # fmt: skip
     counted = predict.count(step)
     assert counted == predict.Step(before=2, products=2, between=1, after=4, loads=1, kind="HMMA")
-    kernel = predict.cuda_plan.Kernel("mma", 64, 8, 4, 4)
+    kernel = predict.cuda_plan.Kernel("mma", 64, 8, 4, 4, 8, 8)
     # 30 for the barrier, 33 for the load, two dependent mma of 24, 24 again for the last one's result, 4 to issue.
     chain = 2 / 1 / 2 * 24
     shared = 4 * 8 / 2 * (64 * 2 / 64)

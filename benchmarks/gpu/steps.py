@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.steps OUT.json [--only SUBSTRING] [--launches N]
 
-Each kernel runs its own tile (hidden x rows, no padding) in one block, then in a block on every SM. Cycles are the time
-times the clock that the card held, which a kernel that counts clock cycles measures before and after.
+Each kernel runs its own tile (hidden x rows, no padding) in one block: with ReLU, with tanh, and with lengths, which
+takes the general loop. Then with ReLU in a block on every SM. Cycles are the time times the clock that the card held,
+which a kernel that counts clock cycles measures before and after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from fused_rin import cuda_plan
+from fused_rin.problem import ACTIVATIONS
 
 from benchmarks.gpu.measure import elapsed_us
 
@@ -41,9 +43,9 @@ def warm_up(seconds: float = 0.5) -> None:
 class Step:
     """One kernel on `blocks` tiles of its own size; `run(steps)` launches it once."""
 
-    def __init__(self, instance: tuple[int, ...], blocks: int) -> None:
+    def __init__(self, instance: tuple[int, ...], blocks: int, activation: str = "relu", lengths: bool = False) -> None:
         dtype, math, self.backward, self.hidden, self.rows, _, _ = instance
-        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows), dtype, self.rows * blocks
+        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, 0), dtype, self.rows * blocks
         options = {"device": "cuda", "dtype": DTYPES[dtype]}
         torch.manual_seed(0)
         size = (LONG, self.batch, self.hidden)
@@ -51,6 +53,8 @@ class Step:
         self.into, self.out = torch.randn(size, **options), torch.empty(size, **options)
         self.saved = torch.rand(size, **options) - 0.5 if self.backward else None
         self.last = torch.empty(self.batch, self.hidden, **options)
+        self.activation = ACTIVATIONS[activation]
+        self.lengths = {n: torch.full((self.batch,), n, device="cuda") for n in (SHORT, LONG)} if lengths else {}
 
     def run(self, steps: int) -> None:
         from fused_rin import _cuda
@@ -58,8 +62,8 @@ class Step:
         saved = self.saved.data_ptr() if self.saved is not None else 0
         _cuda.sweep_block(
             (steps, self.batch, 1, self.hidden),
-            (self.dtype, 1, bool(self.backward), 1.0, 0),
-            (0, 0, 0),
+            (self.dtype, self.activation, bool(self.backward), 1.0, 0),
+            (self.lengths[steps].data_ptr() if self.lengths else 0, 0, 0),
             (self.weight.data_ptr(), self.into.data_ptr(), saved, 0, self.out.data_ptr(), self.last.data_ptr()),
             self.kernel, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
@@ -93,16 +97,21 @@ def main() -> None:
         if arguments.only not in name:
             continue
         row: dict[str, object] = {"kernel": name, "rows": instance[4], "threads": instance[5]}
-        for label, blocks in (("alone", 1), ("full", sms)):
-            step = Step(instance, blocks)
+        for label, blocks, activation, lengths in (
+            ("alone", 1, "relu", False),
+            ("tanh", 1, "tanh", False),
+            ("general", 1, "relu", True),
+            ("full", sms, "relu", False),
+        ):
+            step = Step(instance, blocks, activation, lengths)
             before = clock()
             seconds = step.seconds(arguments.launches)
             hz = (before + clock()) / 2
             row[label] = {"ns": seconds * 1e9, "cycles": seconds * hz, "ghz": hz / 1e9}
             del step
         rows.append(row)
-        alone, full = row["alone"], row["full"]
-        print(f"{name:38} {alone['ns']:7.1f} ns {alone['cycles']:6.0f} cycles; full {full['ns']:7.1f} ns", flush=True)  # type: ignore[index]
+        kinds = " ".join(f"{kind} {row[kind]['ns']:6.1f}" for kind in ("alone", "tanh", "general", "full"))  # type: ignore[index]
+        print(f"{name:38} ns: {kinds}", flush=True)
         arguments.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
 
 

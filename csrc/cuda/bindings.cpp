@@ -10,12 +10,13 @@ using namespace fused_rin;
 
 namespace {
 
-using KernelId = std::tuple<int, int, int>;  // math, hidden, rows: which compiled instance
+using KernelId = std::tuple<int, int, int, int64_t>;  // math, hidden, rows: the instance; how much of D is padding
 
 void sweep_block(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
                  const KernelId& kernel, int device, Address stream) {
-  const Problem p = make_problem(sizes, rule, rows, tensors);
-  const auto& [math, hidden, tile_rows] = kernel;
+  Problem p = make_problem(sizes, rule, rows, tensors);
+  const auto& [math, hidden, tile_rows, padding] = kernel;
+  p.padding = padding;
   launch_block(p, static_cast<Math>(math), hidden, tile_rows, device, pointer<void>(stream));
 }
 

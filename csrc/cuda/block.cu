@@ -36,12 +36,11 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int d
   if (problem.groups * problem.hidden > int64_t{1} << 24)
     throw std::invalid_argument("groups x hidden must be at most 2^24, got " + std::to_string(problem.groups) + " x " +
                                 std::to_string(problem.hidden));
-  uintptr_t addresses = 0;
-  for (const void* p : {problem.weight, problem.in, problem.saved, problem.state_in,
-                        static_cast<const void*>(problem.out), static_cast<const void*>(problem.state_out)})
-    addresses |= reinterpret_cast<uintptr_t>(p);
-  if (problem.hidden % 2 || addresses % (problem.dtype == DType::kFloat32 ? 8 : 4))
-    throw std::invalid_argument("the block kernels need an even hidden size and tensors aligned to two elements");
+  const auto bits = [](auto... tensors) { return (reinterpret_cast<uintptr_t>(tensors) | ...); };
+  const int64_t row_bytes = problem.hidden * (problem.dtype == DType::kFloat32 ? 4 : 2);
+  if ((bits(problem.weight, problem.in, problem.saved, problem.state_in, problem.out, problem.state_out) | row_bytes) %
+      16)
+    throw std::invalid_argument("the block kernels need rows of whole 16 bytes, and tensors aligned to them");
   if (problem.batch == 0 || problem.groups == 0 || problem.hidden == 0) return;
   for (const BlockInstance& instance : block_instances()) {
     if (instance.dtype != problem.dtype || instance.math != math || instance.backward != problem.backward ||

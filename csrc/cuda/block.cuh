@@ -15,14 +15,17 @@ namespace fused_rin {
 template <class Config, bool kBackward>
 __global__ void __launch_bounds__(Config::kThreads, 1) block_sweep(const Problem problem) {
   // Where a block cannot have the shared memory, nothing is compiled: no launch gets here (launch.h asks for it first).
-  if constexpr (Config::kSharedBytes <= device::kMaxSharedBytes)
+  if constexpr (Layout<Config, kBackward>::kBytes <= device::kMaxSharedBytes)
     sweep<Config, typename Config::template Product<kBackward>, kBackward>(problem);
+  else
+    device::trap();
 }
 
 template <class Config, bool kBackward>
 void launch_block_sweep(const Problem& problem, void* stream) {
   const int64_t blocks = problem.groups * ((problem.batch + Config::kRows - 1) / Config::kRows);
-  launch_kernel(block_sweep<Config, kBackward>, problem, blocks, Config::kThreads, Config::kSharedBytes, stream);
+  launch_kernel(block_sweep<Config, kBackward>, problem, blocks, Config::kThreads, Layout<Config, kBackward>::kBytes,
+                stream);
 }
 
 template <class Config, bool kBackward>
@@ -33,7 +36,7 @@ BlockInstance block_instance() {
           Config::kHidden,
           Config::kRows,
           Config::kThreads,
-          Config::kSharedBytes,
+          Layout<Config, kBackward>::kBytes,
           &launch_block_sweep<Config, kBackward>};
 }
 

@@ -27,6 +27,9 @@ __device__ __forceinline__ int thread_idx_anew() {
 }
 __device__ __forceinline__ int64_t block_idx() { return blockIdx.x; }
 
+// Ends the kernel with an error that the host sees.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
 // barrier.cta.sync 0 (PTX 9.7.13.1): all threads of the block, and their shared memory accesses, in order.
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 
@@ -141,9 +144,25 @@ __device__ __forceinline__ void store_global_if(bool wanted, uint2* p, uint2 val
       : "memory");
 }
 
-// cp.async (PTX 9.7.9.25.3): 16 bytes from global to shared memory past the registers, completing by group.
-__device__ __forceinline__ void cp_async_16(const SharedMemory& shared, uint32_t offset, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared.address(offset)), "l"(global) : "memory");
+__device__ __forceinline__ void store_global_if(bool wanted, uint4* p, uint4 value) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5};}" ::"r"(
+                   static_cast<uint32_t>(wanted)),
+               "l"(p), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// cp.async (PTX 9.7.9.25.3): from global to shared memory past the registers, completing by group. What is not wanted
+// is not read: the bytes become zero. Only 16 bytes at a time go past L1 too.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(const SharedMemory& shared, uint32_t offset, const void* global, bool wanted) {
+  const uint32_t to = shared.address(offset), bytes = wanted ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes),
+                 "r"(bytes)
+                 : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -205,6 +224,17 @@ __device__ __forceinline__ uint32_t pack(Float16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
+// The same of max(value, 0); a NaN stays one (PTX 9.7.9.21: .relu).
+__device__ __forceinline__ uint32_t pack_relu(BFloat16, float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_relu(Float16, float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
 __device__ __forceinline__ float2 unpack(BFloat16, uint32_t word) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
@@ -234,12 +264,36 @@ __device__ __forceinline__ uint32_t opaque(uint32_t word) {
   asm volatile("" : "+r"(word));
   return word;
 }
+__device__ __forceinline__ uint2 opaque(uint2 words) { return {opaque(words.x), opaque(words.y)}; }
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
 __device__ __forceinline__ const char* opaque(const char* address) {
   asm volatile("" : "+l"(address));
   return address;
 }
+// prmt (PTX 9.7.8.7): the sign of each half in all of its bits.
+// Not __byte_perm: that masks the selectors' sign bits away.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t halves) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(word) : "r"(halves));
+  return word;
+}
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }
+
+// ex2, rcp (PTX 9.7.3.20, 9.7.3.12): relative errors of 2^-22 and 2^-23.
+__device__ __forceinline__ float exp2(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
 
 // max.NaN (PTX 9.7.3.13): unlike fmaxf, a NaN stays one, as in torch.relu.
 __device__ __forceinline__ float max_nan(float a, float b) {

@@ -22,7 +22,19 @@ struct Element {  // 16-bit types
   static __device__ __forceinline__ Scalar low(Pair pair) { return static_cast<Scalar>(pair); }
   static __device__ __forceinline__ Scalar high(Pair pair) { return static_cast<Scalar>(pair >> 16); }
   static __device__ __forceinline__ Pair pack(float2 value) { return device::pack(T{}, value.x, value.y); }
+  static __device__ __forceinline__ Pair pack_relu(float2 value) { return device::pack_relu(T{}, value.x, value.y); }
   static __device__ __forceinline__ float2 unpack(Pair pair) { return device::unpack(T{}, pair); }
+  // Masks of a pair: all ones where the element is wanted.
+  static __device__ __forceinline__ Pair mask(bool low, bool high) {
+    return (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
+  }
+  static __device__ __forceinline__ Pair both(Pair a, Pair b) { return a & b; }
+  // Where the value of a ReLU is not zero: in each half, adding 0x7fff sets the sign of all but 0.
+  static __device__ __forceinline__ Pair not_zero(Pair h) {
+    return device::spread_signs((h & 0x7fff7fffu) + 0x7fff7fffu);
+  }
+  static __device__ __forceinline__ bool low_of(Pair mask) { return (mask & 1) != 0; }
+  static __device__ __forceinline__ bool high_of(Pair mask) { return static_cast<int32_t>(mask) < 0; }
 };
 
 template <>
@@ -41,7 +53,23 @@ struct Element<float> {
   static __device__ __forceinline__ float2 unpack(Pair pair) {
     return {device::as_float(pair.x), device::as_float(pair.y)};
   }
+  static __device__ __forceinline__ Pair pack_relu(float2 value) {
+    return pack({device::max_nan(value.x, 0.f), device::max_nan(value.y, 0.f)});
+  }
+  static __device__ __forceinline__ Pair mask(bool low, bool high) { return {low ? ~0u : 0u, high ? ~0u : 0u}; }
+  static __device__ __forceinline__ Pair both(Pair a, Pair b) { return {a.x & b.x, a.y & b.y}; }
+  static __device__ __forceinline__ Pair not_zero(Pair h) {
+    return mask(device::as_float(h.x) != 0.f, device::as_float(h.y) != 0.f);
+  }
+  static __device__ __forceinline__ bool low_of(Pair mask) { return mask.x != 0; }
+  static __device__ __forceinline__ bool high_of(Pair mask) { return mask.y != 0; }
 };
+
+__device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+// factor * a + b
+__device__ __forceinline__ float2 scaled_plus(float factor, float2 a, float2 b) {
+  return {fmaf(factor, a.x, b.x), fmaf(factor, a.y, b.y)};
+}
 
 // A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from
 // `k + more` on, `more` known when compiled; zero past `hidden`. Forward multiplies by U (output = row), backward by

@@ -17,20 +17,19 @@ namespace fused_rin {
 template <class Config, bool kBackward>
 class FmaProduct;
 
-template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kAheadForward_, int kAheadBackward_>
+template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kSlotsForward_, int kSlotsBackward_>
 struct FmaConfig {
   using T = float;
   template <bool kBackward>
   using Product = FmaProduct<FmaConfig, kBackward>;
   static constexpr Math kMath = Math::kFma;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
-  static constexpr int kAheadForward = kAheadForward_, kAheadBackward = kAheadBackward_;
+  static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
   static constexpr int kOutputs = kHidden / (8 * kWarps);
   static constexpr int kChunks = kHidden / 16;  // 16-byte chunks of k that a lane multiplies
   static constexpr int kRegisterChunks = kRegisterChunks_ < kChunks ? kRegisterChunks_ : kChunks;
   static constexpr int kMatrixBytes = (kChunks - kRegisterChunks) * kOutputs * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
-  static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
   static_assert(kHidden == kOutputs * 8 * kWarps && kOutputs % 2 == 0, "warps share the outputs evenly, in pairs");
 };
 
@@ -42,7 +41,9 @@ class FmaProduct {
   static constexpr int kHalf = kGroupPairs >= 2 ? kGroupPairs / 2 : 1, kQuarter = kHalf >= 2 ? kHalf / 2 : 1;
 
  public:
-  static constexpr int kPairs = kQuarter, kColumns = kQuarter;
+  static constexpr int kPairs = kQuarter, kColumns = kQuarter, kTogether = 1;
+  static constexpr bool kSumInside = false;
+  static constexpr bool kStateIsOutput = true;
   static_assert(kRows % kPairs == 0 || kPairs % kRows == 0, "see group_pair");
 
   __device__ __forceinline__ FmaProduct(device::SharedMemory shared, int) : shared_(shared) {}
@@ -53,11 +54,15 @@ class FmaProduct {
     return first_output(thread) + group_pair(thread) / kRows * 2;
   }
   static __device__ __forceinline__ int row(int thread) { return group_pair(thread) % kRows; }
+  static __device__ __forceinline__ constexpr int column(int p) { return p; }
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kRows * 2; }
   static __device__ __forceinline__ constexpr int row_step(int p) { return p % kRows; }
   static __device__ __forceinline__ bool owner(int thread) { return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4); }
-  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
-    return StateT::row(row(thread) + row_step(p)) + (neuron(thread) + neuron_step(p)) * 4;
+  static __device__ __forceinline__ uint32_t in_state(int thread) {
+    return StateT::row(row(thread)) + neuron(thread) * 4;
+  }
+  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
+    return StateT::row(row_step(p)) + neuron_step(p) * 4;
   }
 
   static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }
@@ -90,13 +95,15 @@ class FmaProduct {
     }
   }
 
-  template <class Meanwhile>
-  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
+  // See mma_product.cuh.
+  template <class Prepare, class CarryOn>
+  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Prepare& prepare,
+                                           const CarryOn& carry_on) const {
     const uint32_t mine = state + 16 * (device::lane_idx() % 4);
     float4 first[kRows];
 #pragma unroll
     for (int n = 0; n < kRows; ++n) first[n] = shared_.load<float4>(mine + StateT::row(n));
-    meanwhile();
+    prepare();
 
     float d[kOutputs][kRows] = {};
 #pragma unroll
@@ -124,6 +131,8 @@ class FmaProduct {
         }
       }
     }
+
+    carry_on();
 
     // Sums of the group's pairs, pair (r / 2) * kRows + n; halved by every shuffle while there is more than one.
     float2 v[kGroupPairs];

@@ -12,16 +12,16 @@ template <class Config, bool kBackward>
 class MmaProduct;
 
 // Who keeps what where. kRegisterSteps of the matrix's k-steps (32 bytes of k each) live in registers; each costs
-// 4 * kTilesM registers a thread. kAhead*: how many steps ahead the streamed tensors are read.
-template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kAheadForward_,
-          int kAheadBackward_>
+// 4 * kTilesM registers a thread. kSlots*: steps in the ring of the streamed tensors, the one at hand included.
+template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kSlotsForward_,
+          int kSlotsBackward_>
 struct MmaConfig {
   using T = T_;
   template <bool kBackward>
   using Product = MmaProduct<MmaConfig, kBackward>;
   static constexpr Math kMath = kMath_;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
-  static constexpr int kAheadForward = kAheadForward_, kAheadBackward = kAheadBackward_;
+  static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
   static constexpr int kSteps = kHidden * Element<T>::kBytes / 32;  // k-steps
   static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;
   static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
@@ -32,7 +32,6 @@ struct MmaConfig {
   static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
-  static constexpr int kSharedBytes = kMatrixBytes + 2 * kStateBytes;
   static_assert(kHidden == kTilesM * 16 * kWarps, "warps share the outputs evenly");
   static_assert((kMath == Math::kMma) == (Element<T>::kBytes == 2), "float32 goes through tf32");
 };
@@ -45,8 +44,13 @@ class MmaProduct {
   static constexpr int kTilesM = Config::kTilesM, kTilesN = Config::kTilesN, kSteps = Config::kSteps;
 
  public:
-  static constexpr int kColumns = 2 * kTilesN;       // batch rows of a thread
-  static constexpr int kPairs = kTilesM * kColumns;  // pair p belongs to column p % kColumns
+  static constexpr int kColumns = 2 * kTilesN;           // batch rows of a thread
+  static constexpr int kPairs = kTilesM * kColumns;      // pair p belongs to column(p)
+  static constexpr int kTogether = kTilesM % 2 ? 1 : 2;  // pairs that are neighbours, and p and p + 1
+  // Whether what the product is added to goes in as its accumulator. That one truncates once per k-step: harmless for a
+  // step's own input, but never for what all steps hand on (see sweep.cuh).
+  static constexpr bool kSumInside = !kBackward && Config::kMath == Math::kMma;
+  static constexpr bool kStateIsOutput = Config::kMath != Math::kTf32;  // to the last bit: see to_state
 
   __device__ __forceinline__ MmaProduct(device::SharedMemory shared, int live_rows) : shared_(shared) {
     const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
@@ -57,16 +61,19 @@ class MmaProduct {
 
   // The pairs that `thread` of the block owns: the first, and from there to pair p, known when compiled.
   static __device__ __forceinline__ int neuron(int thread) {
-    return (thread >> 5) * kTilesM * 16 + 2 * ((thread & 31) / 4);
+    return (thread >> 5) * kTilesM * 16 + 2 * kTogether * ((thread & 31) / 4);
   }
   static __device__ __forceinline__ int row(int thread) { return 2 * (thread & 3); }
-  static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kColumns * 16; }
-  static __device__ __forceinline__ constexpr int row_step(int p) { return p % kColumns / 2 * 8 + p % 2; }
+  static __device__ __forceinline__ constexpr int column(int p) { return p / kTogether % kColumns; }
+  static __device__ __forceinline__ constexpr int neuron_step(int p) { return output(tile(p)); }
+  static __device__ __forceinline__ constexpr int row_step(int p) { return column(p) / 2 * 8 + column(p) % 2; }
   static __device__ __forceinline__ bool owner(int) { return true; }
-  // Where pair p is in the state: one of two places, as its row is even or odd, and from there a constant.
-  static __device__ __forceinline__ uint32_t in_state(int thread, int p) {
-    return StateT::row(row(thread) + p % 2) + neuron(thread) * E::kBytes +
-           (p % kColumns / 2 * 8 * StateT::kStride + neuron_step(p) * E::kBytes);
+  // Where the first pair is in the state, and from there to pair p.
+  static __device__ __forceinline__ uint32_t in_state(int thread) {
+    return StateT::row(row(thread)) + neuron(thread) * E::kBytes;
+  }
+  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
+    return StateT::row(row_step(p)) + neuron_step(p) * E::kBytes;
   }
 
   static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
@@ -103,18 +110,31 @@ class MmaProduct {
     }
   }
 
-  // sum[p] = (x times matrix)[p] for the state at byte `state` of shared memory. `meanwhile` runs while the first
-  // loads are in flight: what is off the critical path goes there.
-  template <class Meanwhile>
-  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Meanwhile& meanwhile) const {
+  // sum[p] = (x times matrix)[p] for the state at byte `state` of shared memory; += where kSumInside. What is off the
+  // critical path goes into the two callbacks: `prepare`, which may set sum, runs while the first loads are in flight,
+  // `carry_on` behind the products.
+  template <class Prepare, class CarryOn>
+  __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Prepare& prepare,
+                                           const CarryOn& carry_on) const {
     // As many as cover their latency, about 33 cycles, but 4 registers each.
     constexpr int kFirst = kTilesN > 1 || kTilesM > 2 ? 1 : kSteps < 8 ? kSteps / 2 : 4;
     uint4 first[kFirst][kTilesN];
 #pragma unroll
     for (int j = 0; j < kFirst; ++j) load_state(state, j, first[j]);
-    meanwhile();
+    prepare();
 
     float d[Config::kChains][kTilesM][kTilesN][4] = {};
+    if constexpr (kSumInside) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) {
+          const int p = pair(m, 2 * n);
+          d[0][m][n][0] = sum[p].x, d[0][m][n][2] = sum[p].y;
+          d[0][m][n][1] = sum[p + kTogether].x, d[0][m][n][3] = sum[p + kTogether].y;
+        }
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kSteps / 2; ++j) {
       uint4 b[kTilesN];
@@ -139,6 +159,7 @@ class MmaProduct {
         multiply_pair(j, b, d);
       }
     }
+    carry_on();
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -148,23 +169,34 @@ class MmaProduct {
 #pragma unroll
           for (int i = 0; i < 4; ++i) d[0][m][n][i] += d[c][m][n][i];
         }
-        const int p = m * kColumns + 2 * n;
+        const int p = pair(m, 2 * n);
         sum[p] = {d[0][m][n][0], d[0][m][n][2]};
-        sum[p + 1] = {d[0][m][n][1], d[0][m][n][3]};
+        sum[p + kTogether] = {d[0][m][n][1], d[0][m][n][3]};
       }
     }
   }
 
  private:
-  // A-fragment rows g and g + 8 are outputs 2g and 2g + 1 of the tile, so that a thread's outputs are neighbours.
+  // A-fragment rows g and g + 8 of a tile are outputs next to each other, and those of kTogether tiles are, so that the
+  // load-store unit has half as many of a thread's outputs to move, each twice as long.
+  static __device__ __forceinline__ constexpr int output(int m) {
+    return m / kTogether * 16 * kTogether + m % kTogether * 2;
+  }
+  static __device__ __forceinline__ constexpr int pair(int m, int column) {
+    return (m / kTogether * kColumns + column) * kTogether + m % kTogether;
+  }
+  static __device__ __forceinline__ constexpr int tile(int p) {
+    return p / kTogether / kColumns * kTogether + p % kTogether;
+  }
+
   static __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const typename E::Pair* weight, int hidden,
                                                        int step, int m) {
     constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
     const int lane = device::lane_idx();
     const int word = 4 * (lane % 4), more = 16 * (step / 2) + 2 * (step % 2);
-    const int output = (device::warp_idx() * kTilesM + m) * 16 + 2 * (lane / 4);
     typename E::Scalar block[2][2 * kWords];
-    load_weight_block<T, kBackward>(block, weight, output, word * kWords, more * kWords, hidden);
+    load_weight_block<T, kBackward>(block, weight, neuron(device::thread_idx()) + output(m), word * kWords,
+                                    more * kWords, hidden);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (kWords == 2)
@@ -183,7 +215,7 @@ class MmaProduct {
   __device__ __forceinline__ void load_state(uint32_t state, int j, uint4 (&b)[kTilesN]) const {
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n)
-      b[n] = shared_.load<uint4>(state + lane_offset_ + n * 8 * StateT::kStride + 64 * j);
+      b[n] = shared_.load<uint4>(state + lane_offset_ + n * StateT::kEightRows + 64 * j);
   }
 
   // The two k-steps that one load of the state feeds.

@@ -7,21 +7,28 @@
 //
 // Rows start at (g & 1) * 64 + (g >> 1) * 32 modulo 128 bytes. Then the 8 lanes of a 128-bit phase (2 rows x 64 bytes)
 // meet no bank twice, and neither do the lanes of an epilogue, which store 32 bytes of rows 0, 2, 4, 6 (or 1, 3, 5, 7).
+// And from an even row to those after it is a constant.
 #pragma once
 
 #include <device.cuh>
 
 namespace fused_rin {
 
+// Neighbouring pairs, moved as one.
+template <class Pair, int n>
+struct alignas(n * sizeof(Pair)) Pairs {
+  Pair pair[n];
+};
+
 template <class T, int kHidden, int kRows>
 struct State {
   static constexpr int kElementBytes = Element<T>::kBytes;
-  static constexpr int kStride = kHidden * kElementBytes + 128;
-  static constexpr int kBytes = kRows * kStride;  // of one of the two buffers
+  static constexpr int kStride = kHidden * kElementBytes + 64;
+  static constexpr int kEightRows = 8 * kStride + 4 * 32;
+  static constexpr int kBytes = kRows * kStride + kRows / 2 * 32;  // of one of the two buffers
   static_assert(kHidden * kElementBytes % 128 == 0, "a row is whole bank lines");
 
-  // 8 rows further is 8 * kStride further.
-  static __device__ __forceinline__ uint32_t row(int n) { return n * kStride + (((n & 1) * 64 + (n >> 1) * 32) & 127); }
+  static __device__ __forceinline__ constexpr uint32_t row(int n) { return n * kStride + (n >> 1) * 32; }
 };
 
 }  // namespace fused_rin

@@ -6,49 +6,42 @@
 // A block owns kRows batch rows of one recurrence. Per step it meets at one barrier: the rounded state is written to
 // the buffer that the *previous* step's product did not read, so a warp that is a step ahead overwrites nothing.
 //
-//   critical path   barrier, load state, product, + base, epilogue, store state
-//   beside it       write x of the step before, start reading in_t several steps ahead (`meanwhile`)
+//   critical path   barrier, load state, product, + in and skip term, epilogue, store state
+//   behind the      out: the state of the step before, from shared memory; the ring: ask for in_t some steps ahead
+//     products
+//   behind the      load what the next step gets from the ring
+//     store
 //
-// The skip term is added in float32 after the product rather than fed to the tensor core as its accumulator: that one
-// truncates, once per k-step, an error of the size of x's last bit that would all go in one direction.
+// in_t is read ahead by cp.async into a ring in shared memory. Read ahead into registers it was not ahead at all: loads
+// share a scoreboard, a wait for one is a wait for all that share it, and every step stood for the latency of device
+// memory (on an H100 30% of the step of 128 units x 8 rows; benchmarks/NOTES-cuda.md).
+//
+// The skip term is added in float32, not fed to the tensor core as its accumulator: that one truncates, once per
+// k-step, an error of the size of x's last bit that would all go in one direction.
 //
 // All rows of a block share the time t. A row that is past its length, or running down not yet within it, holds what
 // it has: the state, or backward the gradient of the state.
 #pragma once
 
 #include "../problem.h"
+#include "carrier.cuh"
 #include "element.cuh"
 #include "epilogues.cuh"
+#include "schedule.cuh"
+#include "share.cuh"
 #include "state.cuh"
 
 namespace fused_rin {
 
-// What a thread of a block owns. Offsets are in bytes; pair p of a thread is at `mine + offset(p)` of a time step's
-// rows, or of the state. 32 bits hold what is within a tile: 64 rows of at most 2^24 elements (see block.cu).
-template <class Config, class Product>
-struct Share {
-  using E = Element<typename Config::T>;
-  int thread, hidden, live_rows;  // live: of the block's rows, those within the batch
-  int64_t row_bytes, group, first_row, mine;
-
-  __device__ __forceinline__ Share(const Problem& problem, uint32_t block, uint32_t thread_)
-      : thread(static_cast<int>(thread_)), hidden(static_cast<int>(problem.hidden)) {
-    const uint32_t tiles = static_cast<uint32_t>((problem.batch + Config::kRows - 1) / Config::kRows);
-    group = block / tiles;
-    first_row = int64_t{block % tiles} * Config::kRows;
-    live_rows = static_cast<int>(min(problem.batch - first_row, int64_t{Config::kRows}));
-    row_bytes = problem.groups * hidden * E::kBytes;
-    mine = (first_row + row(0)) * row_bytes + (group * hidden + neuron(0)) * E::kBytes;
-  }
-  __device__ __forceinline__ int row(int p) const { return Product::row(thread) + Product::row_step(p); }
-  __device__ __forceinline__ int neuron(int p) const { return Product::neuron(thread) + Product::neuron_step(p); }
-  __device__ __forceinline__ uint32_t offset(int p) const {
-    return Product::row_step(p) * static_cast<uint32_t>(row_bytes) + Product::neuron_step(p) * E::kBytes;
-  }
-  // In the batch, in the hidden size, and no other lane's.
-  __device__ __forceinline__ bool owns(int p) const {
-    return Product::owner(thread) && row(p) < live_rows && neuron(p) < hidden;
-  }
+// A block's shared memory: two buffers of the state, what of the matrix is not in registers, the ring, the schedule.
+template <class Config, bool kBackward>
+struct Layout {
+  static constexpr int kSlots = kBackward ? Config::kSlotsBackward : Config::kSlotsForward;
+  static constexpr int kSlotBytes = (kBackward ? 2 : 1) * Config::kStateBytes;  // in, and backward saved
+  static constexpr int kRing = 2 * Config::kStateBytes + Config::kMatrixBytes;
+  static constexpr int kSchedule = kRing + kSlots * kSlotBytes;
+  static constexpr int kBytes = kSchedule + Schedule<Config::kRows, kSlots>::kBytes;
+  static_assert(kSlots >= 2, "one that is read, one that is filled");
 };
 
 template <class Config, class Product, bool kBackward>
@@ -56,184 +49,280 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   using T = typename Config::T;
   using E = Element<T>;
   using Pair = typename E::Pair;
-  using StateT = State<T, Config::kHidden, Config::kRows>;
-  constexpr int kPairs = Product::kPairs, kColumns = Product::kColumns;
-  constexpr int kAhead = kBackward ? Config::kAheadBackward : Config::kAheadForward;
+  using Places = Layout<Config, kBackward>;
+  constexpr int kPairs = Product::kPairs, kColumns = Product::kColumns, kTogether = Product::kTogether;
+  constexpr int kSlots = Places::kSlots;
+  using Group = Pairs<Pair, kTogether>;
 
-  // Steps differ by a uniform stride: two adds make an address.
   const uint32_t block = static_cast<uint32_t>(device::block_idx());  // fewer than 2^31: see launch.h
   const Share<Config, Product> share(problem, block, device::thread_idx());
   const int live_rows = share.live_rows;
-  const int64_t row_bytes = share.row_bytes, mine = share.mine;
+  const int64_t row_bytes = share.row_bytes;
   const bool down = (share.group >= problem.groups - problem.num_reversed) != kBackward;
 
   const device::SharedMemory shared = device::shared_memory();
   Product product(shared, live_rows);
-  const Epilogue<kBackward> epilogue(problem.activation);
   const auto at = [](auto* tensor, int64_t bytes) {
     using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
     using Pairs = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;
     return reinterpret_cast<Pairs*>(static_cast<Bytes*>(tensor) + bytes);
   };
 
-  // Pair p is active at times t < limit[p]: none past the batch, past the hidden size, or past the row's length.
   const auto length = [&](int row) {  // clamped: values on a device are not checked, that would stall it
     const int64_t steps =
         problem.lengths ? device::load_global(problem.lengths + share.first_row + row) : problem.steps;
-    return static_cast<int>(min(max(steps, int64_t{0}), problem.steps));
+    return static_cast<uint32_t>(min(max(steps, int64_t{0}), problem.steps));
   };
-  uint32_t limit[kPairs];
   int stop = static_cast<int>(problem.steps);  // steps of the block's longest row
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const bool within = share.row(p) < live_rows && share.neuron(p) < share.hidden;
-    limit[p] = within ? length(share.row(p)) : 0;
-  }
   if (problem.lengths) {
     stop = 0;
-    for (int row = 0; row < live_rows; ++row) stop = max(stop, length(row));
+    for (int row = 0; row < live_rows; ++row) stop = max(stop, static_cast<int>(length(row)));
   }
   const int first_time = down ? stop - 1 : 0, direction = down ? -1 : 1;
   // As unsigned, so that the times before the first and after the last step are at no limit's left.
   const auto time = [&](int s) { return static_cast<uint32_t>(first_time + direction * s); };
-
-  // ---- reading ahead
-  struct Fetched {
-    Pair in[kPairs];
-    Pair saved[kBackward ? kPairs : 1];
-    uint32_t cut[kColumns];  // an episode starts: nothing crosses into this step
-    int64_t bytes;           // this thread's place in the rows of this step
-  } ring[kAhead] = {};
-  const int64_t stride = direction * problem.batch * row_bytes;
   const auto row_at = [&](uint32_t t) {
     return problem.offsets ? device::load_global(problem.offsets + t) : t * problem.batch;
   };
-  int64_t next = mine + (stop > 0 ? row_at(time(0)) * row_bytes : 0);
-  const bool read = problem.in, irregular = problem.offsets || problem.resets;
-  const auto fetch = [&](int s, Fetched& slot) {
-    slot.bytes = next;
-    next += stride;
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      const bool active = time(s) < limit[p];
-      slot.in[p] = device::load_streaming_if(active && read, at(problem.in, slot.bytes + share.offset(p)));
-      if constexpr (kBackward)
-        slot.saved[p] = device::load_streaming_if(active, at(problem.saved, slot.bytes + share.offset(p)));
-    }
-    if (irregular) {
-      // The boundary between two steps belongs to the later one in time. Running down that is the step before, and at
-      // s == stop the boundary that the gradient of h0 crosses.
-      const uint32_t t = down ? time(s - 1) : time(s);
-      const bool crosses = problem.resets && s <= stop && (s > 0 || !(down || kBackward));
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        slot.cut[c] = 0;
-        if (crosses && t < limit[c])
-          slot.cut[c] =
-              device::load_global(problem.resets + (row_at(t) + share.first_row + share.row(0)) + Product::row_step(c));
-      }
-      if (problem.offsets && s + 1 < stop) next = mine + row_at(time(s + 1)) * row_bytes;
-    }
-  };
-#pragma unroll
-  for (int slot = 0; slot < kAhead - 1; ++slot) fetch(slot, ring[slot]);
-
-  const int64_t matrix = int64_t{share.hidden} * share.hidden;
-  product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.hidden);
 
   // ---- the state before the first step: h0; backward 0, and the gradient of h_n carried beside it
   const float skip = static_cast<float>(problem.skip);
-  const auto skipped = [=](float2 x) {  // 0 * inf must not make a NaN of a network without a skip
-    return skip == 0.f ? float2{0.f, 0.f} : float2{skip * x.x, skip * x.y};
-  };
-  Pair x[kPairs];           // the state as tensors hold it
-  float2 residual[kPairs];  // what the next a gets besides in and the product: skip * x, in float32
-  const auto store_state = [&](int buffer) {
-    if (!Product::owner(share.thread)) return;
+  Pair x[kPairs];    // the state as tensors hold it
+  float2 a[kPairs];  // the same in float32; backward with ReLU before the mask, if the loop is plain
+  // What lies past the hidden size stays 0 there: infinite states would make NaN of it, and the next product of all.
+  const auto store_state = [&](uint32_t place, bool everywhere = false) {
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p)
-      shared.template store<Pair>(buffer * Config::kStateBytes + Product::in_state(share.thread, p),
-                                  Product::to_state(x[p]));
+    for (int p = 0; p < kPairs; p += kTogether) {
+      Group group;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) group.pair[i] = Product::to_state(x[p + i]);
+      if (Product::owner(share.thread) && (everywhere || share.neuron(p) < share.hidden))
+        shared.store(place + Product::in_state_step(p), group);
+    }
   };
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const Pair given =
-        device::load_streaming_if(problem.state_in && share.owns(p), at(problem.state_in, mine + share.offset(p)));
+    const Pair given = device::load_streaming_if(problem.state_in && share.owns(p),
+                                                 at(problem.state_in, share.tile + share.offset(p)));
     x[p] = kBackward ? Pair{} : given;
-    residual[p] = kBackward ? E::unpack(given) : skipped(E::unpack(given));
+    a[p] = E::unpack(given);
   }
-  store_state(0);
+  store_state(Product::in_state(share.thread), true);
+  store_state(Product::in_state(share.thread) + Config::kStateBytes, true);
 
-  const auto write_back = [&](int s, int64_t bytes) {
+  // ---- the loop. Plain: whole sequences of one length, nothing padded. Backward, one more product than there are
+  // steps makes the gradient of h0.
+  const auto run = [&](auto plain_, auto tanh_) {
+    constexpr bool kPlain = decltype(plain_)::value, kTanh = decltype(tanh_)::value;  // of what is not plain: unknown
+    constexpr int kPieces = Carrier<Config, Product>::kPieces;
+    const Carrier<Config, Product> carry(share);
+    uint32_t piece_limit[kPieces];  // a piece is active at times t < its limit; plain: in steps before it
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p)
-      device::store_global_if(time(s) < limit[p] && Product::owner(share.thread),
-                              at(problem.out, bytes + share.offset(p)), x[p]);
-  };
+    for (int i = 0; i < kPieces; ++i) piece_limit[i] = carry.exists(i) ? length(carry.row(i)) : 0;
+    uint32_t limit[kColumns];  // and so is a column's row
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int row = share.row(c * kTogether);
+      limit[c] = row < live_rows ? length(row) : 0;
+    }
+    const Epilogue<T, kBackward> epilogue(problem.activation);
+    Schedule<Config::kRows, kSlots> schedule(shared, Places::kSchedule, problem, share.first_row, share.thread);
+    const bool packed = !kPlain && problem.offsets, cuts = !kPlain && problem.resets;
+    const auto staged_row = [&](int s) { return packed ? schedule.row(s) : time(s) * problem.batch; };
+    const uint32_t own_limit = share.thread < live_rows ? length(share.thread) : 0;  // of the row whose cuts it copies
 
-  // ---- the loop: step s, in slot s % kAhead; unrolled so that the ring stays in registers. Backward, one more product
-  // than there are steps makes the gradient of h0.
-  float2 a[kPairs] = {};
-  const auto run = [&] {
-    for (int first = 0;; first += kAhead) {
+    // Where the first of what the thread carries is in the rows of the step to fetch, and of the step to write.
+    const int64_t step_bytes = device::opaque(problem.batch * row_bytes), stride = down ? -step_bytes : step_bytes;
+    const int64_t first_in = share.tile + carry.offset(0);
+    const int64_t first_out = Product::kStateIsOutput ? first_in : share.tile + share.offset(0);
+    const int64_t start = stop > 0 ? row_at(time(0)) * row_bytes : 0;
+    int64_t read_at = first_in + start, write_at = first_out + start - stride;
+    const auto fetch = [&](int s, uint32_t slot, const auto& row_of) {
+      if (packed) read_at = first_in + (s < stop ? row_of(s) * row_bytes : 0);
+      if (cuts) {
+        // The boundary between two steps belongs to the later one in time. Running down that is the step before, and
+        // at s == stop the boundary that the gradient of h0 crosses.
+        const int owner = down ? s - 1 : s;
+        const bool crosses = s <= stop && (s > 0 || !(down || kBackward)) && time(owner) < own_limit;
+        schedule.fetch_cut(slot / Places::kSlotBytes, crosses ? row_of(owner) : 0, crosses);
+      }
 #pragma unroll
-      for (int slot = 0; slot < kAhead; ++slot) {
-        const int s = first + slot;
-        if (!kBackward && s == stop) return;
-        device::sync_block();
-        float2 sum[kPairs];
-        product.multiply((kAhead % 2 ? s : slot) % 2 * Config::kStateBytes, sum, [&] {
-          const uint32_t before = time(s - 1);
+      for (int i = 0; i < kPieces; ++i) {
+        if (!carry.has(i)) continue;
+        const bool active = (kPlain ? static_cast<uint32_t>(s) : time(s)) < piece_limit[i];
+        const uint32_t to = Places::kRing + slot + carry.in_tile(i);
+        device::cp_async<16>(shared, to, static_cast<const char*>(problem.in) + read_at + carry.further(i),
+                             active && (!kBackward || problem.in));
+        if constexpr (kBackward)
+          device::cp_async<16>(shared, to + Config::kStateBytes,
+                               static_cast<const char*>(problem.saved) + read_at + carry.further(i), active);
+      }
+      read_at += stride;
+      device::cp_async_commit();
+    };
+    if (packed) schedule.begin(stop, time);
+#pragma unroll 1
+    for (int s = 0; s < kSlots; ++s) fetch(s, s * Places::kSlotBytes, [&](int step) { return row_at(time(step)); });
+    const int64_t matrix = int64_t{share.hidden} * share.hidden;
+    product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.hidden);
+    const uint32_t own = device::opaque(Product::in_state(device::thread_idx_anew()));
+    // What a step gets from the ring, the thread loads a step ahead: behind the state's loads it would come too late.
+    Pair next_in[kPairs], next_saved[kPairs];
+    bool next_cut[kColumns] = {};
+    const auto look = [&](int s, uint32_t slot) {
+      const uint32_t here = Places::kRing + slot + own;
 #pragma unroll
-          for (int p = 0; p < kPairs; ++p) {
-            if (kBackward) {
-              if (before < limit[p]) residual[p] = skipped(a[p]);
-            } else if (before < limit[p] && skip != 0.f) {
-              residual[p] = {skip * a[p].x, skip * a[p].y};
-            }
-          }
-          Fetched& spent = ring[(slot + kAhead - 1) % kAhead];
-          write_back(s - 1, spent.bytes);
-          fetch(s - 1 + kAhead, spent);
-        });
-        const Fetched& now = ring[slot];
-        float2 h[kPairs];
+      for (int p = 0; p < kPairs; p += kTogether) {
+        const uint32_t place = here + Product::in_state_step(p);
+        const Group in = shared.template load<Group>(place);
+        const Group was = kBackward ? shared.template load<Group>(place + Config::kStateBytes) : Group{};
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) next_in[p + i] = in.pair[i], next_saved[p + i] = was.pair[i];
+      }
+      if (cuts) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+          next_cut[c] = schedule.cut(slot / Places::kSlotBytes, share.row(c * kTogether),
+                                     [&] { return staged_row(down ? s - 1 : s); });
+      }
+    };
+    device::cp_async_wait<kSlots - 2>();
+    device::sync_block();
+    look(0, 0);
+
+    // a = in + factor * state + x M. Backward the first state is the gradient of h_n, which counts once: until a row's
+    // first step. Where all rows begin at once there is one factor.
+    constexpr int kFactors = kPlain ? 1 : kColumns;
+    bool begun[kFactors];
+    float factor[kFactors];
+#pragma unroll
+    for (int c = 0; c < kFactors; ++c) begun[c] = !kBackward, factor[c] = kBackward ? 1.f : skip;
+    Pair mask[kPairs];  // plain ReLU, backward: of the state, in place of 0
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) mask[p] = E::mask(true, true);
+    const auto with_skip = [&](int p, float2 sum) {
+      constexpr bool kMasked = kBackward && kPlain && !kTanh;
+      const int c = kPlain ? 0 : Product::column(p);
+      const bool adds = !begun[c] || skip != 0.f;  // 0 * inf must not make a NaN of a network without a skip
+      if (adds && (!kMasked || E::low_of(mask[p]))) sum.x = fmaf(factor[c], a[p].x, sum.x);
+      if (adds && (!kMasked || E::high_of(mask[p]))) sum.y = fmaf(factor[c], a[p].y, sum.y);
+      return sum;
+    };
+    uint32_t buffer = 0, slot = 0;
+#pragma unroll 1
+    for (int s = 0; kBackward || s < stop; ++s) {
+      device::sync_block();
+      float2 sum[kPairs];
+      const auto prepare = [&] {
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          a[p] = E::unpack(now.in[p]);
-          if constexpr (kBackward) h[p] = E::unpack(now.saved[p]);
-          if (!now.cut[p % kColumns]) a[p] = {a[p].x + residual[p].x + sum[p].x, a[p].y + residual[p].y + sum[p].y};
+          if (Product::kSumInside) sum[p] = E::unpack(next_in[p]);
+          if (kPlain && !Product::kSumInside) a[p] = with_skip(p, E::unpack(next_in[p]));
+          if (kPlain && kBackward) mask[p] = E::not_zero(next_saved[p]);
         }
-        if (kBackward && s == stop) return;
-        epilogue.apply(a, h);
+      };
+      const auto carry_on = [&] {
+        if (packed) {
+          write_at = first_out + (s > 0 ? schedule.row(s - 1) * row_bytes : 0);
+          schedule.fetch_row(s, stop, time);
+        }
+        if constexpr (Product::kStateIsOutput) {
 #pragma unroll
-        for (int p = 0; p < kPairs; ++p)
-          if (time(s) < limit[p]) x[p] = E::pack(a[p]);
-        store_state((kAhead % 2 ? s + 1 : slot + 1) % 2);
+          for (int i = 0; i < kPieces; ++i) {
+            if (!carry.has(i)) continue;
+            device::store_global_if(
+                (kPlain ? static_cast<uint32_t>(s - 1) : time(s - 1)) < piece_limit[i],
+                reinterpret_cast<uint4*>(static_cast<char*>(problem.out) + write_at + carry.further(i)),
+                shared.template load<uint4>(buffer + carry.in_tile(i)));
+          }
+        } else {
+#pragma unroll
+          for (int p = 0; p < kPairs; ++p)
+            device::store_global_if(
+                time(s - 1) < limit[Product::column(p)] && share.owns(p),
+                reinterpret_cast<Pair*>(static_cast<char*>(problem.out) + write_at + share.further(p)), x[p]);
+        }
+        write_at += stride;
+        fetch(s + kSlots, slot, staged_row);
+        if (kSlots > 2) device::cp_async_wait<kSlots - 2>();
+        slot = slot == (kSlots - 1) * Places::kSlotBytes ? 0 : slot + Places::kSlotBytes;
+      };
+      // With two slots there is no time to lose: what is asked for in this step is for the next but one.
+      if constexpr (kSlots > 2)
+        product.multiply(buffer, sum, prepare, carry_on);
+      else
+        product.multiply(buffer, sum, [&] { prepare(), carry_on(); }, [] {});
+
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        if (Product::kSumInside)
+          sum[p] = with_skip(p, sum[p]);
+        else
+          sum[p] = plus(sum[p], kPlain ? a[p] : with_skip(p, E::unpack(next_in[p])));
+        if (!kPlain && next_cut[Product::column(p)]) sum[p] = E::unpack(next_in[p]);
       }
+      if (kBackward && s == stop) {
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) a[p] = sum[p];
+        return;
+      }
+#pragma unroll
+      for (int c = 0; c < kFactors; ++c)
+        if (kBackward && (kPlain || time(s) < limit[c])) begun[c] = true, factor[c] = skip;
+      float2 h[kPairs];
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) h[p] = E::unpack(next_saved[p]);
+      if constexpr (kPlain) {
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          a[p] = kTanh ? kBackward ? Tanh<T>::gradient(sum[p], h[p]) : Tanh<T>::of(sum[p]) : sum[p];
+          x[p] = kTanh ? E::pack(a[p]) : kBackward ? E::both(E::pack(a[p]), mask[p]) : E::pack_relu(a[p]);
+          if (!kTanh && !kBackward) a[p] = relu(a[p]);
+        }
+      } else {
+        epilogue.apply(sum, h);
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          a[p] = time(s) < limit[Product::column(p)] ? sum[p] : a[p];
+          x[p] = begun[Product::column(p)] ? E::pack(a[p]) : Pair{};
+        }
+        if (problem.padding) {  // stays 0: an infinite state would make NaN of it
+          const int units = share.hidden - static_cast<int>(problem.padding);
+#pragma unroll
+          for (int p = 0; p < kPairs; ++p)
+            x[p] = E::both(x[p], E::mask(share.neuron(p) < units, share.neuron(p) + 1 < units));
+        }
+      }
+      buffer ^= Config::kStateBytes;
+      store_state(buffer + own);
+      look(s + 1, slot);
+      if (kSlots == 2) device::cp_async_wait<0>();
     }
   };
-  run();
+  const bool plain = problem.activation != Activation::kNone && !problem.lengths && !problem.resets && !problem.padding;
+  if (plain && problem.activation == Activation::kReLU)
+    run(std::true_type{}, std::false_type{});
+  else if (plain)
+    run(std::true_type{}, std::true_type{});
+  else
+    run(std::false_type{}, std::false_type{});
 
   // ---- h_n, or the gradient of h0; and zeros past the lengths. What the thread owns is found anew: kept through the
   // loop, it took the registers by which some kernels spilled on sm_100 and sm_120.
   const Share<Config, Product> again(problem, device::opaque(block), device::thread_idx_anew());
-  if (!kBackward && stop > 0) {
-    const uint32_t last = down ? 0 : device::opaque(stop) - 1;
-    const int64_t bytes = again.mine + row_at(last) * again.row_bytes;
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p)
-      device::store_global_if(last < limit[p] && Product::owner(again.thread), at(problem.out, bytes + again.offset(p)),
-                              x[p]);
-  }
+  const uint32_t last = down ? 0 : device::opaque(static_cast<uint32_t>(stop)) - 1;
+  const int64_t last_bytes = !kBackward && stop > 0 ? again.tile + row_at(last) * again.row_bytes : 0;
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    device::store_global_if(again.owns(p), at(problem.state_out, again.mine + again.offset(p)),
-                            kBackward ? E::pack(a[p]) : x[p]);
-    if (!problem.lengths || problem.offsets || !again.owns(p)) continue;
+    if (!again.owns(p)) continue;
+    const uint32_t steps = length(again.row(p));
+    if (!kBackward && stop > 0 && last < steps)
+      device::store_global(at(problem.out, last_bytes + again.offset(p)), x[p]);
+    device::store_global(at(problem.state_out, again.tile + again.offset(p)), kBackward ? E::pack(a[p]) : x[p]);
+    if (!problem.lengths || problem.offsets) continue;
 #pragma unroll 1
-    for (int64_t t = device::opaque(limit[p]); t < problem.steps; ++t)
-      device::store_global(at(problem.out, again.mine + t * problem.batch * again.row_bytes + again.offset(p)), Pair{});
+    for (int64_t t = steps; t < problem.steps; ++t)
+      device::store_global(at(problem.out, again.tile + t * problem.batch * again.row_bytes + again.offset(p)), Pair{});
   }
 }
 

@@ -50,6 +50,7 @@ inline int lane_idx() { return thread_idx() & 31; }
 inline int warp_idx() { return thread_idx() >> 5; }
 inline int thread_idx_anew() { return thread_idx(); }
 inline int64_t block_idx() { return fibres::block_idx(); }
+inline void trap() { fibres::trap(); }
 inline void sync_block() { fibres::barrier_sync(0, 0); }
 inline void named_barrier_sync(int id, int threads) { fibres::barrier_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { fibres::barrier_arrive(id, threads); }
@@ -112,8 +113,9 @@ void store_global_if(bool wanted, T* p, std::common_type_t<T> value) {
   if (wanted) store_global(p, value);
 }
 
-inline void cp_async_16(const SharedMemory&, uint32_t offset, const void* global) {
-  fibres::async_copy(offset, global, 16);
+template <int kBytes>
+void cp_async(const SharedMemory&, uint32_t offset, const void* global, bool wanted) {
+  fibres::async_copy(offset, wanted ? global : nullptr, kBytes);
 }
 inline void cp_async_commit() { fibres::async_commit(); }
 template <int kPending>
@@ -201,6 +203,10 @@ uint32_t pack(T, float low, float high) {
   return detail::round(T{}, low) | detail::round(T{}, high) << 16;
 }
 template <class T>
+uint32_t pack_relu(T, float low, float high) {
+  return pack(T{}, low <= 0 ? 0 : low, high <= 0 ? 0 : high);
+}
+template <class T>
 float2 unpack(T, uint32_t word) {
   return {detail::widen(T{}, word & 0xffff), detail::widen(T{}, word >> 16)};
 }
@@ -214,8 +220,15 @@ inline void split_tf32(float value, uint32_t& big, uint32_t& small) {
   big = as_word(rounded);
   small = (as_word(value - rounded) + 0x1000u) & 0xffffe000u;
 }
+inline uint32_t spread_signs(uint32_t halves) {
+  return (halves & 0x80000000u ? 0xffff0000u : 0u) | (halves & 0x8000u ? 0xffffu : 0u);
+}
 inline uint32_t opaque(uint32_t word) { return word; }
+inline uint2 opaque(uint2 words) { return words; }
+inline int64_t opaque(int64_t value) { return value; }
 inline const char* opaque(const char* address) { return address; }
+inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.f / x; }
 inline float max_nan(float a, float b) { return a != a || b != b ? as_float(0x7fffffff) : a > b ? a : b; }
 
 // ---- tensor cores ------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class Block {
     }
     shared_.assign(launch.shared_bytes, static_cast<char>(0xff));
     const size_t words = launch.shared_bytes / kWord + 1;
+    under_way_.resize(words);
     writes_.resize(words);
     reads_.resize(words * warps);
     threads_.resize(launch.threads);
@@ -174,6 +175,11 @@ class Block {
 
   Thread& thread() { return threads_[active_]; }
 
+  // What a copy is under way to is neither what was there nor what will be.
+  void under_way(uint32_t offset, size_t bytes, bool yes) {
+    for (size_t word = offset / kWord; word * kWord < offset + bytes; ++word) under_way_[word] = yes;
+  }
+
  private:
   static void enter() {
     Block& block = *current;
@@ -248,6 +254,8 @@ class Block {
     const size_t mine = active_ / kWarpSize, warps = warps_.size();
     const Access now{warps_[mine].clock[mine], warps_[mine].lockstep, active_};
     Access& last = writes_[word];
+    if (under_way_[word])
+      fail("shared " + describe(write ? "write" : "read", kWord, word * kWord) + ", to which a copy is under way");
     if (!write && last.time == 0)
       fail("shared " + describe("read", kWord, word * kWord) + ", which nothing has written");
     if (!ordered(last, last.thread / kWarpSize)) race(word, write, last.thread, "written");
@@ -289,6 +297,7 @@ class Block {
   std::map<int, Barrier> barriers_;
   std::vector<int> ready_;
   std::vector<char> shared_;
+  std::vector<bool> under_way_;       // per word
   std::vector<Access> writes_, reads_;  // per word; per word and warp
   std::exception_ptr error_;
   int active_ = -1;
@@ -331,10 +340,14 @@ void barrier_arrive(int id, int threads) {
   });
 }
 
+void trap() { current->fail("trap"); }
+
 char* shared_access(uint32_t offset, size_t bytes, bool write) { return current->shared_access(offset, bytes, write); }
 void global_access(const void* p, size_t bytes, bool write) { current->global_access(p, bytes, write); }
 
 void async_copy(uint32_t offset, const void* global, size_t bytes) {
+  std::memset(current->shared_access(offset, bytes, true), 0xff, bytes);
+  current->under_way(offset, bytes, true);
   current->thread().open_group.push_back({offset, global, bytes});
 }
 void async_commit() {
@@ -346,8 +359,14 @@ void async_wait(int pending) {
   Thread& thread = current->thread();
   while (thread.groups.size() > static_cast<size_t>(pending)) {
     for (const AsyncCopy& copy : thread.groups.front()) {
+      current->under_way(copy.offset, copy.bytes, false);
+      char* to = shared_access(copy.offset, copy.bytes, true);
+      if (!copy.global) {
+        std::memset(to, 0, copy.bytes);
+        continue;
+      }
       global_access(copy.global, copy.bytes, false);
-      std::memcpy(shared_access(copy.offset, copy.bytes, true), copy.global, copy.bytes);
+      std::memcpy(to, copy.global, copy.bytes);
     }
     thread.groups.pop_front();
   }

@@ -52,6 +52,7 @@ int64_t block_idx();
 void barrier_sync(int id, int threads);  // threads == 0: all of the block
 void barrier_arrive(int id, int threads);
 void warp_sync();
+void trap();
 
 // Checks an access and notes it; then the caller may touch the bytes.
 char* shared_access(uint32_t offset, size_t bytes, bool write);
@@ -60,7 +61,8 @@ void global_access(const void* p, size_t bytes, bool write);
 // All 32 lanes of the warp meet here; `execute` sees the arguments of every lane once, in lane order.
 void warp_collective(const char* name, void* arguments, void (*execute)(void* const (&lanes)[kWarpSize]));
 
-// A copy that lands when its group is waited for, and no sooner: code that forgets to wait reads poison.
+// A copy that lands when its group is waited for, and no sooner: until then nobody may touch the bytes. From null it
+// lands zeros.
 void async_copy(uint32_t offset, const void* global, size_t bytes);
 void async_commit();
 void async_wait(int pending);

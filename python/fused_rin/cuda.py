@@ -57,11 +57,18 @@ def describe(
     return _plan(batch, groups, hidden, dtype, torch.device(device)).describe()
 
 
-def _even(tensor: Tensor | None, odd: int, sides: int = 1) -> Tensor | None:
-    """The tensor as the kernels need it: an even hidden size, aligned to two elements. A copy only where it is not."""
+def _whole(tensor: Tensor | None, padding: int, sides: int = 1) -> Tensor | None:
+    """The tensor as the kernels need it: rows of whole 16 bytes, aligned to them. A copy only where it is not."""
     if tensor is None:
         return None
-    return pad(tensor, (0, 1) * sides) if odd else aligned(tensor, 2 * tensor.element_size())
+    return pad(tensor, (0, padding) * sides) if padding else aligned(tensor, 16)
+
+
+def _whole_words(resets: Tensor | None) -> Tensor | None:
+    """The bytes of resets as the kernels copy them, four at a time."""
+    if resets is None or not (resets.numel() % 4 or resets.data_ptr() % 4):
+        return resets
+    return pad(resets.flatten(), (0, -resets.numel() % 4))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -84,25 +91,30 @@ def _sweep(
     kernel = cuda_plan.plan(batch, groups, hidden, like.dtype, record, allow_tf32=allow_tf32()).kernel
     if out is None:
         out = like.new_empty(like.shape)
-    odd = hidden % 2
+    padding = -hidden % (16 // like.element_size())
     target = out
-    if odd:
+    if padding:
         split = (*like.shape[: 2 if rows.offsets is None else 1], groups, hidden)
         in_, saved = (None if t is None else t.view(split) for t in (in_, saved))
-        target = like.new_empty(*split[:-1], hidden + 1)
-    in_, saved, state_in = _even(in_, odd), _even(saved, odd), _even(state_in, odd)
-    weight = _even(weight, odd, sides=2)  # type: ignore[assignment]
-    state_out = like.new_empty(batch, groups, hidden + odd)
+        target = like.new_empty(*split[:-1], hidden + padding)
+    elif out.data_ptr() % 16:
+        target = torch.empty_like(out)
+    in_, saved, state_in = _whole(in_, padding), _whole(saved, padding), _whole(state_in, padding)
+    weight = _whole(weight, padding, sides=2)  # type: ignore[assignment]
+    resets = _whole_words(rows.resets)
+    state_out = like.new_empty(batch, groups, hidden + padding)
     _cuda.sweep_block(
-        (steps, batch, groups, hidden + odd),
+        (steps, batch, groups, hidden + padding),
         (cuda_plan.DTYPES[like.dtype], ACTIVATIONS[rule.activation], saved is not None, rule.skip, rule.num_reversed),
-        (_address(rows.lengths), _address(rows.offsets), _address(rows.resets)),
+        (_address(rows.lengths), _address(rows.offsets), _address(resets)),
         (_address(weight), _address(in_), _address(saved), _address(state_in), _address(target), _address(state_out)),
-        (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows), index, stream,
+        (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, padding), index, stream,
     )  # fmt: skip
-    if odd:
+    if padding:
         out.view(split).copy_(target[..., :hidden])
         state_out = state_out[..., :hidden].contiguous()
+    elif target is not out:
+        out.copy_(target)
     return out, state_out
 
 
@@ -111,7 +123,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The forward sweep; shapes and meaning as in `fused_rin.reference.forward`, all tensors contiguous.
 
-    An odd hidden size costs a padded copy of `pre` and one of the output. Raises NoPlan where no kernel fits.
+    Rows that are not whole 16 bytes (an odd hidden size, say) cost a padded copy of `pre` and one of the output. Raises
+    NoPlan where no kernel fits.
     """
     return _sweep(pre, None, h0, weight, pre, rows, rule, out)
 

@@ -16,28 +16,32 @@ import torch
 
 from fused_rin.device import Device, NoPlan
 
-# (hidden, batch rows, warps, parts of the matrix in registers); a mirror of csrc/cuda/block_configs.h, checked by
-# tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma" 16 elements.
-_TABLES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+# (hidden, batch rows, warps, parts of the matrix in registers, steps in the ring forward and backward); a mirror of
+# csrc/cuda/block_configs.h, checked by tests/cuda_on_cpu against the compiled table. A part is 32 bytes of k, for "fma"
+# 16 elements.
+_TABLES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
     "mma": (
-        (64, 8, 4, 4), (64, 32, 4, 4),
-        (128, 8, 4, 8), (128, 16, 4, 8), (128, 32, 8, 8), (128, 64, 8, 8),
-        (192, 8, 4, 9), (192, 16, 12, 12), (192, 32, 12, 10),
-        (256, 8, 8, 16), (256, 16, 8, 15), (256, 32, 8, 7),
-        (384, 8, 8, 12), (384, 16, 8, 8),
+        (64, 8, 4, 4, 8, 8), (64, 16, 4, 4, 8, 6),
+        (128, 8, 4, 8, 8, 8), (128, 16, 4, 8, 6, 6),
+        (192, 8, 4, 9, 6, 6), (192, 16, 12, 12, 4, 4),
+        (256, 8, 8, 16, 6, 6), (256, 16, 8, 15, 4, 4),
+        (384, 8, 8, 14, 2, 2),
     ),
     "tf32": (
-        (64, 8, 4, 8), (64, 32, 4, 8),
-        (128, 8, 8, 16), (128, 32, 8, 12),
-        (192, 8, 12, 18), (192, 16, 12, 14),
-        (256, 8, 8, 14),
+        (64, 8, 4, 8, 8, 8),
+        (128, 8, 8, 16, 6, 6),
+        (192, 8, 12, 18, 4, 4),
+        (256, 8, 8, 19, 2, 2),
     ),
-    "tf32x3": ((64, 16, 4, 8), (128, 16, 8, 14), (192, 16, 12, 6), (256, 8, 8, 6)),
+    "tf32x3": (
+        (64, 16, 4, 8, 4, 4),
+        (192, 8, 12, 13, 4, 4),
+    ),
     "fma": (
-        (64, 1, 4, 4), (64, 2, 4, 4), (64, 4, 4, 4),
-        (128, 1, 4, 8), (128, 2, 4, 8), (128, 4, 4, 8),
-        (192, 1, 12, 12), (192, 2, 12, 12),
-        (256, 1, 8, 8), (256, 2, 8, 8),
+        (64, 1, 4, 4, 8, 8), (64, 2, 4, 4, 8, 8), (64, 4, 4, 4, 8, 8),
+        (128, 1, 4, 8, 8, 8), (128, 2, 4, 8, 8, 8), (128, 4, 4, 8, 8, 8),
+        (192, 1, 12, 12, 8, 8), (192, 2, 12, 12, 8, 8),
+        (256, 1, 8, 8, 8, 8), (256, 2, 8, 8, 6, 6),
     ),
 }  # fmt: skip
 
@@ -45,7 +49,7 @@ _TABLES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 # compute capability. sm_80: 1,024 FMA per clock and SM. sm_90: 60% of 2,048, what mma.sync is reported to reach there.
 # GeForce parts (8.6, 8.9, 12.0) run float32 accumulation at 256 FMA per clock and SM.
 _MMA_CYCLES = {(8, 0): 8.0, (8, 6): 32.0, (8, 7): 16.0, (8, 9): 32.0, (9, 0): 6.7, (10, 0): 8.0, (12, 0): 32.0}
-_STEP_LATENCY = 130.0  # cycles: barrier, first load of the state, the mma chain's tail, epilogue, store
+_STEP_LATENCY = 190.0  # cycles: barrier, first load of the state, the mma chain's tail, epilogue, store, all traffic
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
@@ -60,6 +64,8 @@ class Kernel:
     rows: int  # batch rows of a CTA
     warps: int
     register_parts: int
+    forward_slots: int
+    backward_slots: int
 
     @property
     def element_bytes(self) -> int:
@@ -76,9 +82,17 @@ class Kernel:
         per_thread = self.hidden // (8 * self.warps) if self.math == "fma" else self.hidden // (16 * self.warps)
         return (parts - self.register_parts) * per_thread * 16 * self.threads
 
+    def shared_bytes(self, *, backward: bool) -> int:
+        """Of a block: the state twice, what of the matrix is there, the ring, and what is staged of the layout."""
+        state = self.rows * (self.hidden * self.element_bytes + 64) + self.rows // 2 * 32
+        slots = self.backward_slots if backward else self.forward_slots
+        schedule = 4 * slots * 8 + -(-slots * self.rows * 4 // 16) * 16
+        return self.matrix_shared_bytes + (2 + slots * (1 + backward)) * state + schedule
+
     @property
-    def shared_bytes(self) -> int:
-        return self.matrix_shared_bytes + 2 * self.rows * (self.hidden * self.element_bytes + 128)
+    def most_shared_bytes(self) -> int:
+        """Of either direction: a plan is for both."""
+        return max(self.shared_bytes(backward=False), self.shared_bytes(backward=True))
 
     def work_cycles(self, capability: tuple[int, int]) -> float:
         """Cycles of one step's product that no overlap hides: tensor cores or FMA pipe, or shared memory if slower."""
@@ -93,8 +107,8 @@ class Kernel:
             k_steps = self.hidden * self.element_bytes // 32
             products = self.hidden // 16 * k_steps * self.rows / 8 * passes
             arithmetic = products * cycles / 4
-            if self.math == "tf32x3":  # splitting operands takes 4 instructions a product, 8 where U is not kept split
-                arithmetic = max(arithmetic, products / 4 * (5 if self.hidden <= 128 else 9))
+            if self.math == "tf32x3":  # splitting the operands takes longer: 4.2 to 4.8 cycles a product on an H100
+                arithmetic = max(arithmetic, products * 4.5)
             state = self.warps * self.rows * self.hidden * self.element_bytes / 128
         return max(arithmetic, state + self.matrix_shared_bytes / 128)
 
@@ -134,7 +148,7 @@ class BlockPlan:
 
 def _resident(kernel: Kernel, device: Device) -> int:
     by_registers = device.registers_per_sm // (kernel.threads * 256)  # compiled with up to 255 a thread
-    by_shared = device.shared_memory_per_block // kernel.shared_bytes
+    by_shared = device.shared_memory_per_block // kernel.most_shared_bytes
     return max(1, min(by_registers, by_shared))
 
 
@@ -171,10 +185,10 @@ def plan(
     fitting = [
         k
         for k in wide_enough
-        if k.shared_bytes <= device.shared_memory_per_block and k.threads * 168 <= device.registers_per_sm
+        if k.most_shared_bytes <= device.shared_memory_per_block and k.threads * 168 <= device.registers_per_sm
     ]
     if not fitting:
-        least = min(k.shared_bytes for k in wide_enough)
+        least = min(k.most_shared_bytes for k in wide_enough)
         raise NoPlan(
             f"hidden size {hidden} in {dtype} takes at least {least / 1024:.0f} KB of shared memory a block, "
             f"{device.name} offers {device.shared_memory_per_block / 1024:.0f} KB; use backend='triton'"

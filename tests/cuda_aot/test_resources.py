@@ -33,10 +33,10 @@ DEFAULT_ARCHS = {80, 90}
 EMPTY = 16  # registers that a kernel without a body may take
 # Kernels within a register or two of the limit, which spilled in one version or another of the sources.
 SHORT_OF_REGISTERS = {
-    86: ("float32 tf32x3 128x16", "bfloat16 mma 384x16"),
-    89: ("float32 tf32x3 256x8", "bfloat16 mma 256x32"),
-    100: ("float32 tf32x3 128x16", "float32 tf32x3 192x16", "bfloat16 mma 192x32", "bfloat16 mma 256x32"),
-    120: ("float32 tf32x3 192x16", "bfloat16 mma 128x64", "bfloat16 mma 256x32", "bfloat16 mma 384x16"),
+    86: ("float16 mma 192x8",),
+    89: ("bfloat16 mma 192x8",),
+    100: ("float16 mma 384x8", "float32 tf32x3 192x8", "float32 tf32 256x8"),
+    120: ("bfloat16 mma 192x8", "float32 tf32 128x8"),
 }
 
 
@@ -80,7 +80,7 @@ def kernel_of(name: str) -> cuda_plan.Kernel:
 
 def can_run(name: str, arch: int) -> bool:
     """Whether a block of the architecture may have the kernel's shared memory; else it is never planned, and empty."""
-    return kernel_of(name).shared_bytes <= SHARED_LIMIT[arch] * 1024
+    return kernel_of(name).shared_bytes(backward=name.endswith("backward")) <= SHARED_LIMIT[arch] * 1024
 
 
 def every_kernel() -> set[str]:
@@ -122,7 +122,7 @@ def test_the_planner_leaves_out_what_an_architecture_cannot_hold():
                     kernel = cuda_plan.plan(64, 1, hidden, dtype, device).kernel
                 except NoPlan:
                     continue
-                assert kernel.shared_bytes <= kilobytes * 1024
+                assert kernel.most_shared_bytes <= kilobytes * 1024
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])

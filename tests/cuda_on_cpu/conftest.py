@@ -35,14 +35,14 @@ class NativeOnFibres:
         dtype, activation, backward, skip, reversed_ = rule
         lengths, offsets, resets = row_tensors
         weight, in_, saved, state_in, out, state_out = tensors
-        math, padded, rows = kernel
+        math, padded, rows, padding = kernel
         size = 4 if dtype == 0 else 2
         row_count = self.rows_of(steps, batch, lengths, offsets)
         row_bytes = groups * hidden * size
         extents = {
             "lengths": (lengths, batch * 8, False),
             "offsets": (offsets, steps * 8, False),
-            "resets": (resets, row_count, False),
+            "resets": (resets, -(-row_count // 4) * 4, False),
             "weight": (weight, groups * hidden * hidden * size, False),
             "in": (in_, row_count * row_bytes, False),
             "saved": (saved, row_count * row_bytes, False),
@@ -52,7 +52,7 @@ class NativeOnFibres:
         }
         problem = Problem(
             steps, batch, groups, hidden, reversed_, dtype, activation, backward, skip, lengths, offsets, resets,
-            weight, in_, saved, state_in, out, state_out,
+            weight, in_, saved, state_in, out, state_out, padding,
         )  # fmt: skip
         self.kernels.add((math, padded, rows))
         self.machine.run_block(problem, math, padded, rows, self.seed, extents)

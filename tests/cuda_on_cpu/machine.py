@@ -33,6 +33,7 @@ class Problem(ctypes.Structure):
         ("skip", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("lengths", "offsets", "resets", "weight", "in_", "saved")),
         *((name, ctypes.c_void_p) for name in ("state_in", "out", "state_out")),
+        ("padding", ctypes.c_int64),
     ]
 
 

@@ -55,7 +55,7 @@ void exchange(const Arguments a) {
 void exchange_async(const Arguments a) {
   const SharedMemory shared = device::shared_memory();
   const int i = device::thread_idx();
-  if (i < 16) device::cp_async_16(shared, 16 * i, a.in + 4 * i);
+  if (i < 16) device::cp_async<16>(shared, 16 * i, a.in + 4 * i, true);
   device::cp_async_commit();
   if (a.bug != kForgottenWait) device::cp_async_wait<0>();
   device::sync_block();

@@ -8,17 +8,17 @@ import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
 from fused_rin.cuda_plan import KERNELS, MATH, Kernel
-from fused_rin.problem import ALL_ROWS, Rule
+from fused_rin.problem import ALL_ROWS, Rows, Rule
 
 from tests.conftest import check_sweeps, make_case
 from tests.cuda_on_cpu.machine import KernelError, Machine
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = {  # the kernel that a feature is tried on, for every element type and way to multiply
-    "bf16": (BF16, Kernel("mma", 64, 8, 4, 4)),
-    "fp16": (FP16, Kernel("mma", 64, 8, 4, 4)),
-    "fp32 fma": (FP32, Kernel("fma", 64, 2, 4, 4)),
-    "fp32 tf32x3": (FP32, Kernel("tf32x3", 64, 16, 4, 8)),
+    "bf16": (BF16, Kernel("mma", 64, 8, 4, 4, 8, 8)),
+    "fp16": (FP16, Kernel("mma", 64, 8, 4, 4, 8, 8)),
+    "fp32 fma": (FP32, Kernel("fma", 64, 2, 4, 4, 8, 8)),
+    "fp32 tf32x3": (FP32, Kernel("tf32x3", 64, 16, 4, 8, 4, 4)),
 }
 ACCURATE = [k for k in KERNELS if k.math != "tf32"]
 TF32 = [k for k in KERNELS if k.math == "tf32"]
@@ -39,7 +39,7 @@ def small(request, force) -> torch.dtype:
 def test_the_planner_knows_what_is_compiled(machine: Machine):
     """cuda_plan mirrors block_configs.h; both directions of every kernel exist, for every type of its math."""
     expected = {
-        (dtype, MATH[k.math], backward, k.hidden, k.rows, k.threads, k.shared_bytes)
+        (dtype, MATH[k.math], backward, k.hidden, k.rows, k.threads, k.shared_bytes(backward=bool(backward)))
         for k in KERNELS
         for dtype in ((2, 3) if k.math == "mma" else (0,))
         for backward in (0, 1)
@@ -49,14 +49,16 @@ def test_the_planner_knows_what_is_compiled(machine: Machine):
 
 
 @pytest.mark.parametrize("kernel", ACCURATE, ids=name)
-@pytest.mark.parametrize("full", [True, False], ids=["full", "odd"])
-def test_every_kernel(native, force, kernel, full):
-    """Once at its own size, once at an odd one with a ragged batch tile."""
+@pytest.mark.parametrize("loop", ["relu", "tanh", "general"])
+def test_every_kernel(native, force, kernel, loop):
+    """Its three loops: the general one at an odd size with a ragged batch tile."""
     force(kernel)
-    hidden, batch = (kernel.hidden, kernel.rows) if full else (kernel.hidden - 27, kernel.rows + 1)
+    hidden, batch = (kernel.hidden - 27, kernel.rows + 1) if loop == "general" else (kernel.hidden, kernel.rows)
     for dtype in (BF16, FP16) if kernel.math == "mma" and kernel.hidden <= 128 else (BF16,):
         dtype = dtype if kernel.math == "mma" else FP32
-        check_sweeps(cuda.forward, cuda.backward, make_case(3, batch, hidden, dtype=dtype, seed=hidden))
+        activation = "tanh" if loop == "tanh" else "relu"
+        case = make_case(3, batch, hidden, dtype=dtype, activation=activation, seed=hidden)
+        check_sweeps(cuda.forward, cuda.backward, case)
     assert native.kernels == {(MATH[kernel.math], kernel.hidden, kernel.rows)}
 
 
@@ -106,6 +108,39 @@ def test_layouts(native, small, layout, resets, h0, groups, num_reversed):
 def test_activations_and_skips(native, small, activation, skip):
     case = make_case(5, 3, 24, 2, dtype=small, activation=activation, skip=skip, num_reversed=1)
     check_sweeps(cuda.forward, cuda.backward, case)
+
+
+@pytest.mark.parametrize("loop", ["plain", "general"])
+def test_tanh_of_every_size(native, small, loop):
+    """Within a few roundings of float32, then the type's own: near 0 too, and 1 where exp overflows."""
+    sizes = torch.logspace(-9, 4, 2000, dtype=torch.float64)
+    inf, nan = float("inf"), float("nan")
+    values = torch.cat([sizes, -sizes, torch.tensor([0.0, -0.0, inf, -inf, nan, nan, 0.55, 0.35])]).to(small)
+    pre = values.view(1, -1, 1, 8)
+    lengths = torch.ones(pre.shape[1], dtype=torch.int64) if loop == "general" else None
+    out, _ = cuda.forward(pre, torch.zeros(1, 8, 8, dtype=small), None, Rows(lengths), Rule(0.0, "tanh"))
+    exact = pre.double().tanh()
+    assert torch.equal(out.isnan(), exact.isnan())
+    allowed = 4e-7 * exact.abs() + (exact.abs() * torch.finfo(small).eps / 2 if small != FP32 else 0)
+    # Below its smallest normal number float16 rounds to steps of 2^-24.
+    assert ((out.double() - exact).abs() <= allowed + (2**-25 if small == FP16 else 0))[~exact.isnan()].all()
+
+
+@pytest.mark.parametrize("which", ["bf16", "fp16", "fp32 fma"])  # three TF32 products do make NaN of inf
+@pytest.mark.parametrize("hidden", [6, 8])
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_an_infinite_state_stays_one(native, force, which, hidden, skip):
+    """No 0 * inf: neither of the skip that is not there, nor of padding."""
+    dtype, kernel = SMALL[which]
+    force(kernel)
+    case = make_case(4, 3, hidden, dtype=dtype, skip=skip)
+    case.pre[1, 1, 0, 2] = float("inf")
+    case.weight = case.weight.abs() + 0.125
+    out, h_n = cuda.forward(*case.arguments)
+    assert torch.equal(out.isinf(), reference.forward(*case.arguments)[0].isinf())
+    assert out.isinf().any()
+    assert not out.isnan().any()
+    assert not h_n.isnan().any()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -182,8 +217,9 @@ def test_a_lying_size_is_caught_with_coordinates(native, small, monkeypatch):
 
 def test_rows_longer_than_32_bit_offsets_reach_are_refused(native):
     """Within a tile of up to 64 rows, offsets have 32 bits."""
-    pre, weight = torch.zeros(1, 1, (1 << 23) + 2, 2, dtype=BF16), torch.zeros((1 << 23) + 2, 2, 2, dtype=BF16)
-    with pytest.raises(KernelError, match=r"groups x hidden must be at most 2\^24, got 8388610 x 2"):
+    groups = (1 << 21) + 1
+    pre, weight = torch.zeros(1, 1, groups, 8, dtype=BF16), torch.zeros(1, 8, 8, dtype=BF16).expand(groups, 8, 8)
+    with pytest.raises(KernelError, match=r"groups x hidden must be at most 2\^24, got 2097153 x 8"):
         cuda.forward(pre, weight, None, ALL_ROWS, Rule())
 
 
@@ -196,7 +232,7 @@ def test_the_planner_picks_the_kernel_that_runs(native):
 
 def test_the_output_may_lie_over_the_input(native, small, monkeypatch):
     """As problem.h promises: the same result when every sweep writes where it reads."""
-    case = make_case(6, 5, 30, 2, dtype=small, layout="lengths", resets=True, num_reversed=1)
+    case = make_case(6, 5, 24, 2, dtype=small, layout="lengths", resets=True, num_reversed=1)
     apart = cuda.forward(*case.arguments)
     sweep_block = native.sweep_block
     size = case.pre.numel() * case.pre.element_size()

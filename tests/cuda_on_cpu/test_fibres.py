@@ -86,7 +86,7 @@ def test_barrier_that_a_thread_misses(machine):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_forgotten_wait_for_a_copy(machine, seed):
-    with caught("which nothing has written"):
+    with caught("to which a copy is under way"):
         exchange(machine, "forgotten wait", seed, EXCHANGE_ASYNC)
 
 
