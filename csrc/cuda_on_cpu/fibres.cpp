@@ -297,7 +297,7 @@ class Block {
   std::map<int, Barrier> barriers_;
   std::vector<int> ready_;
   std::vector<char> shared_;
-  std::vector<bool> under_way_;       // per word
+  std::vector<bool> under_way_;         // per word
   std::vector<Access> writes_, reads_;  // per word; per word and warp
   std::exception_ptr error_;
   int active_ = -1;
