@@ -1,174 +1,255 @@
-"""Predicts the cycles of one step of every kernel from its SASS, so that the first measurement tests a model.
+"""Plays the machine code of a step of every kernel: how many cycles it takes, and where it waits.
 
-    python -m benchmarks.gpu.predict [sm number] > table.md
+    python -m benchmarks.gpu.predict                 cycles of the built module to benchmarks/results/step-cycles.json
+    python -m benchmarks.gpu.predict --show "bfloat16 mma 128x8 forward" [--arch sm_90]
 
-Needs the built module and nvdisasm (on the PATH, under CUDA_HOME, or in Triton's package). What is counted is the
-shortest way through the code from one block barrier to the next: that is the plain step, with ReLU, without resets or
-packing. The model, in cycles, for w warps on each of the four schedulers of an SM:
+Needs the built module and nvdisasm (on the PATH, under CUDA_HOME, or in Triton's package). The model is of one of an
+SM's four schedulers and its warps, each of which runs in order, by the control bits of its instructions (sass.py),
+round a loop from barrier to barrier; the other three schedulers run in step with it, so what the load-store unit does
+for a warp it does four times. Three latencies of a load from device memory, or of a copy into shared memory: 30 cycles,
+as if there were none, 280, as from L2, and 650. Where they differ, reading ahead does not hide the latency.
 
-    barrier + max(load of the state, w * instructions before the first product)
-            + max(w * products * their rate, chain * their latency, shared memory traffic)
-            + latency of the last product + w * instructions after it
+What the model does not know: bank conflicts, caches, clocks, that an instruction cache may miss. What it is worth is in
+benchmarks/NOTES-cuda.md, beside measured times.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
+import hashlib
 import importlib.util
-import re
-import subprocess
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fused_rin import cuda_plan
 
-from benchmarks.gpu.cubins import cubins, find_tool, images, readable
+from benchmarks.gpu.cubins import compiler_release, readable
+from benchmarks.gpu.sass import NO_BOARD, Instruction, disassemble, loops
 
-BARRIER = 30.0  # arrive, and be released: figures in public microbenchmarks lie between 20 and 40
-LOAD = 33.0  # a 128-bit load from shared memory
-LATENCY = {"HMMA": 24.0, "FFMA": 4.0}
-CLOCK_GHZ = 1.98  # the highest SM clock of an H200
+TABLE = Path(__file__).resolve().parents[1] / "results" / "step-cycles.json"
+LOAD_LATENCIES = (30, 280, 650)
+# Measured on an H100 (benchmarks/NOTES-h100.md, latencies.json): a barrier, and a shared load past its own transfer.
+BARRIER, SHARED_LATENCY = 20, 30
+SHUFFLE_LATENCY, OTHER_LATENCY, OPERANDS_READ = 24, 25, 14
+MEMORY = ("LDS", "STS", "LDG", "STG", "LDSM", "LD.", "ST.", "ATOM", "RED")
+WIDTHS = {"64": 2, "128": 4}  # wavefronts of 128 bytes of a warp's access; 1 otherwise
+ALU = (
+    "LOP3",
+    "IADD3",
+    "VIADD",
+    "ISETP",
+    "SEL",
+    "FSEL",
+    "PRMT",
+    "FMNMX",
+    "F2FP",
+    "FSETP",
+    "LEA",
+    "SHF",
+    "PLOP3",
+    "VIMNMX",
+)
+ROUNDS, COUNTED = 14, 4  # more than a ring has slots
 
 
 @dataclass(frozen=True)
-class Step:
-    """Warp instructions of one step, along the shortest way from barrier to barrier."""
+class Played:
+    """An instruction as the scheduler plays it."""
 
-    before: int  # the first product
-    products: int  # HMMA, or FFMA
-    between: int  # other instructions among the products
-    after: int  # the last product
-    loads: int  # 128-bit loads from shared memory
-    kind: str  # "HMMA" or "FFMA"
+    line: Instruction
+    unit: str  # what it occupies
+    cycles: float  # for how long; the load-store unit for all four schedulers
+    latency: float  # of a result that a scoreboard waits for, from when the unit takes it
+    copies: bool = False  # into shared memory
+    closes: bool = False  # a group of copies
+    pending: int | None = None  # waits until no more groups are
 
-
-def functions(disassembly: str) -> dict[str, list[str]]:
-    """{mangled name: lines of code and labels} of nvdisasm's output."""
-    found: dict[str, list[str]] = defaultdict(list)
-    name = ""
-    for line in disassembly.splitlines():
-        section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
-        if section:
-            name = section.group(1)
-        elif re.match(r"\s*\.section", line):
-            name = ""
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)
-        label = re.match(r"(\.L\w+):", line)
-        if name and instruction:
-            found[name].append(instruction.group(1))
-        elif name and label:
-            found[name].append(label.group(1) + ":")
-    return dict(found)
+    @property
+    def queued(self) -> bool:
+        return self.unit == "memory"
 
 
-def shortest_step(code: list[str]) -> list[str]:
-    """The instructions after one block barrier up to the next one, on the shortest way between any two."""
-    target = {line[:-1]: i for i, line in enumerate(code) if line.endswith(":")}
-    barriers = {i for i, line in enumerate(code) if "BAR.SYNC" in line}
-
-    def following(i: int) -> Iterable[int]:
-        branch = re.match(r"(@\S+\s+)?(?:BRA|BRA\.\w+)\b.*`\((\.L\w+)\)", code[i])
-        if branch and branch.group(2) in target:
-            yield target[branch.group(2)]
-        ends = re.match(r"(BRA|EXIT|RET)", code[i])  # without a predicate
-        if not ends and i + 1 < len(code):
-            yield i + 1
-
-    best: list[int] = []
-    starts = sorted(barriers)
-    for start in starts[1:] or starts:  # the first may belong to the way in, unless it is the only one
-        distance, origin, queue = {start: 0}, {}, [(0, start)]
-        while queue:
-            steps, i = heapq.heappop(queue)
-            if (i in barriers and i != start) or (i == start and steps):
-                way = [i]
-                while way[-1] != start or len(way) == 1:
-                    way.append(origin[way[-1]])
-                if not best or len(way) < len(best):
-                    best = way[::-1]
-                break
-            if steps > distance.get(i, steps):
-                continue
-            for after in following(i):
-                cost = steps + (0 if code[after].endswith(":") else 1)
-                known = distance.get(after)
-                if known is None or cost < known or (after == start and after not in origin):
-                    distance[after], origin[after] = cost, i
-                    heapq.heappush(queue, (cost, after))
-    return [code[i] for i in best[1:] if not code[i].endswith(":")]
+def played(line: Instruction, load: float, arch: int, wavefronts: float) -> Played:
+    opcode = line.opcode
+    if opcode.startswith("LDGDEPBAR"):
+        return Played(line, "none", 0.0, OTHER_LATENCY, closes=True)
+    if opcode.startswith(MEMORY):
+        wide = next((w for name, w in WIDTHS.items() if name in opcode.split(".")), 1)
+        cycles = 4 * (wavefronts if opcode.startswith("LDS.") and wide == 4 else wide)
+        latency = load if opcode.startswith(("LDG", "LD.")) else cycles + SHARED_LATENCY
+        return Played(line, "memory", cycles, latency, copies=opcode.startswith("LDGSTS"))
+    if opcode.startswith("HMMA"):
+        return Played(line, "tensor", 6.2 if arch == 90 else 8.0, OTHER_LATENCY)
+    if opcode.startswith("MUFU"):
+        return Played(line, "special", 8.0, OTHER_LATENCY)
+    if opcode.startswith(ALU):
+        return Played(line, "alu", 2.0, OTHER_LATENCY)
+    if opcode.startswith(("FFMA", "FADD", "FMUL")):
+        return Played(line, "fma", 2.0 if arch == 80 else 1.0, OTHER_LATENCY)
+    latency = SHUFFLE_LATENCY if opcode.startswith("SHFL") else OTHER_LATENCY
+    pending = int(line.text.rsplit(",", 1)[1], 0) if opcode.startswith("DEPBAR.LE") else None
+    return Played(line, "none", 0.0, latency, pending=pending)
 
 
-def count(instructions: list[str]) -> Step:
-    names = [re.sub(r"^@\S+\s+", "", line).split()[0] for line in instructions]
-    kind = "HMMA" if any(n.startswith("HMMA") for n in names) else "FFMA"
-    at = [i for i, n in enumerate(names) if n.startswith(kind)]
-    return Step(
-        before=at[0],
-        products=len(at),
-        between=at[-1] - at[0] + 1 - len(at),
-        after=len(names) - 1 - at[-1],
-        loads=sum(n.startswith("LDS") and "128" in n for n in names),
-        kind=kind,
-    )
+@dataclass
+class Warp:
+    at: int = 0  # in the loop
+    ready: float = 0.0
+    boards: list[float] = field(default_factory=lambda: [0.0] * 6)  # when each scoreboard is free
+    copies: float = 0.0  # when all copies into shared memory that were asked for have arrived
+    groups: list[float] = field(default_factory=list)  # the same when each group was closed
+    barriers: int = 0  # that it has arrived at
+    earliest: float | None = None  # when its next instruction may issue, as far as that hangs on the warp alone
 
 
-def cycles(step: Step, kernel: cuda_plan.Kernel, capability: tuple[int, int]) -> float:
-    warps = kernel.warps / 4  # on a scheduler
-    state = kernel.warps * min(kernel.rows, 8) / 2 * (kernel.hidden * kernel.element_bytes / 64)  # wavefronts
-    shared = state * max(1, kernel.rows // 8) + kernel.matrix_shared_bytes / 128
-    if step.kind == "HMMA":
-        rate = cuda_plan._MMA_CYCLES[capability]
-        tiles = kernel.hidden // 16 // kernel.warps * max(1, kernel.rows // 8)
-        chain = step.products / tiles / (2 if tiles < 4 else 1)  # two accumulators where tiles are few
-        work = max(
-            warps * step.products * rate, chain * LATENCY["HMMA"], shared, warps * (step.products + step.between)
-        )
-    else:
-        lanes = 0.5 if capability == (8, 0) else 1.0  # of a warp per clock and scheduler
-        work = max(warps * (step.products / lanes + step.between), shared)
-    return BARRIER + max(LOAD, warps * step.before) + work + LATENCY[step.kind] + warps * step.after
+class Scheduler:
+    """Plays a loop. `load`: latency of device memory; `wavefronts`: of a 128-bit load from shared memory, on average.
+
+    `waited`: {place in the loop: cycles that its instruction waited for more than its predecessor's stall}.
+    """
+
+    def __init__(self, loop: list[Instruction], warps: int, load: float, arch: int, wavefronts: float = 4.0) -> None:
+        if sum(line.is_barrier for line in loop) != 1:
+            raise ValueError("a loop that passes several barriers is not played")
+        self.loop = [played(line, load, arch, wavefronts) for line in loop]
+        self.warps = [Warp() for _ in range(warps)]
+        self.free = dict.fromkeys(("issue", "memory", "tensor", "special", "alu", "fma", "none"), 0.0)
+        self.released: list[float] = []  # when each barrier was
+        self.waited: dict[int, float] = {}
+
+    def earliest(self, warp: Warp) -> float:
+        next_ = self.loop[warp.at]
+        if warp.earliest is None:
+            now = max([warp.ready, *(warp.boards[board] for board in next_.line.waits)])
+            if next_.pending is not None:
+                now = max([now, *warp.groups[: len(warp.groups) - next_.pending][-1:]])
+            warp.earliest = now
+        now = max(warp.earliest, self.free["issue"])
+        # A barrier does not stop a warp at once: arithmetic goes on, what touches memory and the next barrier wait.
+        if next_.queued or next_.line.is_barrier:
+            if warp.barriers > len(self.released):
+                return math.inf
+            return max(now, self.released[warp.barriers - 1]) if warp.barriers else now
+        return max(now, self.free[next_.unit])
+
+    def issue(self, warp: Warp, now: float) -> None:
+        next_ = self.loop[warp.at]
+        begin = max(now, self.free[next_.unit])
+        self.free[next_.unit], self.free["issue"] = begin + next_.cycles, now + 1
+        result, line = begin + next_.latency, next_.line
+        if next_.copies:
+            warp.copies = max(warp.copies, result)
+        elif next_.closes:
+            warp.groups.append(warp.copies)
+        elif line.writes != NO_BOARD:
+            warp.boards[line.writes] = max(warp.boards[line.writes], result)
+        if line.reads != NO_BOARD:
+            warp.boards[line.reads] = max(warp.boards[line.reads], begin + OPERANDS_READ)
+        if line.is_barrier:
+            warp.barriers += 1
+            if min(w.barriers for w in self.warps) > len(self.released):
+                self.released.append(now + BARRIER)
+        if len(self.released) == ROUNDS - 1 and now > warp.ready:
+            self.waited[warp.at] = self.waited.get(warp.at, 0.0) + now - warp.ready
+        warp.ready = now + max(1, line.stall)
+        warp.at = (warp.at + 1) % len(self.loop)
+        warp.earliest = None
+
+    def play(self) -> float:
+        """Cycles of a round."""
+        while len(self.released) < ROUNDS:
+            turns = [self.earliest(warp) for warp in self.warps]
+            now = min(turns)
+            self.issue(self.warps[turns.index(now)], now)
+        return (self.released[-1] - self.released[-1 - COUNTED]) / COUNTED
 
 
-def table(module: Path, arch: int) -> str:
-    capability = (arch // 10, arch % 10)
-    lines = [
-        "| kernel | warps | before, products, between, after | 128-bit loads | cycles | us at 1.98 GHz |",
-        "|---|---|---|---|---|---|",
-    ]
-    for image, (number, _) in zip(images(module), cubins(module), strict=True):
-        if number != arch:
+def kernel_of(name: str) -> cuda_plan.Kernel:
+    _, math_, size, _ = name.split()
+    return next(k for k in cuda_plan.KERNELS if (k.math, f"{k.hidden}x{k.rows}") == (math_, size))
+
+
+def wavefronts(kernel: cuda_plan.Kernel) -> float:
+    """Of a 128-bit load from shared memory. What few rows have is read by several lanes at once."""
+    if kernel.math != "fma":
+        return 4.0
+    chunks = kernel.hidden // 16
+    state, matrix = chunks * kernel.rows, (chunks - kernel.register_parts) * (kernel.hidden // (8 * kernel.warps))
+    return (state * 1 + matrix * 4) / (state + matrix)
+
+
+def named(found: list[list[Instruction]]) -> dict[str, list[Instruction]]:
+    """The three loops of a kernel: ReLU is the shortest, and the general one compares the most."""
+    relu, *others = sorted(found, key=len)
+    tanh, general = sorted(others, key=lambda loop: sum(line.opcode.startswith("ISETP") for line in loop))
+    return {"relu": relu, "tanh": tanh, "general": general}
+
+
+def cycles(kernel: cuda_plan.Kernel, loop: list[Instruction], arch: int) -> list[int]:
+    """Of a step, at each of LOAD_LATENCIES."""
+    warps = max(1, kernel.warps // 4)
+    return [round(Scheduler(loop, warps, load, arch, wavefronts(kernel)).play()) for load in LOAD_LATENCIES]
+
+
+def digest(found: dict[str, list[Instruction]]) -> str:
+    """What a kernel's loops are: another schedule has another one."""
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+
+
+def kernels(module: Path) -> Iterator[tuple[str, str, dict[str, list[Instruction]]]]:
+    """(architecture, kernel, its loops) of what is not empty there."""
+    for arch, functions in disassemble(module):
+        for mangled, code in functions.items():
+            found = loops(code)
+            if found:
+                yield f"sm_{arch}", readable(mangled), named(found)
+
+
+def built() -> Path:
+    spec = importlib.util.find_spec("fused_rin._cuda")
+    if spec is None or not spec.origin:
+        raise SystemExit("fused_rin._cuda is not built: install with nvcc on the PATH")
+    return Path(spec.origin)
+
+
+def write(module: Path) -> None:
+    """The table, with a line a kernel so that a difference shows what changed."""
+    lines: dict[str, list[str]] = {}
+    for arch, name, found in kernels(module):
+        number = int(arch.removeprefix("sm_"))
+        row: dict[str, object] = {kind: cycles(kernel_of(name), loop, number) for kind, loop in found.items()}
+        lines.setdefault(arch, []).append(f"   {json.dumps(name)}: {json.dumps({**row, 'code': digest(found)})}")
+    body = ",\n".join(f'  "{arch}": {{\n' + ",\n".join(sorted(rows)) + "\n  }" for arch, rows in sorted(lines.items()))
+    head = f' "nvcc": {json.dumps(compiler_release(module))},\n "load latencies": {json.dumps(LOAD_LATENCIES)},\n'
+    TABLE.write_text("{\n" + head + ' "cycles": {\n' + body + "\n }\n}\n")
+
+
+def show(wanted: str, wanted_arch: str) -> None:
+    for arch, name, found in kernels(built()):
+        if (arch, name) != (wanted_arch, wanted):
             continue
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(image)
-            file.flush()
-            text = subprocess.run(
-                [find_tool("nvdisasm"), "-c", file.name], check=True, capture_output=True, text=True
-            ).stdout
-        for mangled, code in functions(text).items():
-            name = readable(mangled)
-            _, math, size, _ = name.split()
-            hidden, rows = map(int, size.split("x"))
-            kernel = next(k for k in cuda_plan.KERNELS if (k.math, k.hidden, k.rows) == (math, hidden, rows))
-            step = count(shortest_step(code))
-            total = cycles(step, kernel, capability)
-            parts = f"{step.before}, {step.products}, {step.between}, {step.after}"
-            us = total / CLOCK_GHZ / 1000
-            lines.append(f"| {name} | {kernel.warps} | {parts} | {step.loads} | {total:.0f} | {us:.2f} |")
-    return "\n".join(lines)
+        kernel = kernel_of(name)
+        for kind, loop in found.items():
+            warps, number = max(1, kernel.warps // 4), int(arch.removeprefix("sm_"))
+            player = Scheduler(loop, warps, LOAD_LATENCIES[-1], number, wavefronts(kernel))
+            print(f"{name}, {kind}: {player.play():.0f} cycles, {len(loop)} instructions")
+            for i, line in enumerate(loop):
+                waited = f"waits {player.waited[i]:.0f}" if i in player.waited else ""
+                print(f"  {line.stall:2d} {waited:10s} {line.text}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arch", nargs="?", type=int, default=90)
-    arch = parser.parse_args().arch
-    spec = importlib.util.find_spec("fused_rin._cuda")
-    if spec is None or not spec.origin:
-        raise SystemExit("fused_rin._cuda is not built: install with nvcc on the PATH")
-    print(table(Path(spec.origin), arch))
+    parser.add_argument("--show", metavar="KERNEL", help="print its loops, and where they wait")
+    parser.add_argument("--arch", default="sm_90")
+    arguments = parser.parse_args()
+    if arguments.show:
+        show(arguments.show, arguments.arch)
+    else:
+        write(built())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Machine code as nvdisasm prints it: instructions with their control bits, and the loops from barrier to barrier.
+
+Each instruction of Volta and newer says for how many cycles its warp stalls after it, which of six scoreboards it
+releases when its result has arrived or its operands are read, and which ones it waits for (bits 105 to 121 of 128).
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu.cubins import cubins, find_tool, images
+
+NO_BOARD = 7
+
+
+@dataclass(frozen=True)
+class Instruction:
+    text: str
+    stall: int  # cycles until the warp's next one
+    writes: int  # scoreboard that its result releases, or NO_BOARD
+    reads: int  # that is released when its operands are read, or NO_BOARD
+    waits: tuple[int, ...]  # scoreboards that have to be free
+
+    @property
+    def opcode(self) -> str:
+        return re.sub(r"^@\S+\s+", "", self.text).split()[0]
+
+    @property
+    def is_barrier(self) -> bool:
+        return self.opcode.startswith("BAR.SYNC")
+
+
+Code = list[Instruction | str]  # a str is a label
+
+
+def functions(disassembly: str) -> dict[str, Code]:
+    """{mangled name: code} of `nvdisasm -c -hex`, which prints an instruction's second half on a line of its own."""
+    found: dict[str, Code] = {}
+    code: Code | None = None
+    text = ""
+    for line in disassembly.splitlines():
+        if section := re.match(r"\s*\.section\s+(\S+?),", line):
+            name = section[1]
+            code = found.setdefault(name.removeprefix(".text."), []) if name.startswith(".text.") else None
+        elif code is None:
+            continue
+        elif label := re.match(r"(\.L\w+):", line):
+            code.append(label[1])
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]+ \*/", line):
+            text = instruction[1]
+        elif text and (high := re.match(r"\s*/\* 0x([0-9a-f]+) \*/", line)):
+            bits = int(high[1], 16) >> 41
+            waits = tuple(board for board in range(6) if bits >> 11 >> board & 1)
+            code.append(Instruction(text, bits & 15, bits >> 5 & 7, bits >> 8 & 7, waits))
+            text = ""
+    return found
+
+
+def disassemble(module: Path) -> Iterator[tuple[int, dict[str, Code]]]:
+    """(sm number, {mangled kernel name: code}) for every cubin in a file."""
+    for image, (arch, _) in zip(images(module), cubins(module), strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(image)
+            file.flush()
+            command = [find_tool("nvdisasm"), "-c", "-hex", file.name]
+            yield arch, functions(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def loops(code: Code) -> list[list[Instruction]]:
+    """Every loop from a block barrier to itself by the shortest way, once each; the barrier comes first."""
+    target = {line: i for i, line in enumerate(code) if isinstance(line, str)}
+    barriers = {i for i, line in enumerate(code) if isinstance(line, Instruction) and line.is_barrier}
+
+    def following(i: int) -> Iterator[int]:
+        line = code[i]
+        if isinstance(line, Instruction):
+            branch = re.match(r"(?:@\S+\s+)?BRA\S*\s.*`\((\.L\w+)\)", line.text)
+            if branch and branch[1] in target:
+                yield target[branch[1]]
+            if re.match(r"(BRA|EXIT|RET)\b", line.text):  # without a predicate
+                return
+        if i + 1 < len(code):
+            yield i + 1
+
+    def way_to_next(start: int) -> list[int]:
+        """From a barrier to the next one, both included; empty if there is none."""
+        cost, origin, queue = {start: 0}, {}, [(0, start)]
+        while queue:
+            so_far, i = heapq.heappop(queue)
+            if i in barriers and (i != start or so_far):
+                way = [i]
+                while way[-1] != start or len(way) == 1:
+                    way.append(origin[way[-1]])
+                return way[::-1]
+            for after in following(i):
+                further = so_far + isinstance(code[after], Instruction)
+                if further < cost.get(after, further + 1) or (after == start and after not in origin):
+                    cost[after], origin[after] = further, i
+                    heapq.heappush(queue, (further, after))
+        return []
+
+    ways = {start: way_to_next(start) for start in sorted(barriers)}
+    found: dict[int, list[Instruction]] = {}
+    for start in ways:
+        seen: list[int] = []
+        while start not in seen and ways.get(start):
+            seen.append(start)
+            start = ways[start][-1]
+        if start in seen:
+            around = seen[seen.index(start) :]
+            lines = [code[i] for barrier in around for i in ways[barrier][:-1]]
+            found[min(around)] = [line for line in lines if isinstance(line, Instruction)]
+    return [found[first] for first in sorted(found)]

@@ -1,0 +1,67 @@
+"""The committed cycles of a step of every kernel are those of the code that nvcc makes, and hide device memory.
+
+To make the table anew, three minutes: python -m benchmarks.gpu.predict
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from fused_rin import cuda_plan
+
+from benchmarks.gpu import predict
+from benchmarks.gpu.cubins import compiler_release
+from tests.cuda_aot.test_resources import can_run, every_kernel, module
+
+COMMITTED = json.loads(predict.TABLE.read_text())
+SAMPLE = ("bfloat16 mma 128x8 forward", "bfloat16 mma 128x8 backward", "float32 fma 64x2 forward")  # played anew
+
+
+def test_the_table_has_every_kernel_that_can_run():
+    for arch, kernels in COMMITTED["cycles"].items():
+        assert set(kernels) == {name for name in every_kernel() if can_run(name, int(arch.removeprefix("sm_")))}
+        for name, row in kernels.items():
+            assert set(row) == {"relu", "tanh", "general", "code"}, name
+
+
+def test_no_step_waits_for_device_memory():
+    slower = {
+        f"{arch} {name} {loop}": times
+        for arch, kernels in COMMITTED["cycles"].items()
+        for name, row in kernels.items()
+        for loop, times in row.items()
+        if loop != "code" and times[-1] > 1.15 * times[0]
+    }
+    assert not slower
+
+
+def test_the_table_is_of_this_code():
+    """A kernel's digest is of its loops' instructions and control bits; a few are played again."""
+    if compiler_release(module()) != COMMITTED["nvcc"]:
+        warnings.warn(f"built by another nvcc than {COMMITTED['nvcc']}: not compared", stacklevel=1)
+        return
+    compared = 0
+    for arch, name, found in predict.kernels(module()):
+        if arch not in COMMITTED["cycles"]:
+            continue
+        row = COMMITTED["cycles"][arch][name]
+        assert row["code"] == predict.digest(found), (
+            f"{arch} {name}; if this is meant: python -m benchmarks.gpu.predict"
+        )
+        compared += 1
+        if name in SAMPLE:
+            kernel, number = predict.kernel_of(name), int(arch.removeprefix("sm_"))
+            assert {kind: predict.cycles(kernel, loop, number) for kind, loop in found.items()} == {
+                kind: times for kind, times in row.items() if kind != "code"
+            }
+    assert compared or not {"sm_80", "sm_90"} & {arch for arch, _, _ in predict.kernels(module())}
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in cuda_plan.KERNELS if k.math == "fma"], ids=lambda k: f"{k.hidden}x{k.rows}"
+)
+def test_wavefronts_of_fma_loads_lie_between_the_states_and_the_matrixs(kernel):
+    assert 1 <= predict.wavefronts(kernel) <= 4
+    assert (predict.wavefronts(kernel) == 1) == (not kernel.matrix_shared_bytes)

@@ -1,0 +1,87 @@
+"""The model of a step (benchmarks/gpu/predict.py) on code whose cycles can be counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu.predict import BARRIER, LOAD_LATENCIES, SHARED_LATENCY, Scheduler
+from benchmarks.gpu.sass import NO_BOARD, Instruction, functions, loops
+
+
+def line(text: str, stall: int = 1, writes: int = NO_BOARD, reads: int = NO_BOARD, waits: tuple = ()) -> Instruction:
+    return Instruction(text, stall, writes, reads, waits)
+
+
+def listing(*code: Instruction | str) -> str:
+    """As nvdisasm -c -hex prints it."""
+    out = ['\t.section\t.text._Z4stepv,"ax",@progbits']
+    for i, item in enumerate(code):
+        if isinstance(item, str):
+            out.append(f"{item}:")
+            continue
+        bits = item.stall | item.writes << 5 | item.reads << 8 | sum(1 << b for b in item.waits) << 11
+        out.append(f"        /*{16 * i:04x}*/                   {item.text} ;       /* 0x0000000000007918 */")
+        out.append(f"                                                          /* 0x{bits << 41:016x} */")
+    return "\n".join([*out, '\t.section\t.nv.info,"",@"SHT_CUDA_INFO"', "        /*0000*/   .word 0"])
+
+
+BAR = line("BAR.SYNC.DEFER_BLOCKING 0x0")
+
+
+def test_code_and_control_bits_are_read():
+    code = [".L_x_0", line("@P0 LDS.128 R4, [R2]", 4, writes=2, reads=1, waits=(0, 5)), line("BRA `(.L_x_0)", 5)]
+    assert functions(listing(*code)) == {"_Z4stepv": code}
+    assert code[1].opcode == "LDS.128"
+
+
+def test_loops_go_from_barrier_to_barrier_by_the_shortest_way():
+    load, add, product, store = map(
+        line, ("LDG.E R8, [R6]", "IADD3 R8, R8, 0x1, RZ", "HMMA.16816 R12", "STS [R3], R12")
+    )
+    skip, back, again = line("@!P0 BRA `(.L_x_1)"), line("BRA `(.L_x_0)"), line("@P2 BRA `(.L_x_2)")
+    out = line("@P1 EXIT")
+    first = [".L_x_0", BAR, skip, load, add, ".L_x_1", product, out, store, back]
+    second = [".L_x_2", BAR, add, again]
+    found = loops(functions(listing(BAR, *first, *second))["_Z4stepv"])
+    assert found == [[BAR, skip, product, out, store, back], [BAR, add, again]]
+    assert loops([BAR, add, line("EXIT")]) == []
+
+
+def cycles(*code: Instruction, warps: int = 1) -> list[float]:
+    return [Scheduler([BAR, *code], warps, load, arch=90).play() for load in LOAD_LATENCIES]
+
+
+def test_stalls_and_waits_are_counted():
+    assert cycles(line("MOV R1, R2", 7), line("MOV R1, R2", 9)) == [BARRIER] * 3  # what is longer
+    assert cycles(line("MOV R1, R2", 15), line("MOV R1, R2", 15)) == [31] * 3
+    # The load waits for the barrier, its result for 16 cycles of the load-store unit.
+    wait = cycles(line("LDS.128 R4, [R2]", 1, writes=0), line("MOV R1, R4", 1, waits=(0,)))
+    assert wait == [BARRIER + 16 + SHARED_LATENCY + 1] * 3
+
+
+def test_products_of_all_warps_share_one_tensor_core():
+    products = [line(f"HMMA.16816.F32.BF16 R{i}, R0, R1, RZ", 1) for i in range(16)]
+    one, two = cycles(*products)[0], cycles(*products, warps=2)[0]
+    assert one == pytest.approx(16 * 6.2, abs=2)
+    assert two == pytest.approx(2 * one, abs=2)
+
+
+def test_loads_ahead_on_one_scoreboard_are_not_ahead():
+    """A scoreboard is a counter and a wait is for zero: read a step ahead, and still wait for the load just issued."""
+    ahead = [line("MOV R1, R2", 4, waits=(1,)), line("LDG.E R2, [R4]", 4, writes=1), *[line("MOV R3, R3", 15)] * 20]
+    near, _, far = cycles(*ahead)
+    assert near == BARRIER + 4 + 300
+    assert far == pytest.approx(650 + 4, abs=BARRIER)
+
+
+@pytest.mark.parametrize(("pending", "hidden"), [(0, False), (1, False), (3, True)])
+def test_copies_into_a_ring_hide_what_it_has_slots_for(pending, hidden):
+    """A step of 200 cycles: 650 take four, so three groups have to be under way."""
+    copy = [line("LDGSTS.E.128 [R2], [R4.64]", 1), line("LDGDEPBAR", 1, writes=0)]
+    near, _, far = cycles(*copy, line(f"DEPBAR.LE SB0, {hex(pending)}", 4), *[line("MOV R3, R3", 10)] * 20)
+    assert (far <= near * 1.15) == hidden
+
+
+def test_a_loop_of_several_barriers_is_refused():
+    with pytest.raises(ValueError, match="several barriers"):
+        cycles(BAR)
