@@ -63,9 +63,11 @@ compat: $(COMPAT)/.deps
 	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
 	$(COMPAT)/bin/python -m pytest compat -rs
 
-# On a machine with a GPU, with the Python that has its torch: build, tests, sanitizer, latencies, benchmark, table, plot.
+# On a machine with a GPU, with the Python that has its torch, five minutes each: PART=1 build, CUDA tests, steps, benchmark,
+# table, plot; PART=2 all Triton tests, sanitizer, training loop.
+PART ?= 1
 gpu:
-	$(PYTHON) -m benchmarks.gpu.run $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu.run $(RESULTS) --part $(PART)
 
 # The CUDA kernels on all six architectures: the committed table of registers, and the build's time and size.
 cuda-all: setup

@@ -15,6 +15,7 @@ HIDDEN = (32, 64, 100, 128, 256, 384)
 WIDE_BATCHES, WIDE_HIDDEN = (1, 16, 64), (512, 1024, 2048)  # beyond one block: Triton against the peer
 MODES = ("forward", "training")  # training: forward and backward
 PEER = "torch.nn.RNN"  # cuDNN
+TF32 = " tf32"  # behind the name of an implementation: float32 whose products round their operands to TF32
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Case:
 class Measurement:
     """One implementation on one case. Times are microseconds per time step; None where it could not be measured."""
 
-    implementation: str  # "cuda", "triton" or PEER
+    implementation: str  # "cuda", "triton" or PEER; with TF32 behind it where that is allowed
     case: Case
     us: float | None = None  # median over runs
     us_low: float | None = None  # first and third quartile
@@ -60,6 +61,11 @@ class Results:
         for row in self.rows:
             table.setdefault(row.case, {})[row.implementation] = row
         return table
+
+
+def precisions(implementations: list[str], case: Case) -> list[str]:
+    """float32 both ways: torch allows cuDNN TF32 unless told otherwise, and forbids it matrix products, as ours are."""
+    return implementations + [name + TF32 for name in implementations if case.dtype == "float32"]
 
 
 def important(case: Case) -> bool:

@@ -29,7 +29,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import PEER, STEPS, Case, Measurement, Results, cases, important, wide_cases
+from benchmarks.gpu.cases import (
+    PEER,
+    STEPS,
+    TF32,
+    Case,
+    Measurement,
+    Results,
+    cases,
+    important,
+    precisions,
+    wide_cases,
+)
 
 PATIENCE = 60.0  # seconds without a word from the process that measures
 MOST_LOSSES = 3  # after so many lost processes an implementation is left out
@@ -49,15 +60,22 @@ def machine() -> dict[str, str]:
     }
 
 
+def allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def layer(implementation: str, case: Case) -> Run:
     """A function that runs the case once; its `kept` attribute is the memory held between forward and backward."""
     import fused_rin
 
+    tf32 = implementation.endswith(TF32)
+    implementation = implementation.removesuffix(TF32)
     dtype = getattr(torch, case.dtype)
     options = {"device": "cuda", "dtype": dtype}
     torch.manual_seed(0)
     if implementation == PEER:
         module: torch.nn.Module = torch.nn.RNN(case.hidden, case.hidden, nonlinearity="relu", **options)
+        module.flatten_parameters()  # one block of weights, as in use after .cuda()
     else:
         module = fused_rin.RIN(case.hidden, case.hidden, backend=implementation, **options)
     inputs = torch.randn(STEPS, case.batch, case.hidden, **options)
@@ -67,6 +85,7 @@ def layer(implementation: str, case: Case) -> Run:
         module.eval()
 
         def run() -> None:
+            allow_tf32(tf32)
             with torch.no_grad():
                 module(inputs)
     else:
@@ -74,6 +93,7 @@ def layer(implementation: str, case: Case) -> Run:
         parameters = (inputs, *module.parameters())
 
         def run() -> None:
+            allow_tf32(tf32)
             before = torch.cuda.memory_allocated()
             out, _ = module(inputs)
             run.kept = torch.cuda.memory_allocated() - before  # type: ignore[attr-defined]
@@ -301,6 +321,7 @@ def main() -> None:
     jobs += [(["triton"], case) for case in cases() if important(case)]
     jobs += [(["triton", PEER], case) for case in wide_cases() if case.dtype != "bfloat16"]
     jobs += [([*first, "triton"], case) for case in cases() if not important(case)]
+    jobs = [(precisions(implementations, case), case) for implementations, case in jobs]
     command = [sys.executable, "-m", "benchmarks.gpu.measure", "--worker"]
     supervise(jobs, results, arguments.out, deadline, command)
     missing = sum(row.us is None for row in results.rows)

@@ -6,16 +6,38 @@ python -m benchmarks.gpu.report RESULTS/bench.json
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
-from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, STEPS, WIDE_HIDDEN, Case, Measurement, Results
+from benchmarks.gpu.cases import (
+    BATCHES,
+    DTYPES,
+    HIDDEN,
+    MODES,
+    PEER,
+    STEPS,
+    TF32,
+    WIDE_HIDDEN,
+    Case,
+    Measurement,
+    Results,
+)
 
 SIZES = HIDDEN + WIDE_HIDDEN
 
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def rows_of(results: Results) -> dict[tuple[Case, bool], dict[str, Measurement]]:
+    """{(case, whether TF32 is allowed): {implementation: what it took}}"""
+    found: dict[tuple[Case, bool], dict[str, Measurement]] = {}
+    for case, row in results.by_case().items():
+        for name, measured in row.items():
+            found.setdefault((case, name.endswith(TF32)), {})[name.removesuffix(TF32)] = measured
+    return found
 
 
 def best(row: dict[str, Measurement]) -> Measurement | None:
@@ -36,18 +58,18 @@ def table(results: Results) -> str:
     """Markdown: us per step, replayed as a graph in brackets; the points where we lose stand out in bold."""
     lines = [f"# {results.machine.get('gpu', 'GPU')}: one layer, T = {STEPS}, us per step", ""]
     lines += [f"- {key}: {value}" for key, value in results.machine.items()]
-    by_case = results.by_case()
-    losses = [case for case, row in by_case.items() if (ratio(row) or math.inf) < 1]
-    lines += ["", f"Slower than {PEER} at {len(losses)} of {len(by_case)} points.", ""]
+    rows = rows_of(results)
+    losses = [case for case, row in rows.items() if (ratio(row) or math.inf) < 1]
+    lines += ["", f"Slower than {PEER} at {len(losses)} of {len(rows)} points.", ""]
     head = "| type | D | B | cuda | triton | nn.RNN | times faster | memory kept, ours / nn.RNN (MB) |"
     for mode in MODES:
         lines += [f"## {mode}", "", head, "|---|---|---|---|---|---|---|---|"]
         for dtype in DTYPES:
             for hidden in SIZES:
-                for batch in BATCHES:
-                    row = by_case.get(Case(dtype, batch, hidden, mode))
+                for batch, tf32 in itertools.product(BATCHES, (False, True)):
+                    row = rows.get((Case(dtype, batch, hidden, mode), tf32))
                     if row:
-                        lines.append(_line(dtype, hidden, batch, row))
+                        lines.append(_line(dtype + TF32 * tf32, hidden, batch, row))
         lines.append("")
     notes = sorted({f"{m.implementation}: {m.note}" for m in results.rows if m.note})
     return "\n".join([*lines, *(["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else [])])
@@ -73,13 +95,13 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_case = results.by_case()
+    rows = rows_of(results)
     figure, axes = pyplot.subplots(len(MODES), len(DTYPES), figsize=(13, 7), sharex=True, sharey=True, squeeze=False)
     for i, mode in enumerate(MODES):
         for j, dtype in enumerate(DTYPES):
             axis = axes[i][j]
             for batch in BATCHES:
-                points = [(d, ratio(by_case.get(Case(dtype, batch, d, mode), {}))) for d in SIZES]
+                points = [(d, ratio(rows.get((Case(dtype, batch, d, mode), False), {}))) for d in SIZES]
                 points = [(d, r) for d, r in points if r is not None]
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", label=f"B = {batch}")

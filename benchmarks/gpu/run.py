@@ -1,18 +1,23 @@
-"""All of `make gpu`: build, tests, latencies, training, benchmark, table and plot, compute-sanitizer; nine minutes.
+"""All of `make gpu`, in two parts of at most five minutes each; what is needed most comes first.
 
-    python -m benchmarks.gpu.run [RESULTS]      RESULTS: a folder; benchmarks/results/<gpu>/ if not given
+    python -m benchmarks.gpu.run [RESULTS] [--part 2]     RESULTS: a folder; benchmarks/results/<gpu>/ if not given
+
+Part 1: build, CUDA tests and a few of Triton's, a step of every kernel, where two of them stall, benchmark, latencies,
+table and plot. Part 2: all Triton tests, training, compute-sanitizer; it builds only what part 1 did not.
 
 Needs no network and, beside CUDA, a Python with torch, triton, pybind11, cmake, ninja and pytest (matplotlib for the
 plot, Lightning Fabric for training): the build uses what is installed (`pip install --no-build-isolation --no-deps`). A
 stage that fails is written down with the end of its output and does not stop the ones after it; the exit code then is
 1. It is 2, before anything is done, where there is no GPU. Without nvcc the Triton backend alone is tested and
 measured.
-Writes run.json, tests.txt, sanitizer.txt, latencies.json, loop.json, bench.json, table.md and speedup.png.
+Part 1 writes run.json, tests.txt, steps.json, stalls.txt, bench.json, latencies.json, table.md and speedup.png; part 2
+run-2.json, tests-2.txt, loop.json and sanitizer.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -27,8 +32,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BUDGET = 510.0  # seconds, of the nine minutes
-AFTER_BENCHMARK = 60.0  # of them, for what comes after it: it takes what is left
+BUDGET = 285.0  # seconds, of the five minutes of a part
+AFTER_BENCHMARK = 35.0  # of them, for what comes after it: it takes what is left
+INTERRUPT = 4.0  # seconds between a stage's SIGINT, after which pytest still prints its failures, and SIGKILL
 LEFT_OUT = "left out"
 
 
@@ -44,6 +50,7 @@ class Stage:
     status: str = "not run"
     seconds: float = 0.0
     tail: str = ""
+    first_failed: bool = False  # the first of its commands
 
     @property
     def failed(self) -> bool:
@@ -97,14 +104,23 @@ def build() -> list[str]:
     return [sys.executable, "-m", "pip", "install", "-q", *offline, "-e", str(ROOT)]
 
 
-def stages(results: Path, arch: str, scratch: Path, *, nvcc: bool = True, shards: int = 8) -> list[Stage]:
-    """Everything, in order. `shards`: processes among which the Triton tests, most of whose time is the compiler's
+def without_modules() -> None:
+    """Removes a CUDA module of an earlier build, which a build without CUDA would leave in place."""
+    for module in (ROOT / "python" / "fused_rin").glob("_cuda*.so"):
+        module.unlink()
+
+
+def stages(
+    results: Path, arch: str, scratch: Path, *, part: int = 1, nvcc: bool = True, shards: int = 8
+) -> list[Stage]:
+    """A part's, in order. `shards`: processes among which the Triton tests, most of whose time is the compiler's
     on one core, are divided. `scratch`: a folder for what is not a result."""
     python = sys.executable
     # Not the addopts of pyproject.toml: they need plug-ins. The traceback of a test that hangs comes after a minute.
     pytest = [python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "-o", "addopts="]
     pytest += ["-o", "faulthandler_timeout=60", "-W", "ignore::pytest.PytestConfigWarning"]
-    small = [*pytest, "-x", "tests/gpu/test_cuda.py", "-k", "test_layouts and lengths and resets"]
+    # Beside the layouts, a kernel that has a part of U in shared memory.
+    small = [*pytest, "-x", "tests/gpu/test_cuda.py", "-k", "(test_layouts and lengths and resets) or mma-384x8"]
     sanitizer = [find_tool("compute-sanitizer"), "--error-exitcode", "9", "--target-processes", "all", "--tool"]
     # Each tensor an allocation of its own, so that memcheck knows where it ends; and errors of CUDA calls that torch
     # makes in order to find something out are none of ours.
@@ -113,28 +129,53 @@ def stages(results: Path, arch: str, scratch: Path, *, nvcc: bool = True, shards
     program = str(scratch / "latencies")
     compile_latencies = [find_tool("nvcc"), "-std=c++17", "-O2", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     compile_latencies += ["-I", str(ROOT / "csrc/cuda"), str(ROOT / "benchmarks/gpu/latencies.cu"), "-o", program]
-    cuda = [[*pytest, "tests/gpu/test_cuda.py"]] if nvcc else []
+    cuda = [[*pytest, "tests/gpu/test_cuda.py", "--shard", f"{i}/4"] for i in range(1, 5)] if nvcc else []
+    smoke = [[*pytest, "tests/gpu/test_triton.py", "-k", "test_sizes and 257 and (64 or 512)"]]
     triton = [[*pytest, "tests/gpu/test_triton.py", "--shard", f"{i}/{shards}"] for i in range(1, shards + 1)]
     training = [[*pytest, "tests/gpu/test_training.py"]]
-    planned = [
-        Stage("look", [[python, "-c", LOOK]], 60),
-        Stage("build", [build()], 150, environment={"FUSED_RIN_CUDA": "on" if nvcc else "off"}),
-        Stage("tests", cuda + triton + training, 120, "tests.txt"),
-        Stage("compile latencies", [compile_latencies], 40),
-        Stage("latencies", [[program]], 20, "latencies.json"),
-        Stage("training loop", [[python, "-m", "benchmarks.loop", str(results / "loop.json"), "--device", "cuda"]], 80),
-        Stage("benchmark", [[python, "-m", "benchmarks.gpu.measure", str(results / "bench.json")]], 180),
-        Stage("report", [[python, "-m", "benchmarks.gpu.report", str(results / "bench.json")]], 40),
-        Stage("memcheck", [memcheck], 75, "sanitizer.txt", alone),
-        Stage("racecheck", [[*sanitizer, "racecheck", *small]], 75, "sanitizer.txt"),
-    ]
-    if importlib.util.find_spec("lightning_fabric") is None:
-        next(stage for stage in planned if stage.name == "training loop").status = f"{LEFT_OUT}: no Lightning Fabric"
-    if not nvcc:
-        for stage in planned:
-            if stage.name in ("compile latencies", "latencies", "memcheck", "racecheck"):
-                stage.status = f"{LEFT_OUT}: no nvcc, so no CUDA kernels"
+    # Kept, so that the second part and a second try build only what has changed.
+    building = {"FUSED_RIN_CUDA": "on" if nvcc else "off", "FUSED_RIN_BUILD_DIR": str(ROOT / "build" / "gpu")}
+    measure = [python, "-m", "benchmarks.gpu.measure", str(results / "bench.json")]
+    stalls = [python, "-m", "benchmarks.gpu.stalls", "bfloat16 mma 128x8 forward", "float32 fma 128x1 forward"]
+    look = Stage("look", [[python, "-c", LOOK]], 60)
+    if part == 1:
+        planned = [
+            look,
+            Stage("build", [build(), *([compile_latencies] if nvcc else [])], 130, environment=building),
+            Stage("tests", cuda + smoke, 60, "tests.txt"),
+            Stage("steps", [[python, "-m", "benchmarks.gpu.steps", str(results / "steps.json")]], 40),
+            Stage("stalls", [stalls], 30, "stalls.txt"),
+            Stage("benchmark", [measure], 130),
+            Stage("latencies", [[program]], 20, "latencies.json"),
+            Stage("report", [[python, "-m", "benchmarks.gpu.report", str(results / "bench.json")]], 15),
+        ]
+    else:
+        loop = [python, "-m", "benchmarks.loop", str(results / "loop.json"), "--device", "cuda"]
+        planned = [
+            look,
+            Stage("build", [build()], 130, environment=building),
+            Stage("tests", triton + training, 120, "tests-2.txt"),
+            Stage("memcheck", [memcheck], 60, "sanitizer.txt", alone),
+            Stage("racecheck", [[*sanitizer, "racecheck", *small]], 60, "sanitizer.txt"),
+            Stage("training loop", [loop], 60),
+        ]
+        if importlib.util.find_spec("lightning_fabric") is None:
+            planned[-1].status = f"{LEFT_OUT}: no Lightning Fabric"
+    for stage in planned:
+        if not nvcc and stage.name in ("steps", "stalls", "latencies", "memcheck", "racecheck"):
+            stage.status = f"{LEFT_OUT}: no nvcc, so no CUDA kernels"
+        if stage.name == "stalls" and shutil.which(find_tool("ncu")) is None:
+            stage.status = f"{LEFT_OUT}: no ncu"
     return planned
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """With what it has started: a compiler or a test left behind would disturb the stages after it."""
+    for way, patience in ((signal.SIGINT, INTERRUPT), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, way)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
 
 
 def run(stage: Stage, results: Path, deadline: float) -> None:
@@ -170,16 +211,17 @@ def run(stage: Stage, results: Path, deadline: float) -> None:
                     )  # fmt: skip
             except OSError as error:
                 problems.append(f"could not be started: {error}")
+                stage.first_failed |= not running
         for process in running:
             try:
                 code = process.wait(max(0.0, start + limit - time.monotonic()))
                 if code:
                     problems.append(f"exit code {code}")
+                    stage.first_failed |= process is running[0]
             except subprocess.TimeoutExpired:
                 problems.append(f"ended after {limit:.0f} s")
-                # With what it has started: a compiler or a test left behind would disturb the stages after it.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                stage.first_failed |= process is running[0]
+                end(process)
         texts = [public(output.read_text(errors="replace")) for output in outputs if output.exists()]
     stage.seconds = round(time.monotonic() - start, 1)
     stage.status = ", ".join(sorted(set(problems))) or "passed"
@@ -200,19 +242,20 @@ def public(text: str) -> str:
     return text
 
 
-def record(planned: list[Stage], results: Path, scratch: Path) -> None:
+def record(planned: list[Stage], results: Path, scratch: Path, file: str = "run.json") -> None:
     keep = ("name", "commands", "log", "environment", "status", "seconds", "tail")
     text = json.dumps([{k: v for k, v in asdict(stage).items() if k in keep} for stage in planned], indent=1)
     text = text.replace(str(scratch), "SCRATCH").replace(str(results), "RESULTS")
-    (results / "run.json").write_text(public(text) + "\n")
+    (results / file).write_text(public(text) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path)
-    given = parser.parse_args().results
+    parser.add_argument("--part", type=int, choices=(1, 2), default=1)
+    arguments = parser.parse_args()
     try:
-        results = given or ROOT / "benchmarks" / "results" / gpu_name()
+        results = arguments.results or ROOT / "benchmarks" / "results" / gpu_name()
         arch = architecture()
     except NoGpu as error:
         print(error, file=sys.stderr)
@@ -220,22 +263,24 @@ def main() -> int:
     results = results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     nvcc = shutil.which(find_tool("nvcc")) is not None
+    if not nvcc:
+        without_modules()
     deadline = time.monotonic() + BUDGET
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
         shards = min(8, max(1, (os.cpu_count() or 2) // 2))
-        planned = stages(results, arch, scratch, nvcc=nvcc, shards=shards)
+        planned = stages(results, arch, scratch, part=arguments.part, nvcc=nvcc, shards=shards)
         for log in {stage.log for stage in planned} - {""}:
             (results / log).unlink(missing_ok=True)
         at = 0
         while at < len(planned):
             stage = planned[at]
             run(stage, results, deadline)
-            if (
-                stage.name == "build" and stage.failed and nvcc
-            ):  # the Triton part can be tested and measured all the same
+            if stage.name == "build" and stage.first_failed and nvcc:
+                # The Triton part can be tested and measured all the same.
+                without_modules()
                 planned.insert(at + 1, Stage("build without CUDA", [build()], 120, "", {"FUSED_RIN_CUDA": "off"}))
-            record(planned, results, scratch)
+            record(planned, results, scratch, "run.json" if arguments.part == 1 else "run-2.json")
             at += 1
     for stage in planned:
         print(f"{stage.status:>20}  {stage.seconds:6.1f} s  {stage.name}")
