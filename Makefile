@@ -3,7 +3,7 @@
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/ and run after replace_rnn
 #   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
-#   make gpu    on a machine with a GPU, offline: everything that needs one; RESULTS=DIR says where to
+#   make gpu    on a machine with a GPU, offline: everything that needs one, in two parts (PART=2); RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
 
 PYTHON ?= python3
