@@ -78,6 +78,8 @@ endif()
 target_compile_options(cuda_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${compression}>)
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/cuda/bindings.cpp)
+string(REPLACE ";" " " built_for "${archs}")
+target_compile_definitions(_cuda PRIVATE FUSED_RIN_CUDA_ARCHS="${built_for}" FUSED_RIN_CUDA_PTX=${first_arch})
 target_link_libraries(_cuda PRIVATE cuda_kernels CUDA::cudart_static)
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O2>)
 install(TARGETS _cuda LIBRARY DESTINATION fused_rin)

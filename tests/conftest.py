@@ -176,6 +176,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+class CudaModule:
+    """What `fused_rin.cuda` asks the native module before it launches anything: as the default build has it."""
+
+    architectures, ptx = "80 90a", 80
+
+    @staticmethod
+    def versions() -> tuple[int, int]:
+        return 13000, 13000
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs hold NaN before a kernel writes them, not what happened to lie there."""

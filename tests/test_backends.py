@@ -12,7 +12,7 @@ import torch
 from fused_rin import BackendError, backends, cpu, cuda, explain, recurrence, triton_kernels, use_backend
 from fused_rin.device import Device
 
-from tests.conftest import make_case
+from tests.conftest import CudaModule, make_case
 
 
 def test_explain_names_backend_plan_and_reason():
@@ -81,7 +81,6 @@ class TestOnAGpu:
     @pytest.fixture(autouse=True)
     def _gpu(self, monkeypatch):
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(cuda, "_cuda", object())
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(triton_kernels, "_missing", lambda: None)
@@ -91,6 +90,7 @@ class TestOnAGpu:
 
     def be(self, device):
         backends._kept_reason.cache_clear()
+        self.monkeypatch.setattr(cuda, "_cuda", CudaModule())  # anew: what it can use of a device is remembered
         self.monkeypatch.setattr(cuda, "device_record", lambda index: device)
         self.monkeypatch.setattr(triton_kernels, "device_record", lambda index: device)
 

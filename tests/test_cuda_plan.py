@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from fused_rin import cuda
-from fused_rin.cuda_plan import KERNELS, plan
+from fused_rin.cuda_plan import KERNELS, plan, runnable
 from fused_rin.device import Device, NoPlan, allow_tf32
+
+from tests.conftest import CudaModule
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 A100 = Device("A100", (8, 0), 108, 163 * 1024, 65536, 40 << 20, 1)
@@ -120,14 +124,14 @@ def test_a_build_without_the_module_says_so(monkeypatch):
 
 
 def test_other_devices_are_refused(monkeypatch):
-    monkeypatch.setattr(cuda, "_cuda", object())
+    monkeypatch.setattr(cuda, "_cuda", CudaModule())
     assert "CUDA tensors" in cuda.unavailable_reason(torch.device("cpu"), BF16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in cuda.unavailable_reason(torch.device("cuda"), BF16)
 
 
 def test_an_available_device_is_judged_by_the_plan(monkeypatch):
-    monkeypatch.setattr(cuda, "_cuda", object())
+    monkeypatch.setattr(cuda, "_cuda", CudaModule())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_record", lambda index: RTX4090)
     device = torch.device("cuda", 0)
@@ -136,3 +140,70 @@ def test_an_available_device_is_judged_by_the_plan(monkeypatch):
     assert "384" in cuda.unavailable_reason(device, BF16, 384)
     assert "float64" in cuda.unavailable_reason(device, torch.float64)
     assert "RTX 4090" in cuda.describe(10, 3, 1, 100, BF16, device)
+
+
+@pytest.mark.parametrize(
+    ("device", "architectures", "kilobytes"),
+    [
+        (A100, "80 90a", 163),
+        (H100, "80 90a", 227),
+        (RTX4090, "80 90a", 99),  # sm_80's code, within what the device has
+        (B200, "80 90a", 163),  # PTX of compute_80, whose kernels are empty beyond an A100's shared memory
+        (B200, "80 90a 100", 227),
+        (H100, "80", 163),
+        (RTX4090, "86", 99),
+        (Device("H100 of 9.0 by sm_90", (9, 0), 132, 227 * 1024), "90", 227),
+    ],
+    ids=lambda value: value.name if isinstance(value, Device) else None,
+)
+def test_shared_memory_is_that_of_the_code_that_runs(device, architectures, kilobytes):
+    ptx = int(architectures.split()[0])
+    seen = runnable(device, architectures.split(), ptx, 13000, 13000)
+    assert seen.shared_memory_per_block == kilobytes * 1024
+    assert seen.capability == device.capability
+
+
+def test_no_kernel_that_would_be_empty_is_planned():
+    """A B200 with the default build: 384x8 keeps to an A100's shared memory, or there is no plan."""
+    seen = runnable(B200, ["80", "90a"], 80, 13000, 13000)
+    for kernel in KERNELS:
+        try:
+            chosen = plan(2048, 1, kernel.hidden, BF16 if kernel.math == "mma" else FP32, seen).kernel
+        except NoPlan:
+            continue
+        assert chosen.most_shared_bytes <= 163 * 1024
+
+
+@pytest.mark.parametrize(
+    ("device", "architectures", "driver", "reason"),
+    [
+        (H100, "80 90a", 12040, "built with CUDA 13.0 and the driver supports CUDA up to 12.4; update the driver"),
+        (H100, "80 90a", 0, "the driver is missing"),
+        (A100, "90a", 13000, 'for compute capability 90a, A100 has 8.0; install with FUSED_RIN_CUDA_ARCHS="80"'),
+        (B200, "80 90a", 13000, None),
+        (B200, "90a", 13000, None),  # its PTX is compute_90
+    ],
+)
+def test_code_that_cannot_run_says_why(device, architectures, driver, reason):
+    arguments = (device, architectures.split(), int(architectures[:2]), driver, 13000)
+    if reason is None:
+        assert runnable(*arguments)
+        return
+    with pytest.raises(NoPlan, match=re.escape(reason)):
+        runnable(*arguments)
+
+
+def test_ptx_newer_than_the_driver_is_not_run():
+    with pytest.raises(NoPlan, match=r"and the driver \(CUDA 13.0\) is older than its PTX \(CUDA 13.1\)"):
+        runnable(B200, ["80", "90a"], 80, 13000, 13010)
+    assert runnable(H100, ["80", "90a"], 80, 13000, 13010) == H100
+
+
+def test_the_backend_says_so(monkeypatch):
+    """Not a launch that fails: `explain` and backend="auto" hear it first."""
+    old = CudaModule()
+    old.versions = lambda: (12040, 13000)
+    monkeypatch.setattr(cuda, "_cuda", old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_record", lambda index: H100)
+    assert "update the driver" in cuda.unavailable_reason(torch.device("cuda", 0), BF16, 64)

@@ -1,5 +1,6 @@
 // The Python module fused_rin._cuda: raw addresses, sizes and a stream in, exceptions out. Callers have checked.
 
+#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
 #include "../python_problem.h"
@@ -28,10 +29,22 @@ py::list instances() {
   return list;
 }
 
+// CUDA versions as 1000 * major + 10 * minor: the newest that the driver supports (0 without one), and the module's
+// own.
+std::tuple<int, int> versions() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = 0;
+  return {driver, runtime};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA sweeps of fused_rin; see csrc/problem.h for the meaning of the arguments.";
   m.def("sweep_block", &sweep_block);
   m.def("instances", &instances, "(dtype, math, backward, hidden, rows, threads, shared bytes) of every kernel.");
+  m.def("versions", &versions, "(driver, runtime) in CUDA's numbers, 12040 for 12.4.");
+  m.attr("architectures") = FUSED_RIN_CUDA_ARCHS;  // that there is machine code for, such as "80 90a"
+  m.attr("ptx") = FUSED_RIN_CUDA_PTX;              // and PTX, for what comes after them
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,21 +36,31 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | N
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device here"
     try:
+        _runnable(_index(device), _cuda)
         _plan(1, 1, hidden or 1, dtype, device)
     except NoPlan as reason:
         return str(reason)
     return None
 
 
+@functools.cache
+def _runnable(index: int, module: ModuleType) -> Device:
+    """A GPU as the native module's code can use it. Raises NoPlan where none of it runs there, with the reason."""
+    return cuda_plan.runnable(device_record(index), module.architectures.split(), module.ptx, *module.versions())
+
+
 def _place(tensor: Tensor) -> tuple[Device, int, int]:
     """The device that a tensor is on: its record, its ordinal, and its current stream."""
     index = tensor.device.index
-    return device_record(index), index, torch.cuda.current_stream(index).cuda_stream
+    return _runnable(index, _cuda), index, torch.cuda.current_stream(index).cuda_stream
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _plan(batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device) -> cuda_plan.BlockPlan:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return cuda_plan.plan(batch, groups, hidden, dtype, device_record(index), allow_tf32=allow_tf32())
+    return cuda_plan.plan(batch, groups, hidden, dtype, _runnable(_index(device), _cuda), allow_tf32=allow_tf32())
 
 
 def describe(

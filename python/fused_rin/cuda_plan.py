@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -144,6 +144,52 @@ class BlockPlan:
             f"{k.rows} batch row(s) each, matrix padded to {k.hidden} x {k.hidden} in {where}, {arithmetic}, one "
             f"barrier a step; about {self.estimated_cycles:.0f} cycles a step by the model (not a measurement)"
         )
+
+
+def _shared_bytes_of_code(architecture: int) -> int:
+    """Shared memory of a block beyond which a kernel compiled for it is empty (kMaxSharedBytes in device.cuh)."""
+    return 1024 * (99 if architecture in (86, 89) or architecture >= 120 else 163 if architecture < 90 else 227)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def runnable(device: Device, architectures: list[str], ptx: int, driver: int, runtime: int) -> Device:
+    """The device, its blocks with no more shared memory than the code that runs there was compiled for.
+
+    `architectures`: what there is machine code for, such as "80" or "90a": it runs on its major version from its minor
+    one on, and with a letter on that device alone. `ptx`: compiled by the driver for any later device, if the driver is
+    as new as the compiler. `driver`, `runtime`: CUDA versions, 12040 for 12.4; machine code needs the major one alone.
+    Raises NoPlan with the reason where neither runs.
+    """
+    if device.capability < (8, 0):
+        return device  # for which there is no plan
+    if driver // 1000 < runtime // 1000:
+        has = f"supports CUDA up to {_version(driver)}" if driver else "is missing"
+        raise NoPlan(
+            f"the CUDA module was built with CUDA {_version(runtime)} and the driver {has}; update the driver, or "
+            "install with an older nvcc; backend='triton' needs neither"
+        )
+    major, minor = device.capability
+    chosen = []
+    for name in architectures:
+        number = int(name.rstrip("af"))
+        exact = not name.isdigit()
+        if number == 10 * major + minor or (not exact and number // 10 == major and number % 10 <= minor):
+            chosen.append(number)
+    if not chosen and driver >= runtime and ptx <= 10 * major + minor:
+        chosen.append(ptx)
+    if not chosen:
+        too_old = f", and the driver (CUDA {_version(driver)}) is older than its PTX (CUDA {_version(runtime)})"
+        raise NoPlan(
+            f"the CUDA module has code for compute capability {', '.join(architectures)}, {device.name} has "
+            f"{major}.{minor}{too_old if ptx <= 10 * major + minor else ''}; install with "
+            f"FUSED_RIN_CUDA_ARCHS=\"{10 * major + minor}\", or use backend='triton'"
+        )
+    return replace(
+        device, shared_memory_per_block=min(device.shared_memory_per_block, _shared_bytes_of_code(max(chosen)))
+    )
 
 
 def _resident(kernel: Kernel, device: Device) -> int:

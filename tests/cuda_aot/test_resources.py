@@ -99,6 +99,18 @@ def test_every_kernel_is_there_on_every_architecture():
         assert set(kernels) == every_kernel(), f"sm_{arch}"
 
 
+def test_the_module_says_what_it_has_code_for():
+    found, release = compiled(), compiler_release(module())  # skips where there is none
+    from fused_rin import _cuda
+
+    numbers = [int(name.rstrip("af")) for name in _cuda.architectures.split()]
+    assert sorted(numbers) == sorted(found)
+    assert _cuda.ptx == numbers[0]
+    driver, runtime = _cuda.versions()  # answers without a driver too: 0
+    assert f"{runtime // 1000}.{runtime % 1000 // 10}" == release
+    assert driver == 0 or driver >= 11000
+
+
 def test_nothing_spills_and_everything_fits():
     for arch, kernels in compiled().items():
         for name, resources in kernels.items():
