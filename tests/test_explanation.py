@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from fused_rin import RIN, RINCell, cpu, explain, recurrence, use_backend
 from torch.nn.utils.rnn import pack_sequence
 
