@@ -264,7 +264,6 @@ __device__ __forceinline__ uint32_t opaque(uint32_t word) {
   asm volatile("" : "+r"(word));
   return word;
 }
-__device__ __forceinline__ uint2 opaque(uint2 words) { return {opaque(words.x), opaque(words.y)}; }
 __device__ __forceinline__ int64_t opaque(int64_t value) {
   asm volatile("" : "+l"(value));
   return value;

@@ -66,10 +66,6 @@ struct Element<float> {
 };
 
 __device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
-// factor * a + b
-__device__ __forceinline__ float2 scaled_plus(float factor, float2 a, float2 b) {
-  return {fmaf(factor, a.x, b.x), fmaf(factor, a.y, b.y)};
-}
 
 // A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from
 // `k + more` on, `more` known when compiled; zero past `hidden`. Forward multiplies by U (output = row), backward by

@@ -64,8 +64,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   Product product(shared, live_rows);
   const auto at = [](auto* tensor, int64_t bytes) {
     using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
-    using Pairs = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;
-    return reinterpret_cast<Pairs*>(static_cast<Bytes*>(tensor) + bytes);
+    using Wanted = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;
+    return reinterpret_cast<Wanted*>(static_cast<Bytes*>(tensor) + bytes);
   };
 
   const auto length = [&](int row) {  // clamped: values on a device are not checked, that would stall it

@@ -224,7 +224,6 @@ inline uint32_t spread_signs(uint32_t halves) {
   return (halves & 0x80000000u ? 0xffff0000u : 0u) | (halves & 0x8000u ? 0xffffu : 0u);
 }
 inline uint32_t opaque(uint32_t word) { return word; }
-inline uint2 opaque(uint2 words) { return words; }
 inline int64_t opaque(int64_t value) { return value; }
 inline const char* opaque(const char* address) { return address; }
 inline float exp2(float x) { return std::exp2(x); }

@@ -36,7 +36,6 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | N
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device here"
     try:
-        _runnable(_index(device), _cuda)
         _plan(1, 1, hidden or 1, dtype, device)
     except NoPlan as reason:
         return str(reason)

@@ -207,6 +207,15 @@ def test_unaligned_tensors_are_copied(native, small):
     check_sweeps(cuda.forward, cuda.backward, case)
 
 
+def test_an_output_that_is_not_aligned_is_copied(native, small):
+    case = make_case(3, 5, 24, dtype=small)
+    target = torch.empty(case.pre.numel() + 1, dtype=small)[1:].view(case.pre.shape)
+    assert target.data_ptr() % 16
+    out, h_n = cuda.forward(*case.arguments, out=target)
+    assert out.data_ptr() == target.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip((out, h_n), cuda.forward(*case.arguments), strict=True))
+
+
 def test_a_lying_size_is_caught_with_coordinates(native, small, monkeypatch):
     """The guard around the tensors is real: told of one row too many, a kernel reads outside and is stopped."""
     case = make_case(4, 2, 10, dtype=small, h0=False)
