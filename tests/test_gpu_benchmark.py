@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -126,15 +127,23 @@ def test_stage_without_its_tool_or_time(tmp_path):
     assert late.failed
 
 
-def test_a_stage_without_time_still_says_what_failed(tmp_path):
+@pytest.mark.parametrize("ours", [signal.SIG_IGN, signal.default_int_handler], ids=["in the background", "in front"])
+def test_a_stage_without_time_still_says_what_failed(tmp_path, ours):
     """pytest prints its failures when it is interrupted, not when it is killed."""
-    done = stage("import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')", limit=3)
-    run.run(done, tmp_path, time.monotonic() + 100)
-    assert (done.status, done.tail) == ("ended after 3 s", "1 failed\n")
+    done = stage("import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('1 failed')", limit=5)
+    before = signal.signal(signal.SIGINT, ours)
+    try:
+        run.run(done, tmp_path, time.monotonic() + 100)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.status, done.tail) == ("ended after 5 s", "1 failed\n")
+
+
+def test_a_stage_that_is_deaf_is_killed(tmp_path):
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60); print('survived')"
-    done = stage(f"import signal, time; {deaf}", limit=3)
+    done = stage(f"import signal, time; {deaf}", limit=5)
     run.run(done, tmp_path, time.monotonic() + 100)
-    assert (done.status, done.tail) == ("ended after 3 s", "deaf\n")
+    assert (done.status, done.tail) == ("ended after 5 s", "deaf\n")
 
 
 @pytest.mark.parametrize(("left", "seconds"), [(400, 85), (115, 65), (30, 10)])

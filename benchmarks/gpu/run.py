@@ -169,6 +169,11 @@ def stages(
     return planned
 
 
+def interruptible() -> None:
+    """In a stage's process: a shell starts what runs in the background deaf to SIGINT, and that is handed on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """With what it has started: a compiler or a test left behind would disturb the stages after it."""
     for way, patience in ((signal.SIGINT, INTERRUPT), (signal.SIGKILL, None)):
@@ -206,7 +211,7 @@ def run(stage: Stage, results: Path, deadline: float) -> None:
                     running.append(
                         subprocess.Popen(
                             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file,
-                            stderr=subprocess.STDOUT, start_new_session=True,
+                            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=interruptible,
                         )
                     )  # fmt: skip
             except OSError as error:
