@@ -1,4 +1,4 @@
-"""Builds the native module with CMake; everything else is in pyproject.toml.
+"""Builds the native modules with CMake; everything else is in pyproject.toml.
 
 Environment: FUSED_RIN_CUDA=auto|on|off and FUSED_RIN_CUDA_ARCHS choose the CUDA part (see cmake/cuda.cmake),
 FUSED_RIN_CMAKE_ARGS adds arguments to the configuring call, FUSED_RIN_BUILD_DIR keeps the build for the next time.
@@ -31,7 +31,12 @@ def cmake_executable() -> str:
 
 
 class CMakeBuild(build_ext):
-    """One CMake build makes both modules; `_cuda` is optional because it is there only if nvcc is."""
+    """One CMake build makes all; `_cuda` is there only if nvcc is, the operators' library only if torch is."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("libfused_rin_operators"):  # loaded by C++ programs: no Python's tag in its name
+            return str(Path(*fullname.split(".")).with_suffix(".so"))
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != "fused_rin._native":
@@ -63,6 +68,7 @@ setup(
     ext_modules=[
         Extension("fused_rin._native", sources=[]),
         Extension("fused_rin._cuda", sources=[], optional=True),
+        Extension("fused_rin.libfused_rin_operators", sources=[], optional=True),
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -11,6 +11,7 @@ from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restor
 from fused_rin.device import Device
 from fused_rin.explanation import Choice, explain
 from fused_rin.functional import recurrence
+from fused_rin.library import operator_library
 from fused_rin.modules import RIN, RINCell
 
 # A model saved whole loads under weights_only=True, torch.load's default, as far as it is ours.
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "load_rnn_state_dict",
     "onnx",
+    "operator_library",
     "recurrence",
     "replace_rnn",
     "restore_rnn",

@@ -13,19 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rin import backends, gradients, profiling, reference, watchers
+from fused_rin import backends, gradients, library, profiling, reference, watchers
 from fused_rin.problem import Rows, Rule
 from fused_rin.watchers import DIRECT, PLAIN, REFERENCE
-
-_library = torch.library.Library("fused_rin", "DEF")
-_library.define(
-    "sweep_forward(Tensor pre, Tensor weight, Tensor? h0, Tensor? lengths, Tensor? offsets, Tensor? resets, "
-    "float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "sweep_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor weight, Tensor out, Tensor? lengths, Tensor? offsets, "
-    "Tensor? resets, float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)"
-)
 
 
 def _plain(tensor: Any) -> Any:
@@ -100,8 +90,8 @@ def _backward_operator(  # type: ignore[no-untyped-def]
     return sweep_backward(grad_out, grad_h_n, weight, out, Rows(lengths, offsets, resets), rule, backend)
 
 
-_library.impl("sweep_forward", _forward_operator, "CompositeExplicitAutograd")
-_library.impl("sweep_backward", _backward_operator, "CompositeExplicitAutograd")
+library.fragment.impl("sweep_forward", _forward_operator, library.KEY)
+library.fragment.impl("sweep_backward", _backward_operator, library.KEY)
 
 
 def _state_like(states: Tensor, weight: Tensor, lengths: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -121,6 +111,26 @@ def _(  # type: ignore[no-untyped-def]
 ):
     grad_pre = torch.empty_like(out, memory_format=torch.contiguous_format)
     return grad_pre, _state_like(out, weight, lengths, offsets)
+
+
+# For exporters: `run_decompositions()` of a program that was exported with backend="reference" takes this apart into
+# PyTorch's own operators, step by step, as it does torch.nn.RNN's, for runtimes that know nothing else. An unknown
+# number of steps cannot be taken apart, and stays a `sweep_forward`.
+library.fragment.define(
+    "reference_sweep(Tensor pre, Tensor weight, Tensor? h0, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+    "float skip, str activation, int num_reversed) -> (Tensor, Tensor)"
+)
+
+
+def _reference_operator(pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed):  # type: ignore[no-untyped-def]
+    rows, rule = Rows(lengths, offsets, resets), Rule(skip, activation, num_reversed)
+    if isinstance(rows.sizes(pre)[0], torch.SymInt):
+        return torch.ops.fused_rin.sweep_forward(pre, weight, h0, *rows, *rule, "reference")
+    return reference.forward(pre, weight, h0, rows, rule)
+
+
+library.fragment.impl("reference_sweep", _reference_operator, "CompositeImplicitAutograd")
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
 
 # ---- autograd ----
@@ -249,6 +259,8 @@ def recurrence(
         return _direct_forward(pre, weight, h0, rows, rule, backend, batch_first)
     if way is REFERENCE:
         out, h_n = reference.forward(pre, weight, h0, rows, rule)
+    elif backend == "reference" and _is_exporting():
+        out, h_n = torch.ops.fused_rin.reference_sweep(pre, weight, h0, *rows, *rule)
     else:
         profiling.count_sweeps()
         out, h_n = torch.ops.fused_rin.sweep_forward(pre, weight, h0, *rows, *rule, backend)

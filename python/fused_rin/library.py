@@ -1,0 +1,63 @@
+"""The operators' schemas: from the C++ library (csrc/operators) where there is one, else defined here.
+
+The C++ library makes `torch.ops.fused_rin` known to processes without Python, with kernels for the CPU. A schema can be
+defined once in a process, so the package takes that library's instead of its own, and both may be loaded in any order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+SCHEMAS = (
+    "sweep_forward(Tensor pre, Tensor weight, Tensor? h0, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+    "float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)",
+    "sweep_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor weight, Tensor out, Tensor? lengths, Tensor? offsets, "
+    "Tensor? resets, float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)",
+)
+
+_PATH = Path(__file__).with_name("libfused_rin_operators.so")
+
+
+def _why_not() -> str | None:
+    """Why the C++ library cannot be used here, or None if it can."""
+    if torch.__version__ < (2, 10):  # type: ignore[operator]
+        return f"it needs torch >= 2.10, whose stable ABI it is built on, this is {torch.__version__}"
+    if not _PATH.exists():
+        return "it was not built: install with torch >= 2.10 in the environment that builds (--no-build-isolation)"
+    return None
+
+
+def operator_library() -> str:
+    """Path of the C++ library that registers `torch.ops.fused_rin` in a process without this package.
+
+    For `torch.ops.load_library`, and for C++ programs that run a traced, exported or AOTInductor-compiled model: link
+    it, or dlopen it, before the model is loaded. It needs libtorch >= 2.10. Raises RuntimeError where there is none.
+    """
+    reason = _why_not() or _failure
+    if reason is not None:
+        raise RuntimeError(f"there is no C++ library of the operators here: {reason}")
+    return str(_PATH)
+
+
+def _is_defined() -> bool:
+    return bool(torch._C._jit_get_schemas_for_operator("fused_rin::sweep_forward"))
+
+
+_failure: str | None = None
+if not _is_defined() and _why_not() is None:
+    try:
+        torch.ops.load_library(_PATH)
+    except OSError as error:
+        _failure = f"it could not be loaded ({error})"
+
+if _is_defined():
+    fragment = torch.library.Library("fused_rin", "FRAGMENT")
+    # Before the library's kernels, which stand at CompositeExplicitAutograd: for the same devices, and asked first.
+    KEY = "CompositeExplicitAutogradNonFunctional"
+else:
+    fragment = torch.library.Library("fused_rin", "DEF")
+    for _schema in SCHEMAS:
+        fragment.define(_schema)
+    KEY = "CompositeExplicitAutograd"
