@@ -1,12 +1,10 @@
-"""torch.compile, torch.export, ONNX and autocast."""
+"""torch.compile, torch.export and autocast."""
 
 from __future__ import annotations
 
-import numpy
 import pytest
 import torch
 from fused_rin import RIN, RINCell
-from fused_rin.onnx import export_onnx
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import rnn as rnn_utils
@@ -123,90 +121,6 @@ def test_export_with_dynamic_dimensions(options):
         torch.testing.assert_close(out[1], expected[1])
         grads = [torch.autograd.grad(o[0].square().sum(), x)[0] for o in (out, expected)]
         torch.testing.assert_close(*grads)
-
-
-# ---- ONNX ----
-
-
-def _run_onnx(program, *inputs):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    names = [value.name for value in session.get_inputs()]
-    return session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
-
-
-@pytest.mark.parametrize("options", [{}, WIDE, {"bias": False, "skip": 0.5}])
-def test_onnx_runtime_runs_the_standard_operator_with_equal_outputs(options):
-    module = _rin(options).eval()
-    time, batch = (1, 0) if module.batch_first else (0, 1)
-    states = module.num_layers * (2 if module.bidirectional else 1)
-    dim = {time: torch.export.Dim("time"), batch: torch.export.Dim("batch")}
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    program = export_onnx(
-        module, (torch.randn(6, 4, 5), torch.zeros(states, 6 if module.batch_first else 4, 8)),
-        dynamic_shapes=(dim, {1: dim[batch]}), verbose=False,
-    )  # fmt: skip
-    kinds = [node.op_type for node in program.model.graph]
-    assert kinds.count("RNN") == module.num_layers
-    assert "MatMul" not in kinds
-    recurrent = [node.inputs[2].const_value.numpy() for node in program.model.graph if node.op_type == "RNN"]
-    for layer, matrices in enumerate(recurrent):
-        for matrix, names in zip(matrices, module._all_weights[layer * len(matrices) :], strict=False):
-            blocks = torch.block_diag(*getattr(module, names[1]).detach().chunk(module.num_heads))
-            numpy.testing.assert_array_equal(matrix, blocks + module.skip_factor * torch.eye(8))
-    for shape in ((9, 3), (2, 7)):
-        x, hx = torch.randn(*shape, 5), torch.randn(states, shape[batch], 8)
-        with torch.no_grad():
-            expected = module(x, hx)
-        for got, wanted in zip(_run_onnx(program, x, hx), expected, strict=True):
-            numpy.testing.assert_allclose(got, wanted.numpy(), rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_onnx_of_lengths_unbatched_input_and_a_cell_in_a_model():
-    module = _rin().eval()
-    lengths = torch.tensor([6, 2, 4])
-    x = torch.randn(6, 3, 5)
-    program = export_onnx(module, (x,), kwargs={"lengths": lengths}, verbose=False)
-    with torch.no_grad():
-        expected = module(x, lengths=lengths)
-        for got, wanted in zip(_run_onnx(program, x, lengths), expected, strict=True):
-            numpy.testing.assert_allclose(got, wanted.numpy(), rtol=1e-4, atol=1e-5)
-        alone = export_onnx(nn.Sequential(module), (x[:, 0],), verbose=False)
-        for got, wanted in zip(_run_onnx(alone, x[:, 0]), module(x[:, 0]), strict=True):
-            numpy.testing.assert_allclose(got, wanted.numpy(), rtol=1e-4, atol=1e-5)
-        cell = RINCell(5, 8).eval()
-        (got,) = _run_onnx(export_onnx(cell, (x[0], torch.ones(3, 8)), verbose=False), x[0], torch.ones(3, 8))
-        numpy.testing.assert_allclose(got, cell(x[0], torch.ones(3, 8)).numpy(), rtol=1e-4, atol=1e-5)
-
-
-def test_onnx_of_an_empty_sequence_keeps_its_state():
-    onnxruntime = pytest.importorskip("onnxruntime")
-    module = RIN(3, 4, 2).eval()
-    x, h = torch.randn(5, 3, 3), torch.rand(2, 3, 4)
-    lengths = torch.tensor([5, 0, 2])
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rin = module
-
-        def forward(self, x, h, lengths):
-            return self.rin(x, h, lengths=lengths)
-
-    program = export_onnx(Net(), (x, h, lengths))
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    names = [i.name for i in session.get_inputs()]
-    got = session.run(None, dict(zip(names, (t.numpy() for t in (x, h, lengths)), strict=True)))
-    want = module(x, h, lengths=lengths)
-    torch.testing.assert_close(torch.from_numpy(got[1]), want[1])
-    assert torch.equal(want[1][:, 1], h[:, 1])
-
-
-def test_onnx_refuses_what_the_operator_has_not():
-    with pytest.raises(ValueError, match=r"float32, got torch.bfloat16 in weight_ih_l0"):
-        export_onnx(_rin().bfloat16(), (torch.randn(2, 3, 5).bfloat16(),))
 
 
 # ---- autocast ----

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import backends, layer, ops, step, watchers, weights
+from fused_rin import backends, layer, onnx_rnn, ops, step, watchers, weights
 from fused_rin.problem import ALL_ROWS, Rows, Rule, Weights, check_lengths, check_resets, unpack_batch_sizes
 from fused_rin.skip import SkipModule, check_backend, check_nonlinearity, check_skip
 
@@ -134,7 +134,6 @@ class RIN(SkipModule, torch.nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -263,15 +262,20 @@ class RIN(SkipModule, torch.nn.RNNBase):
                 if self.dropout and self.training and number < last:
                     x = F.dropout(x, self.dropout, True)
             return torch.stack([x], 1 if batch_first else 0), torch.stack(states)
+        to_onnx = watchers.exporting_to_onnx() and onnx_rnn.suits(rows, x.dtype)
         for number in range(self.num_layers):
-            h0 = None
-            if hx is not None:
-                h0 = hx[number * directions : (number + 1) * directions]
-                h0 = h0.transpose(0, 1).reshape(batch, groups, self.hidden_size // self.num_heads)
-            x, h_n = layer.forward(
-                x, self._layer_weights(number), h0, rows, rule, groups, self.backend, batch_first and number == last,
-                self._all_weights[number * directions][1],
-            )  # fmt: skip
+            h0 = None if hx is None else hx[number * directions : (number + 1) * directions]
+            own = self._layer_weights(number)
+            if to_onnx:
+                x, h_n = onnx_rnn.layer(x, own, h0, rows, rule, self.num_heads, directions)
+                x = x.transpose(0, 1) if batch_first and number == last else x
+            else:
+                if h0 is not None:
+                    h0 = h0.transpose(0, 1).reshape(batch, groups, self.hidden_size // self.num_heads)
+                x, h_n = layer.forward(
+                    x, own, h0, rows, rule, groups, self.backend, batch_first and number == last,
+                    self._all_weights[number * directions][1],
+                )  # fmt: skip
             if self.dropout and self.training and number < last:
                 x = F.dropout(x, self.dropout, True)
             states.append(h_n)

@@ -257,7 +257,7 @@ def recurrence(
         ):
             return Recurrence.apply(pre, weight, h0, (rows, rule, backend, batch_first))
         return _direct_forward(pre, weight, h0, rows, rule, backend, batch_first)
-    if way is REFERENCE:
+    if way is REFERENCE or watchers.exporting_to_onnx():
         out, h_n = reference.forward(pre, weight, h0, rows, rule)
     elif backend == "reference" and _is_exporting():
         out, h_n = torch.ops.fused_rin.reference_sweep(pre, weight, h0, *rows, *rule)

@@ -126,7 +126,7 @@ def _scan(
         if resets is not None and start < steps:
             crossed = resets[start] if lengths is None else resets[start] & (start < lengths)
             h = h.masked_fill(crossed[:, None, None], 0)
-        a = pre[t] + (h.transpose(0, 1) @ weight.mT).transpose(0, 1)
+        a = pre[t] + (h.transpose(0, 1) @ weight.transpose(1, 2)).transpose(0, 1)
         new = act(a + skip * h if skip else a)
         if lengths is None:
             h = new

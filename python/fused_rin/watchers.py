@@ -61,6 +61,11 @@ def observer(product: bool = False) -> tuple[str, str] | None:
     return None
 
 
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is what compiles or traces."""
+    return (torch.compiler.is_compiling() or _tracing_state() is not None) and torch.onnx.is_in_onnx_export()
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether a kernel may read the numbers where the tensor says they lie.
 
