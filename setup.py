@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
     """One CMake build makes all; `_cuda` is there only if nvcc is, the operators' library only if torch is."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("libfused_rin_operators"):  # loaded by C++ programs: no Python's tag in its name
+        if "libfused_rin_operators" in fullname:  # loaded by C++ programs: no Python's tag in its name
             return str(Path(*fullname.split(".")).with_suffix(".so"))
         return super().get_ext_filename(fullname)
 
@@ -69,6 +69,7 @@ setup(
         Extension("fused_rin._native", sources=[]),
         Extension("fused_rin._cuda", sources=[], optional=True),
         Extension("fused_rin.libfused_rin_operators", sources=[], optional=True),
+        Extension("fused_rin.libfused_rin_operators_cuda", sources=[], optional=True),
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

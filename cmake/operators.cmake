@@ -17,13 +17,25 @@ if(torch_version STREQUAL "" OR torch_version VERSION_LESS 2.10)
   return()
 endif()
 
-add_library(fused_rin_operators SHARED csrc/operators/cpu.cpp csrc/operators/sweep.cpp)
-target_include_directories(fused_rin_operators SYSTEM PRIVATE "${torch_folder}/include")
-target_compile_definitions(fused_rin_operators PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)  # 2.10
-# torch keeps the names of source files with the operators.
-target_compile_options(fused_rin_operators PRIVATE -O2 ${warnings} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
-# By its name alone: whoever loads this library has torch's already.
+# By its name alone: whoever loads these libraries has torch's already.
 find_library(torch_cpu torch_cpu PATHS "${torch_folder}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)
-target_link_libraries(fused_rin_operators PRIVATE ${cpu_objects} "${torch_cpu}")
-set_target_properties(fused_rin_operators PROPERTIES SKIP_BUILD_RPATH TRUE SUFFIX .so)
-install(TARGETS fused_rin_operators LIBRARY DESTINATION fused_rin)
+
+function(add_operators name)
+  add_library(${name} SHARED ${ARGN})
+  target_include_directories(${name} SYSTEM PRIVATE "${torch_folder}/include")
+  target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)  # 2.10
+  # torch keeps the names of source files with the operators.
+  target_compile_options(${name} PRIVATE -O2 ${warnings} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+  target_link_libraries(${name} PRIVATE "${torch_cpu}")
+  set_target_properties(${name} PROPERTIES SKIP_BUILD_RPATH TRUE SUFFIX .so)
+  install(TARGETS ${name} LIBRARY DESTINATION fused_rin)
+endfunction()
+
+add_operators(fused_rin_operators csrc/operators/cpu.cpp csrc/operators/sweep.cpp)
+target_link_libraries(fused_rin_operators PRIVATE ${cpu_objects})
+
+if(TARGET cuda_kernels)
+  add_operators(fused_rin_operators_cuda csrc/operators/cuda.cpp csrc/operators/sweep.cpp csrc/cuda/plan.cpp)
+  target_include_directories(fused_rin_operators_cuda PRIVATE csrc/cuda)
+  target_link_libraries(fused_rin_operators_cuda PRIVATE cuda_kernels CUDA::cudart_static ${CMAKE_DL_LIBS})
+endif()

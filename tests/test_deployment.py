@@ -162,12 +162,15 @@ assert weight.grad.item() == 1.0
 
 
 def test_operator_library_says_why_there_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "_PATH", tmp_path / "none.so")
-    with pytest.raises(RuntimeError, match=r"no C\+\+ library of the operators here: it (was not built|needs torch)"):
-        operator_library()
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match=rf"the operators for {device} here: it (was not built|needs torch)"):
+            operator_library(device)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
     with pytest.raises(RuntimeError, match=r"it needs torch >= 2\.10, .* this is 2\.9\.1"):
         operator_library()
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'mps'"):
+        operator_library("mps")
 
 
 # ---- whole models
@@ -210,12 +213,12 @@ def test_a_program_without_python_gives_pythons_numbers(tmp_path):
         )  # fmt: skip
     for name in ("model.pt", "model.pt2"):
         output = tmp_path / f"{name}.output"
-        command = [tmp_path / "build" / "run", operator_library(), tmp_path / name, tmp_path / "input.pt", output]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [tmp_path / "build" / "run", tmp_path / name, tmp_path / "input.pt", output, "cpu"]
+        done = subprocess.run([*command, operator_library()], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         for got, want in zip(torch.load(output), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    done = subprocess.run([*command[:1], "/nowhere.so", *command[2:]], capture_output=True, text=True)
+    done = subprocess.run([*command, "/nowhere.so"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "/nowhere.so" in done.stderr
 

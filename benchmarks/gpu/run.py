@@ -105,9 +105,10 @@ def build() -> list[str]:
 
 
 def without_modules() -> None:
-    """Removes a CUDA module of an earlier build, which a build without CUDA would leave in place."""
-    for module in (ROOT / "python" / "fused_rin").glob("_cuda*.so"):
-        module.unlink()
+    """Removes CUDA modules of an earlier build, which a build without CUDA would leave in place."""
+    for name in ("_cuda*.so", "libfused_rin_operators_cuda.so"):
+        for module in (ROOT / "python" / "fused_rin").glob(name):
+            module.unlink()
 
 
 def stages(

@@ -37,7 +37,9 @@ BlockInstance block_instance() {
           Config::kRows,
           Config::kThreads,
           Layout<Config, kBackward>::kBytes,
-          &launch_block_sweep<Config, kBackward>};
+          Config::kMatrixBytes,
+          &launch_block_sweep<Config, kBackward>,
+          [] { return ptx_version(block_sweep<Config, kBackward>); }};
 }
 
 template <class... Configs>

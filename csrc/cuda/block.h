@@ -18,7 +18,9 @@ struct BlockInstance {
   int rows;    // batch rows of a CTA
   int threads;
   int shared_bytes;  // dynamic
+  int matrix_bytes;  // of them: what of the matrix is not in registers
   void (*launch)(const Problem& problem, void* stream);
+  int (*ptx_version)();  // what its code on the current device was compiled from, 90 for compute_90
 };
 
 // Every instance, in a fixed order.

@@ -15,6 +15,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
+#ifdef __CUDACC__  // operators/cuda.cpp, which launches by block.h, is compiled without nvcc
 template <class Arguments>
 void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
                    void* stream) {
@@ -26,6 +27,14 @@ void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_
                "cudaFuncSetAttribute");
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   check_cuda(cudaGetLastError(), "kernel launch");
+}
+#endif
+
+template <class Arguments>
+int ptx_version(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
 }
 
 // Makes `device` current for a scope.

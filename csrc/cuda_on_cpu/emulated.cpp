@@ -1,7 +1,9 @@
 // The C interface through which tests run the kernels on fibres (tests/cuda_on_cpu/machine.py).
 #include "emulated.h"
 
-#include "../cuda/block.h"
+#include <stdexcept>
+
+#include "../cuda/plan.h"
 
 using namespace fused_rin;
 
@@ -24,4 +26,22 @@ int emulated_instances(int32_t* values, int capacity) {
   }
   return n;
 }
+
+// The plan for processes without Python. `device`: capability's two numbers, SMs, shared bytes of a block, registers of
+// an SM. Fills in math, hidden and rows and returns 0, or 1 where there is no plan.
+int emulated_plan(int64_t batch, int64_t groups, int64_t hidden, int dtype, int allow_tf32, const int32_t* device,
+                  int32_t* chosen) {
+  try {
+    const BlockInstance& kernel = plan_block(batch, groups, hidden, static_cast<DType>(dtype), allow_tf32 != 0,
+                                             {device[0], device[1], device[2], device[3], device[4]});
+    chosen[0] = static_cast<int>(kernel.math);
+    chosen[1] = kernel.hidden;
+    chosen[2] = kernel.rows;
+    return 0;
+  } catch (const std::invalid_argument&) {
+    return 1;
+  }
+}
+
+int emulated_shared_bytes_of_code(int ptx_version) { return shared_bytes_of_code(ptx_version); }
 }

@@ -22,7 +22,7 @@ void check_offsets(const Problem& p, int64_t rows) {
             " and sequence ", b, " runs in that step, but there are ", rows, " rows");
 }
 
-void run(const Problem& p, int64_t rows) {
+void run(const Problem& p, int64_t rows, int) {
   if (p.offsets) check_offsets(p, rows);
   static const Kernels& kernels = []() -> const Kernels& {
     const char* name = std::getenv("FUSED_RIN_CPU_ISA");  // as the Python package reads it
@@ -31,34 +31,14 @@ void run(const Problem& p, int64_t rows) {
   sweep_cpu(p, nullptr, kernels, static_cast<int>(torch::stable::get_num_threads()));
 }
 
-Result sweep_forward(const Tensor& pre, const Tensor& weight, const Optional& h0, const Optional& lengths,
-                     const Optional& offsets, const Optional& resets, double skip, const std::string& activation,
-                     int64_t num_reversed, const std::string& backend) {
-  return sweep({pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend, nullptr}, "cpu",
-               run);
-}
-
-Result sweep_backward(const Optional& grad_out, const Optional& grad_h_n, const Tensor& weight, const Tensor& out,
-                      const Optional& lengths, const Optional& offsets, const Optional& resets, double skip,
-                      const std::string& activation, int64_t num_reversed, const std::string& backend) {
-  return sweep({out, weight, grad_h_n, lengths, offsets, resets, skip, activation, num_reversed, backend, &grad_out},
-               "cpu", run);
-}
-
 }  // namespace
+
+constexpr Device kCpu{"cpu", [](const Tensor& tensor) { return tensor.is_cpu(); }, 1, run};
+
 }  // namespace fused_rin::operators
 
-STABLE_TORCH_LIBRARY(fused_rin, m) {
-  m.def(
-      "sweep_forward(Tensor pre, Tensor weight, Tensor? h0, Tensor? lengths, Tensor? offsets, Tensor? resets, "
-      "float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)");
-  m.def(
-      "sweep_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor weight, Tensor out, Tensor? lengths, "
-      "Tensor? offsets, Tensor? resets, float skip, str activation, int num_reversed, str backend) "
-      "-> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY(fused_rin, library) { fused_rin::operators::define_sweeps(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_rin, CompositeExplicitAutograd, m) {
-  m.impl("sweep_forward", TORCH_BOX(&fused_rin::operators::sweep_forward));
-  m.impl("sweep_backward", TORCH_BOX(&fused_rin::operators::sweep_backward));
+STABLE_TORCH_LIBRARY_IMPL(fused_rin, CompositeExplicitAutograd, library) {
+  fused_rin::operators::implement_sweeps<fused_rin::operators::kCpu>(library);
 }

@@ -62,34 +62,95 @@ Activation activation_of(const std::string& name) {
   return Activation::kNone;
 }
 
-// Tensors as a kernel reads them: checked, contiguous, and kept for as long as the problem points into them.
+// Tensors as a kernel reads them: checked, contiguous, padded, and kept for as long as the problem points into them.
 class Readable {
  public:
-  Readable(const Tensor& states, const char* states_name) : states_(states), states_name_(states_name) {}
+  Readable(const Tensor& states, const char* states_name, const Device& device, int64_t hidden, int64_t padding)
+      : states_(states), states_name_(states_name), device_(device), hidden_(hidden), padding_(padding) {}
 
-  const void* operator()(const Tensor& tensor, const char* name, const Shape& shape, ScalarType type) {
-    check(tensor.scalar_type() == type, name, " must have dtype ", text(type), ", got ", text(tensor.scalar_type()));
-    check(shape_of(tensor) == shape, name, " must have shape ", text(shape), ", got ", text(shape_of(tensor)));
-    check(tensor.device() == states_.device(), name, " must be on the device of ", states_name_);
-    kept_.push_back(torch::stable::contiguous(tensor));
-    const void* address = kept_.back().data_ptr();
-    check(address || !tensor.numel(), name, " has no memory: its storage was freed");
-    return address;
+  // D units at the end of each row; of U's, in the axis before it too.
+  const void* units(const Tensor& tensor, const char* name, const Shape& shape, size_t axes = 1) {
+    Tensor plain = checked(tensor, name, shape, states_.scalar_type());
+    if (padding_) {
+      Shape rows{-1}, sides;
+      for (size_t axis = 0; axis < axes; ++axis) {
+        rows.push_back(hidden_);
+        sides.insert(sides.end(), {0, padding_});
+      }
+      plain = torch::stable::pad(torch::stable::reshape(plain, rows), sides);
+    } else if (reinterpret_cast<uintptr_t>(plain.data_ptr()) % device_.row_bytes) {
+      plain = torch::stable::clone(plain);
+    }
+    return kept(plain);
   }
 
-  const void* operator()(const Optional& tensor, const char* name, const Shape& shape, ScalarType type) {
-    return tensor ? (*this)(*tensor, name, shape, type) : nullptr;
+  const void* units(const Optional& tensor, const char* name, const Shape& shape) {
+    return tensor ? units(*tensor, name, shape) : nullptr;
+  }
+
+  const int64_t* numbers(const Optional& tensor, const char* name, const Shape& shape) {
+    return tensor ? static_cast<const int64_t*>(kept(checked(*tensor, name, shape, ScalarType::Long))) : nullptr;
+  }
+
+  // Kernels that read aligned rows read these four at a time.
+  const uint8_t* flags(const Optional& tensor, const char* name, const Shape& shape) {
+    if (!tensor) return nullptr;
+    Tensor plain = checked(*tensor, name, shape, ScalarType::Bool);
+    if (device_.row_bytes > 1)
+      plain = torch::stable::pad(torch::stable::reshape(plain, Shape{-1}), Shape{0, 3 - (plain.numel() + 3) % 4});
+    return static_cast<const uint8_t*>(kept(plain));
   }
 
  private:
+  Tensor checked(const Tensor& tensor, const char* name, const Shape& shape, ScalarType type) const {
+    check(tensor.scalar_type() == type, name, " must have dtype ", text(type), ", got ", text(tensor.scalar_type()));
+    check(shape_of(tensor) == shape, name, " must have shape ", text(shape), ", got ", text(shape_of(tensor)));
+    check(tensor.device() == states_.device(), name, " must be on the device of ", states_name_);
+    Tensor plain = torch::stable::contiguous(tensor);
+    check(plain.data_ptr() || !plain.numel(), name, " has no memory: its storage was freed");
+    return plain;
+  }
+
+  const void* kept(const Tensor& tensor) {
+    kept_.push_back(tensor);
+    return tensor.data_ptr();
+  }
+
   const Tensor& states_;
   const char* states_name_;
+  const Device& device_;
+  int64_t hidden_, padding_;
   std::vector<Tensor> kept_;
+};
+
+// A result: with room for the padding while a kernel writes it, without afterwards.
+class Written {
+ public:
+  Written(const Tensor& like, const Shape& shape, const Shape& split, int64_t padding)
+      : shape_(shape), hidden_(split.back()), padding_(padding), tensor_(empty(like, shape, split, padding)) {}
+
+  void* address() const { return tensor_.data_ptr(); }
+
+  Tensor tensor() {
+    if (!padding_) return tensor_;
+    return torch::stable::reshape(torch::stable::narrow(tensor_, -1, 0, hidden_), shape_);
+  }
+
+ private:
+  static Tensor empty(const Tensor& like, const Shape& shape, Shape split, int64_t padding) {
+    if (!padding) return torch::stable::new_empty(like, shape);
+    split.back() += padding;
+    return torch::stable::new_empty(like, split);
+  }
+
+  Shape shape_;
+  int64_t hidden_, padding_;
+  Tensor tensor_;
 };
 
 }  // namespace
 
-Result sweep(const Sweep& s, const char* device, void (*run)(const Problem&, int64_t rows)) {
+Result sweep(const Sweep& s, const Device& device) {
   const bool backward = s.grad_out != nullptr;
   const char* name = backward ? "out" : "pre";
   Problem p{};
@@ -119,26 +180,29 @@ Result sweep(const Sweep& s, const char* device, void (*run)(const Problem&, int
   p.steps = s.offsets ? s.offsets->size(0) : rows[0];
   p.batch = s.offsets ? s.lengths->size(0) : rows[1];
   const Shape state{p.batch, p.groups, p.hidden};
-  const ScalarType type = s.states.scalar_type();
+  if (s.states.device().type() == torch::headeronly::DeviceType::Meta)
+    return {torch::stable::new_empty(s.states, shape), torch::stable::new_empty(s.states, state)};
+  check(device.is_mine(s.states), name, " must be on a device of type ", device.name);
+  check(s.backend == "auto" || s.backend == device.name, "backend ", s.backend, " is not there without Python; ",
+        "export the model with backend=\"auto\" or \"", device.name, "\"");
 
-  if (s.states.device().type() != torch::headeronly::DeviceType::Meta) {
-    check(s.backend == "auto" || s.backend == device, "backend ", s.backend, " is not there without Python; ",
-          "export the model with backend=\"auto\" or \"", device, "\"");
-    Readable readable(s.states, name);
-    p.lengths = static_cast<const int64_t*>(readable(s.lengths, "lengths", {p.batch}, ScalarType::Long));
-    p.offsets = static_cast<const int64_t*>(readable(s.offsets, "offsets", {p.steps}, ScalarType::Long));
-    p.resets = static_cast<const uint8_t*>(readable(s.resets, "resets", rows, ScalarType::Bool));
-    p.weight = readable(s.weight, "weight", {p.groups, p.hidden, p.hidden}, type);
-    p.state_in = readable(s.state_in, backward ? "grad_h_n" : "h0", state, type);
-    (backward ? p.saved : p.in) = readable(s.states, name, shape, type);
-    if (backward) p.in = readable(*s.grad_out, "grad_out", shape, type);
-    Result result{torch::stable::new_empty(s.states, shape), torch::stable::new_empty(s.states, state)};
-    p.out = std::get<0>(result).data_ptr();
-    p.state_out = std::get<1>(result).data_ptr();
-    run(p, s.offsets ? rows[0] : p.steps * p.batch);
-    return result;
-  }
-  return {torch::stable::new_empty(s.states, shape), torch::stable::new_empty(s.states, state)};
+  const int64_t element = static_cast<int64_t>(s.states.element_size());
+  const int64_t whole = device.row_bytes > element ? device.row_bytes / element : 1;
+  p.padding = (whole - p.hidden % whole) % whole;
+  Readable readable(s.states, name, device, p.hidden, p.padding);
+  p.lengths = readable.numbers(s.lengths, "lengths", {p.batch});
+  p.offsets = readable.numbers(s.offsets, "offsets", {p.steps});
+  p.resets = readable.flags(s.resets, "resets", rows);
+  p.weight = readable.units(s.weight, "weight", {p.groups, p.hidden, p.hidden}, 2);
+  p.state_in = readable.units(s.state_in, backward ? "grad_h_n" : "h0", state);
+  (backward ? p.saved : p.in) = readable.units(s.states, name, shape);
+  if (backward) p.in = readable.units(*s.grad_out, "grad_out", shape);
+  Written out(s.states, shape, split, p.padding), state_out(s.states, state, state, p.padding);
+  p.out = out.address();
+  p.state_out = state_out.address();
+  p.hidden += p.padding;
+  device.run(p, s.offsets ? rows[0] : p.steps * p.batch, s.states.get_device());
+  return {out.tensor(), state_out.tensor()};
 }
 
 }  // namespace fused_rin::operators

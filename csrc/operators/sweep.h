@@ -44,10 +44,50 @@ struct Sweep {
   const Optional* grad_out;  // null: it is a forward sweep
 };
 
+// Where the sweep runs.
+struct Device {
+  const char* name;  // what `backend` may be beside "auto"
+  bool (*is_mine)(const Tensor&);
+  int64_t row_bytes;  // a multiple of which each row of D units takes, and is aligned to; other rows are padded
+  void (*run)(const Problem&, int64_t rows, int index);  // all tensors contiguous; index: of the device
+};
+
 // Checks all arguments, which in Python the callers have done: here anyone may call, from C++ or from a graph that was
 // saved elsewhere. Throws std::runtime_error that names the argument, what was got and what was expected, before
 // anything is written. On meta tensors it answers with shapes alone.
-// `device` is what `backend` may name beside "auto"; `run` gets a problem of contiguous tensors.
-Result sweep(const Sweep&, const char* device, void (*run)(const Problem&, int64_t rows));
+Result sweep(const Sweep&, const Device&);
+
+// Defines the operators sweep_forward and sweep_backward in `library`, see fused_rin/library.py.
+template <class Library>
+void define_sweeps(Library& library) {
+  library.def(
+      "sweep_forward(Tensor pre, Tensor weight, Tensor? h0, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+      "float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)");
+  library.def(
+      "sweep_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor weight, Tensor out, Tensor? lengths, "
+      "Tensor? offsets, Tensor? resets, float skip, str activation, int num_reversed, str backend) "
+      "-> (Tensor, Tensor)");
+}
+
+template <const Device& device>
+Result sweep_forward(const Tensor& pre, const Tensor& weight, const Optional& h0, const Optional& lengths,
+                     const Optional& offsets, const Optional& resets, double skip, const std::string& activation,
+                     int64_t num_reversed, const std::string& backend) {
+  return sweep({pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend, nullptr}, device);
+}
+
+template <const Device& device>
+Result sweep_backward(const Optional& grad_out, const Optional& grad_h_n, const Tensor& weight, const Tensor& out,
+                      const Optional& lengths, const Optional& offsets, const Optional& resets, double skip,
+                      const std::string& activation, int64_t num_reversed, const std::string& backend) {
+  return sweep({out, weight, grad_h_n, lengths, offsets, resets, skip, activation, num_reversed, backend, &grad_out},
+               device);
+}
+
+template <const Device& device, class Library>
+void implement_sweeps(Library& library) {
+  library.impl("sweep_forward", TORCH_BOX(&sweep_forward<device>));
+  library.impl("sweep_backward", TORCH_BOX(&sweep_backward<device>));
+}
 
 }  // namespace fused_rin::operators

@@ -1,11 +1,12 @@
 // Runs a model that holds RINs in a process without Python.
 //
-//     run LIBRARY MODEL INPUT OUTPUT [DEVICE]
+//     run MODEL INPUT OUTPUT DEVICE LIBRARY...
 //
-// LIBRARY   libfused_rin_operators.so, whose path fused_rin.operator_library() gives
 // MODEL     traced (.pt, torch.jit.save) or compiled ahead of time (.pt2, torch._inductor.aoti_compile_and_package)
 // INPUT     a tensor, by torch.save; OUTPUT is written so that torch.load reads it, a tuple of tensors
-// DEVICE    cpu (default) or cuda
+// DEVICE    cpu or cuda
+// LIBRARY   libfused_rin_operators.so, and for CUDA libfused_rin_operators_cuda.so after it; in Python
+//           fused_rin.operator_library("cpu") and ("cuda") are their paths
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/import.h>
@@ -38,16 +39,17 @@ std::vector<at::Tensor> run(const std::string& model, const at::Tensor& input) {
 }  // namespace
 
 int main(int count, char** arguments) try {
-  if (count != 5 && count != 6) {
-    std::cerr << "usage: run LIBRARY MODEL INPUT OUTPUT [cpu|cuda]\n";
+  if (count < 6) {
+    std::cerr << "usage: run MODEL INPUT OUTPUT cpu|cuda LIBRARY...\n";
     return 2;
   }
-  const std::string library = arguments[1], model = arguments[2], device = count == 6 ? arguments[5] : "cpu";
-  // Before the model is loaded: it names the operators that this registers. A program can as well be linked with it.
-  if (!dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL)) throw std::runtime_error(dlerror());
+  const std::string model = arguments[1], device = arguments[4];
+  // Before the model is loaded: it names the operators that these register. A program can as well be linked with them.
+  for (int i = 5; i < count; ++i)
+    if (!dlopen(arguments[i], RTLD_NOW | RTLD_LOCAL)) throw std::runtime_error(dlerror());
 
-  std::ifstream file(arguments[3], std::ios::binary);
-  if (!file) throw std::runtime_error(std::string("cannot read ") + arguments[3]);
+  std::ifstream file(arguments[2], std::ios::binary);
+  if (!file) throw std::runtime_error(std::string("cannot read ") + arguments[2]);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   const at::Tensor input = torch::jit::pickle_load(bytes).toTensor().to(at::Device(device));
 
@@ -56,7 +58,7 @@ int main(int count, char** arguments) try {
   std::vector<c10::IValue> on_cpu;
   for (const at::Tensor& tensor : output) on_cpu.emplace_back(tensor.cpu().contiguous());
   const std::vector<char> written = torch::jit::pickle_save(c10::ivalue::Tuple::create(std::move(on_cpu)));
-  std::ofstream(arguments[4], std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
+  std::ofstream(arguments[3], std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
   return 0;
 } catch (const std::exception& error) {
   std::cerr << error.what() << "\n";

@@ -17,28 +17,34 @@ SCHEMAS = (
     "Tensor? resets, float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)",
 )
 
-_PATH = Path(__file__).with_name("libfused_rin_operators.so")
+_FOLDER = Path(__file__).parent
+_FILES = {"cpu": "libfused_rin_operators.so", "cuda": "libfused_rin_operators_cuda.so"}
 
 
-def _why_not() -> str | None:
-    """Why the C++ library cannot be used here, or None if it can."""
+def _why_not(device: str) -> str | None:
+    """Why the C++ library of a device cannot be used here, or None if it can."""
     if torch.__version__ < (2, 10):  # type: ignore[operator]
         return f"it needs torch >= 2.10, whose stable ABI it is built on, this is {torch.__version__}"
-    if not _PATH.exists():
-        return "it was not built: install with torch >= 2.10 in the environment that builds (--no-build-isolation)"
+    if not (_FOLDER / _FILES[device]).exists():
+        also = " and nvcc" if device == "cuda" else ""
+        return f"it was not built: install with torch >= 2.10{also} where it is built (--no-build-isolation)"
     return None
 
 
-def operator_library() -> str:
+def operator_library(device: str = "cpu") -> str:
     """Path of the C++ library that registers `torch.ops.fused_rin` in a process without this package.
 
     For `torch.ops.load_library`, and for C++ programs that run a traced, exported or AOTInductor-compiled model: link
-    it, or dlopen it, before the model is loaded. It needs libtorch >= 2.10. Raises RuntimeError where there is none.
+    it, or dlopen it, before the model is loaded. "cpu" is the library that defines the operators, "cuda" has the
+    kernels of CUDA tensors and is loaded after it. They need libtorch >= 2.10. Raises RuntimeError where there is none,
+    and ValueError for another device.
     """
-    reason = _why_not() or _failure
+    if device not in _FILES:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    reason = _why_not(device) or _failure
     if reason is not None:
-        raise RuntimeError(f"there is no C++ library of the operators here: {reason}")
-    return str(_PATH)
+        raise RuntimeError(f"there is no C++ library of the operators for {device} here: {reason}")
+    return str(_FOLDER / _FILES[device])
 
 
 def _is_defined() -> bool:
@@ -46,9 +52,9 @@ def _is_defined() -> bool:
 
 
 _failure: str | None = None
-if not _is_defined() and _why_not() is None:
+if not _is_defined() and _why_not("cpu") is None:
     try:
-        torch.ops.load_library(_PATH)
+        torch.ops.load_library(_FOLDER / _FILES["cpu"])
     except OSError as error:
         _failure = f"it could not be loaded ({error})"
 

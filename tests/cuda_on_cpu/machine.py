@@ -14,8 +14,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 CUDA, CPU, HERE = ROOT / "csrc" / "cuda", ROOT / "csrc" / "cuda_on_cpu", Path(__file__).parent
+OPERATORS = ROOT / "csrc" / "operators"
+HAS_STABLE_ABI = torch.__version__ >= (2, 10)  # which the operators' C++ library is built on
 
 
 class KernelError(RuntimeError):
@@ -52,9 +56,22 @@ def build() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise RuntimeError("the emulation of the CUDA kernels needs a C++17 compiler (g++, clang++ or CXX)")
-    units = [*sorted(CUDA.glob("block*.cu")), *sorted(CPU.glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
-    headers = [path for folder in (ROOT / "csrc", CUDA, CPU) for path in sorted(folder.glob("*.*h"))]
+    units = [
+        *sorted(CUDA.glob("block*.cu")),
+        CUDA / "plan.cpp",
+        *sorted(CPU.glob("*.cpp")),
+        *sorted(HERE.glob("*.cpp")),
+    ]
+    headers = [path for folder in (ROOT / "csrc", CUDA, CPU, OPERATORS) for path in sorted(folder.glob("*.*h"))]
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-I", str(CPU), "-I", str(CUDA)]
+    libraries = []
+    if HAS_STABLE_ABI:
+        units.append(OPERATORS / "sweep.cpp")
+        folder = Path(torch.__file__).parent
+        flags += ["-isystem", str(folder / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-attributes"]
+        libraries = [str(folder / "lib" / "libtorch_cpu.so")]
+    else:
+        units.remove(CPU / "operators.cpp")
     digest = hashlib.sha256(" ".join([compiler, *flags]).encode())
     for file in [*units, *headers]:
         digest.update(file.read_bytes())
@@ -71,7 +88,7 @@ def build() -> ctypes.CDLL:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         partial = folder / f"{library.stem}-{os.getpid()}.so"
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        subprocess.run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(partial)], check=True)
         partial.rename(library)  # atomic: test processes may race
         for file in objects:
             file.unlink()
@@ -81,6 +98,15 @@ def build() -> ctypes.CDLL:
 class Machine:
     def __init__(self) -> None:
         self.library = build()
+
+    def plan(
+        self, batch: int, groups: int, hidden: int, dtype: int, allow_tf32: bool, device: tuple[int, ...]
+    ) -> tuple[int, int, int] | None:
+        """(math, hidden, rows) that processes without Python choose, or None where no kernel fits."""
+        call, chosen = self.library.emulated_plan, (ctypes.c_int32 * 3)()
+        call.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_int] * 2, *[ctypes.POINTER(ctypes.c_int32)] * 2]
+        failed = call(batch, groups, hidden, dtype, allow_tf32, (ctypes.c_int32 * 5)(*device), chosen)
+        return None if failed else tuple(chosen)
 
     def instances(self) -> list[tuple[int, ...]]:
         """(dtype, math, backward, hidden, rows, threads, shared bytes) of every compiled kernel."""

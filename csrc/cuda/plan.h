@@ -1,0 +1,25 @@
+// Which kernel of the `block` plan runs a problem, for processes without Python: what fused_rin/cuda_plan.py, where the
+// model and its constants are explained, decides for the others. tests/cuda_on_cpu holds the two together.
+#pragma once
+
+#include <cstdint>
+
+#include "block.h"
+
+namespace fused_rin {
+
+struct DeviceLimits {
+  int major, minor;  // compute capability
+  int sms;
+  int shared_bytes_per_block;  // that a block may opt in to
+  int registers_per_sm;
+};
+
+// What kernels that were compiled from PTX of this version have of it, the larger ones being empty.
+int shared_bytes_of_code(int ptx_version);
+
+// The forward kernel of the pair. Throws std::invalid_argument, with the reason, where none fits.
+const BlockInstance& plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtype, bool allow_tf32,
+                                const DeviceLimits& device);
+
+}  // namespace fused_rin
