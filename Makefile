@@ -1,7 +1,8 @@
 # Everything starts from a fresh checkout: Python 3.10+, a C++17 compiler, and the network for the first `pip install`.
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
-#   make compat on demand: public packages that use torch.nn.RNN, installed under build/ and run after replace_rnn
+#   make compat on demand: public packages that use torch.nn.RNN, installed under build/, and PyTorch's examples
+#   make fuzz SECONDS=600  random calls against the reference, see tests/fuzz; RESULTS=FILE writes what was run
 #   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one, in two parts (PART=2); RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint bench-cpu compat gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz bench-cpu compat gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -44,6 +45,11 @@ lint: $(VENV)/.deps
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+SECONDS ?= 600
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(if $(RESULTS),--out $(RESULTS))
 
 bench-cpu: setup
 	$(BIN)/python -m pytest benchmarks/test_cpu.py benchmarks/test_streaming_cpu.py --benchmark-enable --benchmark-disable-gc -q \

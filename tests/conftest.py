@@ -103,11 +103,19 @@ def make_case(
     )
 
 
-def assert_within(what: str, got: Tensor, plain: Tensor, exact: Tensor, factor: float, terms: int) -> None:
+def assert_within(
+    what: str,
+    got: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    factor: float,
+    terms: int,
+    computed_in: torch.dtype | None = None,
+) -> None:
     """The tolerance rule: got may miss `exact` (float64) by `factor` times what plain PyTorch misses it by.
 
-    A small absolute part, a few last places of the largest value and for `terms` summands, covers the cases where
-    plain PyTorch happens to be exact.
+    A small absolute part, a few last places (of `computed_in`, under autocast not the dtype of the result) of the
+    largest value and for `terms` summands, covers the cases where plain PyTorch happens to be exact.
     """
     assert got.dtype == plain.dtype
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -115,7 +123,7 @@ def assert_within(what: str, got: Tensor, plain: Tensor, exact: Tensor, factor: 
         return
     error = (got.double() - exact).abs().max().item()
     allowed = factor * (plain.double() - exact).abs().max().item()
-    allowed += 2 * torch.finfo(got.dtype).eps * math.sqrt(terms) * max(1.0, exact.abs().max().item())
+    allowed += 2 * torch.finfo(computed_in or got.dtype).eps * math.sqrt(terms) * max(1.0, exact.abs().max().item())
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -105,6 +105,23 @@ def test_saved_tensors_that_come_back_changed(name, change):
         assert (torch.Tensor(a) - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+@pytest.mark.parametrize("rows", [{"resets": torch.rand(20, 3) < 0.3}, {"lengths": torch.tensor([20, 3, 11])}], ids=str)
+@pytest.mark.parametrize("name", ["RIN", "recurrence"])
+def test_saved_rows_that_come_back_with_other_strides(name, rows):
+    """Which rows run is saved for backward too, and a kernel reads it by address."""
+    if name == "recurrence":
+        pre, weight = torch.randn(20, 3, 1, 4, requires_grad=True), (torch.randn(1, 4, 4) / 4).requires_grad_()
+        leaves, function = [pre, weight], lambda: recurrence(pre, weight, activation="tanh", **rows)[0]
+    else:
+        module, x = RIN(2, 4, nonlinearity="tanh"), torch.randn(20, 3, 2, requires_grad=True)
+        leaves, function = [x, *module.parameters()], lambda: module(x, **rows)[0]
+    want = torch.autograd.grad(function().sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, t], -1), lambda t: t[..., 0]):
+        out = function()
+    for a, b in zip(torch.autograd.grad(out.sum(), leaves), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_saved_tensors_of_another_shape_are_refused():
     module, x = RIN(3, 4), torch.randn(20, 2, 3)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t[:1]):

@@ -178,6 +178,35 @@ def test_freed_memory_is_refused_before_a_kernel_reads_it(call, grad, monkeypatc
     assert not calls
 
 
+@pytest.mark.parametrize("steps", [1, 20])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"num_heads": 2}], ids=str)
+def test_freed_memory_behind_an_offset(steps, grad, options, monkeypatch):
+    """Parameters as views of one flat tensor whose storage is freed between uses (FSDP): an offset is no address."""
+    module, x = RIN(3, 4, **options).requires_grad_(False), torch.randn(steps, 2, 3)
+    flat = torch.cat([p.data.flatten() for p in module.parameters()])
+    for parameter, part in zip(module.parameters(), flat.split([p.numel() for p in module.parameters()]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    flat.untyped_storage().resize_(0)
+    module.requires_grad_(grad)
+    calls = _count(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"has no memory|storage"):
+        module(x)
+    assert not calls
+
+
+def test_states_without_memory_behind_an_offset():
+    """A slice of a zero tensor is one; of a freed state, nothing."""
+    module, x = RIN(3, 4, num_layers=2, bidirectional=True), torch.randn(20, 2, 3)
+    zero = torch._efficientzerotensor((4, 2, 4))
+    for given in (x, torch.nn.utils.rnn.pack_padded_sequence(x, [3, 20], enforce_sorted=False)):
+        for a, b in zip(module(given, zero), module(given), strict=True):
+            a, b = (t.data if isinstance(t, torch.nn.utils.rnn.PackedSequence) else t for t in (a, b))
+            assert torch.equal(a, b)
+        with pytest.raises(RuntimeError, match=r"has no memory|storage"):
+            module(given, freed(torch.randn(4, 2, 4)))
+
+
 def test_memory_freed_between_forward_and_backward():
     rin, x = RIN(3, 4), torch.randn(20, 2, 3)
     out, _ = rin(x)

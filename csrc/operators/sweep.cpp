@@ -106,9 +106,11 @@ class Readable {
     check(tensor.scalar_type() == type, name, " must have dtype ", text(type), ", got ", text(tensor.scalar_type()));
     check(shape_of(tensor) == shape, name, " must have shape ", text(shape), ", got ", text(shape_of(tensor)));
     check(tensor.device() == states_.device(), name, " must be on the device of ", states_name_);
-    Tensor plain = torch::stable::contiguous(tensor);
-    check(plain.data_ptr() || !plain.numel(), name, " has no memory: its storage was freed");
-    return plain;
+    // Of a freed storage the address is null and the offset into it, which `contiguous` would read.
+    const uintptr_t offset = static_cast<uintptr_t>(tensor.storage_offset()) * tensor.element_size();
+    check(reinterpret_cast<uintptr_t>(tensor.data_ptr()) != offset || !tensor.numel(), name,
+          " has no memory: its storage was freed");
+    return torch::stable::contiguous(tensor);
   }
 
   const void* kept(const Tensor& tensor) {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fused_rin import profiling
+from fused_rin import profiling, watchers
 from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
 
 try:
@@ -113,7 +113,7 @@ def _address(tensor: Tensor | None) -> int:
     """Where the numbers of a contiguous tensor lie, 0 for none. RuntimeError where its memory was taken from it."""
     if tensor is None:
         return 0
-    address = tensor.data_ptr()
+    address = watchers.address(tensor)
     if not address and tensor.numel():
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed (resize_(0), as sharding "

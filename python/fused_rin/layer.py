@@ -54,7 +54,9 @@ def _layer_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) 
         return (None,) * 7
     x, w_ih, w_hh, h0, out, *saved_rows = cast(list[Any], ops.restored(ctx))
     rule, groups, batch_first = ctx.constants
-    rows, needs = Rows(*saved_rows) if saved_rows else ALL_ROWS, ctx.needs_input_grad
+    rows, needs = ALL_ROWS, ctx.needs_input_grad
+    if saved_rows:
+        rows = Rows(*[None if t is None else t.contiguous() for t in saved_rows])
     if batch_first:
         out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
     if groups == 1 and watchers.way_back(grad_out, grad_h_n) is DIRECT:

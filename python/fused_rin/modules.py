@@ -204,6 +204,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
         batch = lengths.shape[0]
         self._check(data, hx, batch)
         if hx is not None:
+            watchers.check_memory(hx)
             hx = self.permute_hidden(hx, sorted_indices)
         if resets is not None:
             check_resets(resets, tuple(data.shape[:1]), data.device, "input")
@@ -294,6 +295,7 @@ class RIN(SkipModule, torch.nn.RNNBase):
         ]
         if directions == 1:
             return Weights(*sets[0])
+        watchers.check_memory(*sets[0], *sets[1])
         return Weights(*(torch.cat(pair) for pair in zip(*sets, strict=True)))
 
 

@@ -36,7 +36,7 @@ MAX_ROW_STEPS = 16
 # Looked up once: together they would cost as much as the arithmetic of a step of 64 units.
 _unobserved = watchers.unobserved
 _grad_enabled, _num_threads = torch.is_grad_enabled, torch.get_num_threads
-_Parameter = torch.nn.Parameter
+_Parameter, _ANY_OFFSET = torch.nn.Parameter, watchers.ANY_OFFSET
 
 
 def is_short(steps: int, batch: int, dtype: torch.dtype, batch_first: bool) -> bool:
@@ -69,7 +69,8 @@ def _address(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], grad: bool
             and not (grad and tensor.requires_grad)
             and not tensor.is_neg()
         ):
-            return tensor.data_ptr()
+            place = tensor.data_ptr()
+            return place if place > _ANY_OFFSET else watchers.address(tensor)
     except RuntimeError:  # other layouts, batched tensors: no shape, no strides or no memory
         pass
     return 0
@@ -200,7 +201,7 @@ def _rin_in_training(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Ten
         for names in module._all_weights:
             tensors += [parameters[name] for name in names]
         for t in tensors:
-            if t.dtype is not dtype or not t.data_ptr():
+            if t.dtype is not dtype or not watchers.address(t):
                 return None
     except (RuntimeError, KeyError):  # tensors without a shape or without memory; parametrized weights
         return None
@@ -281,7 +282,7 @@ def _cell_in_training(module: Any, input: Tensor, hx: Tensor | None) -> Tensor |
         parameters = module._parameters
         own = Weights(*[parameters[name] for name in (_CELL if module.bias else _CELL[:2])])
         for t in (input, hx, *own):
-            if t is not None and (t.dtype is not dtype or not t.data_ptr()):
+            if t is not None and (t.dtype is not dtype or not watchers.address(t)):
                 return None
     except (RuntimeError, KeyError):
         return None

@@ -66,6 +66,17 @@ def exporting_to_onnx() -> bool:
     return (torch.compiler.is_compiling() or _tracing_state() is not None) and torch.onnx.is_in_onnx_export()
 
 
+# An offset into memory that is not there (a slice of a freed storage) looks like an address. No offset is as large as
+# this, a terabyte, and most addresses are larger.
+ANY_OFFSET = 1 << 40
+
+
+def address(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie, 0 if they lie nowhere. RuntimeError if it has no storage."""
+    place = tensor.data_ptr()
+    return place if place > ANY_OFFSET or place != tensor.storage_offset() * tensor.itemsize else 0
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether a kernel may read the numbers where the tensor says they lie.
 
@@ -75,7 +86,7 @@ def is_readable(tensor: Tensor) -> bool:
     if type(tensor) not in PLAIN:
         return False
     try:
-        return not tensor.is_neg() and (tensor.data_ptr() != 0 or not tensor.numel())
+        return not tensor.is_neg() and (address(tensor) != 0 or not tensor.numel())
     except RuntimeError:  # what has no storage says so
         return False
 
@@ -108,7 +119,7 @@ def is_plain(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool
             and tensor.is_cpu
             and type(tensor) in PLAIN
             and not tensor.is_neg()
-            and tensor.data_ptr() != 0
+            and address(tensor) != 0
         )
     except RuntimeError:
         return False
