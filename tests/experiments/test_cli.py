@@ -2,12 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from experiment_helpers import fused_rin, metrics
+from fused_rin import __version__
 from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.cli import main
+from fused_rin.experiments.errors import CLOSED, UserError
 from fused_rin.experiments.runs import Run
 from fused_rin.experiments.settings import Settings
 from fused_rin.experiments.training import Trainer
@@ -226,3 +230,44 @@ def test_train_from_the_shell(tmp_path):
     assert "test loss" in result.stdout
     files = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"}
     assert {path.name for path in (tmp_path / "runs" / "adding-rin-0").iterdir()} == files
+
+
+def test_two_runs_in_one_folder_at_once(fails, tmp_path):
+    """The second is refused while the first trains, and when the first began after the second looked."""
+    settings = Settings.for_task("adding", **_values(SMALL))
+    first, second = Run.new(tmp_path / "both", settings), Run.new(tmp_path / "both", settings)
+    first.create()
+    with pytest.raises(UserError, match="another process trains in this folder"):
+        second.create()
+    assert "another process trains in this folder" in fails("train", "--resume", tmp_path / "both")
+    first.release()
+    with pytest.raises(UserError, match="holds a run already"):
+        second.create()
+    assert Run.open(tmp_path / "both").settings == settings
+
+
+def test_a_package_of_the_extras_that_is_missing_is_named(fails, monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("fused_rin.experiments.") and name.endswith((".progress", ".training", ".checkpoints")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    message = fails(*TRAIN)
+    assert "lightning_fabric is not installed; the commands need: pip install 'fused-rin[experiments]'" in message
+
+
+def test_output_that_nobody_reads_ends_the_run_quietly(tmp_path):
+    command = [sys.executable, "-m", "fused_rin", *TRAIN, "--steps", "40", "--eval-every", "1", "--out", "run"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.readline()
+    running.stdout.close()
+    errors = running.stderr.read()
+    assert running.wait() == CLOSED
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fused-rin {__version__}, torch {torch.__version__}\n"

@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from .. import __version__
 from .data import data_folder, download
-from .errors import INTERRUPTED, UserError
+from .errors import CLOSED, INTERRUPTED, UserError
 from .models import MODELS
 from .runs import Run
 from .settings import (
@@ -74,6 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser = Parser(prog="fused-rin", description="Train Recurrent Identity Networks and their peers.")
+    parser.add_argument("--version", action="version", version=f"fused-rin {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_demo(commands)
@@ -88,9 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(status)
     except UserError as error:
         parser.error(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        if (error.name or "fused_rin").startswith("fused_rin"):
+            raise
+        parser.error(f"{error.name} is not installed; the commands need: pip install 'fused-rin[experiments]'")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `| head`: nobody reads on; nor is there anybody to tell at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED)
 
 
 def _leave_group() -> None:

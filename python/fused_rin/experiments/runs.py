@@ -25,6 +25,7 @@ from .settings import Settings
 
 FORMAT = "fused-rin run"
 VERSION = 1
+THERE = "holds a run already; go on with --resume, or name another folder"
 
 
 class Run:
@@ -36,6 +37,7 @@ class Run:
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoint_path = path / "checkpoint.pt"
         self.curves_path = path / "curves.png"
+        self._lock: int | None = None
 
     @classmethod
     def new(cls, path: Path | str, settings: Settings) -> Run:
@@ -48,12 +50,33 @@ class Run:
             return cls(path, settings)
         with reporting(path, "use the run folder"):
             if path.exists() and any(path.iterdir()):
-                hint = "holds a run already; go on with --resume, or name another folder"
-                raise UserError(f"{path}: {hint if _is_run(path) else 'is not empty and not a run folder'}")
+                raise UserError(f"{path}: {THERE if _is_run(path) else 'is not empty and not a run folder'}")
         return cls(path, settings)
 
+    def claim(self) -> None:
+        """Takes the folder for this process until `release`, or its end. UserError if another one trains there."""
+        try:
+            import fcntl
+        except ImportError:  # not on this system
+            return
+        with reporting(self.path, "use the run folder"):
+            folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise UserError(f"{self.path}: another process trains in this folder; name another one") from None
+        except OSError:  # a file system without locks
+            pass
+        self._lock = folder
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def create(self) -> None:
-        """Makes the folder, with the configuration in it."""
+        """Makes and claims the folder, with the configuration in it."""
         config = {
             "format": FORMAT,
             "version": VERSION,
@@ -63,6 +86,11 @@ class Run:
         }
         with reporting(self.path, "write to the run folder"):
             self.path.mkdir(parents=True, exist_ok=True)
+        self.claim()
+        if _is_run(self.path):  # made by another process since `new` looked
+            self.release()
+            raise UserError(f"{self.path}: {THERE}")
+        with reporting(self.path, "write to the run folder"):
             write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             self.metrics_path.touch()
 

@@ -95,14 +95,22 @@ class Trainer:
         self.totals = torch.zeros(4, device=self.fabric.device)  # since the last log line, see `_sums`
         self.resume = resume
         if resume:
+            if self.fabric.is_global_zero:
+                folder.claim()
             self._load()
 
     def run(self) -> Outcome:
         """Runs the remaining steps. SIGINT and SIGTERM end it after the step in hand, with a checkpoint of
         that step.
 
-        Raises UserError when the disk refuses, and Diverged.
+        Raises UserError when the disk refuses or another process trains in the folder, and Diverged.
         """
+        try:
+            return self._run()
+        finally:
+            self.folder.release()
+
+    def _run(self) -> Outcome:
         settings = self.settings
         first, pauses = self.step, 0.0
         start, before = time.perf_counter(), self.seconds
