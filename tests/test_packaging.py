@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import fused_rin
+import pytest
 
 
 def test_a_type_checker_finds_the_package():
@@ -22,3 +23,12 @@ def test_the_triton_kernels_are_one_package():
 
     assert kernels.__name__ == "fused_rin.triton_kernels"
     assert Path(kernels.__file__).parent == Path(fused_rin.__file__).parent / "triton_kernels"
+
+
+def test_the_picture_of_the_modules_is_of_these_modules():
+    """docs/architecture.svg is what `python -m tools.draw_modules` draws; it refuses circles."""
+    from tools import draw_modules
+
+    assert draw_modules.PICTURE.read_text() == draw_modules.draw(draw_modules.imports())
+    with pytest.raises(SystemExit, match="a circle of imports: b -> c -> b"):
+        draw_modules.levels({"a": {"b"}, "b": {"c"}, "c": {"b"}})

@@ -224,7 +224,9 @@ class Checked:
         for i in range(compared):
             what = f"output {i}" if i < outputs else f"gradient {i - outputs}"
             three = got[i].detach(), plain[i].detach(), exact[i].detach()
-            assert_within(what, *three, 2 if i < outputs else 3, terms, computed_in)
+            # Where the state doubles in every step, so does an error, and whose comes first is chance.
+            factor = (2 if i < outputs else 3) * (2 if abs(case.skip) > 1 else 1)
+            assert_within(what, *three, factor, terms, computed_in)
         if case.skip == 0 and case.kind != "recurrence":
             self.compare_with_torch(out=[t.detach() for t in got[:outputs]], exact=exact, terms=terms)
         return "gradient" if compared > outputs else "value"
