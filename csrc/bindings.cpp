@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/openmp.h"
-#include "cpu/sweep.h"
+#include "cpu/run.h"
 #include "python_problem.h"
 
 namespace py = pybind11;

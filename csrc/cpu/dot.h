@@ -1,7 +1,7 @@
 // The inner loops: rows of states times a panel of U, sums in registers. Compiled once per instruction set (vec.h).
 #pragma once
 
-#include "kernels.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace fused_rin {
@@ -98,20 +98,20 @@ int64_t list_nonzero(const S* x, int64_t begin, int64_t end, int32_t* to) {
   return count;
 }
 
-// Which states of a row are not zero, chunk by chunk.
+// Which states of a row are not zero, slice by slice.
 struct Nonzero {
   int32_t* index;  // [D + kListSlack]
-  int64_t begin[kMaxChunks + 1];
+  int64_t begin[kMaxSlices + 1];
   bool worthwhile;  // enough zeros to be worth skipping
 
   template <class S>
   void find(const S* x, const Layout& l) {
     begin[0] = 0;
-    for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
-      begin[chunk + 1] =
-          begin[chunk] + list_nonzero(x, l.chunk_begin(chunk), l.chunk_begin(chunk + 1), index + begin[chunk]);
+    for (int64_t slice = 0; slice < l.slices; ++slice) {
+      begin[slice + 1] =
+          begin[slice] + list_nonzero(x, l.slice_begin(slice), l.slice_begin(slice + 1), index + begin[slice]);
     }
-    worthwhile = begin[l.chunks] * 8 <= l.depth * 7;
+    worthwhile = begin[l.slices] * 8 <= l.depth * 7;
   }
 };
 
@@ -135,35 +135,35 @@ void dot_listed(const S* x, const int32_t* index, int64_t count, const S* __rest
 // Two ways to read less of it, or from nearer by:
 // - Rows of U that meet a zero state are passed over: after a ReLU that is about every other one.
 // - A cache that evicts what was used longest ago never serves a matrix that is read around and around. So every other
-//   step walks it backwards and finds the last 30 KB or so where they were left: the depth is cut into chunks with sums
+//   step walks it backwards and finds the last 30 KB or so where they were left: the depth is cut into slices with sums
 //   of their own, taken in either order and added up in one order, so that the direction does not show in the result.
-// `parts` holds the chunks' sums meanwhile.
+// `parts` holds the slices' sums meanwhile.
 template <class S, int V>
-void dot_chunked(const S* __restrict x, const S* __restrict panel, const Layout& l, const Nonzero* nonzero,
-                 bool descending, S* __restrict parts, S* __restrict acc) {
+void dot_sliced(const S* __restrict x, const S* __restrict panel, const Layout& l, const Nonzero* nonzero,
+                bool descending, S* __restrict parts, S* __restrict acc) {
   constexpr int kWidth = V * VecOf<S>::kLanes;
-  for (int64_t i = 0; i < l.chunks; ++i) {
-    const int64_t chunk = descending ? l.chunks - 1 - i : i;
+  for (int64_t i = 0; i < l.slices; ++i) {
+    const int64_t slice = descending ? l.slices - 1 - i : i;
     if (nonzero) {
-      const int64_t begin = nonzero->begin[chunk], count = nonzero->begin[chunk + 1] - begin;
-      dot_listed<S, V>(x, nonzero->index + begin, count, panel, parts + chunk * kWidth);
+      const int64_t begin = nonzero->begin[slice], count = nonzero->begin[slice + 1] - begin;
+      dot_listed<S, V>(x, nonzero->index + begin, count, panel, parts + slice * kWidth);
     } else {
-      const int64_t k = l.chunk_begin(chunk), depth = l.chunk_begin(chunk + 1) - k;
-      dot<S, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, parts + chunk * kWidth, 0);
+      const int64_t k = l.slice_begin(slice), depth = l.slice_begin(slice + 1) - k;
+      dot<S, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, parts + slice * kWidth, 0);
     }
   }
   for (int64_t i = 0; i < kWidth; i += VecOf<S>::kLanes) {
     auto total = load(parts + i);
-    for (int64_t chunk = 1; chunk < l.chunks; ++chunk) total += load(parts + chunk * kWidth + i);
+    for (int64_t slice = 1; slice < l.slices; ++slice) total += load(parts + slice * kWidth + i);
     store(acc + i, total);
   }
 }
 
 template <class S>
-using DotChunked = void (*)(const S*, const S*, const Layout&, const Nonzero*, bool, S*, S*);
+using DotSliced = void (*)(const S*, const S*, const Layout&, const Nonzero*, bool, S*, S*);
 template <class S>
-constexpr DotChunked<S> kDotChunked[8] = {dot_chunked<S, 1>, dot_chunked<S, 2>, dot_chunked<S, 3>, dot_chunked<S, 4>,
-                                          dot_chunked<S, 5>, dot_chunked<S, 6>, dot_chunked<S, 7>, dot_chunked<S, 8>};
+constexpr DotSliced<S> kDotSliced[8] = {dot_sliced<S, 1>, dot_sliced<S, 2>, dot_sliced<S, 3>, dot_sliced<S, 4>,
+                                        dot_sliced<S, 5>, dot_sliced<S, 6>, dot_sliced<S, 7>, dot_sliced<S, 8>};
 
 template <class S>
 using Dot = void (*)(const S*, int64_t, const S*, int64_t, S*, int64_t);

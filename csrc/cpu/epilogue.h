@@ -1,7 +1,7 @@
 // What happens to a sum once it is complete: skip, input, activation. Compiled once per instruction set (vec.h).
 #pragma once
 
-#include "kernels.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace fused_rin {

@@ -7,9 +7,9 @@
 #pragma once
 
 #include "dot.h"
-#include "kernels.h"
 #include "outer.h"
 #include "rows.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace fused_rin {

@@ -2,7 +2,7 @@
 // instruction set (vec.h).
 #pragma once
 
-#include "kernels.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace fused_rin {

@@ -1,7 +1,7 @@
 // A matrix as torch has it -> panels for `dot`. Compiled once per instruction set (vec.h).
 #pragma once
 
-#include "kernels.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace fused_rin {

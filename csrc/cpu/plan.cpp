@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "sweep.h"
+#include "run.h"
 
 namespace fused_rin {
 
@@ -48,8 +48,8 @@ Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks)
   // A sum needs several chains to hide the latency of its multiply-adds when a row has few vectors.
   l.chains = l.vecs == 1 ? 4 : l.vecs <= 4 ? 2 : 1;
   const bool exceeds_l1 = l.vecs * kernels.vector_bytes * l.depth > 24 * 1024;
-  l.chunks = p.batch == 1 && l.chains == 1 && exceeds_l1 ? std::clamp<int64_t>(l.depth / 64, 1, kMaxChunks) : 1;
-  l.chunk_depth = ((l.depth + l.chunks - 1) / l.chunks + 7) / 8 * 8;  // zeros are looked for eight states at a time
+  l.slices = p.batch == 1 && l.chains == 1 && exceeds_l1 ? std::clamp<int64_t>(l.depth / 64, 1, kMaxSlices) : 1;
+  l.slice_depth = ((l.depth + l.slices - 1) / l.slices + 7) / 8 * 8;  // zeros are looked for eight states at a time
   const int64_t width = p.batch == 1 && l.chains == 1 ? kernels.wide_block : kernels.narrow_block;
   l.cut(std::min(l.vecs, std::max((l.vecs + width - 1) / width, min_blocks)));
   return l;

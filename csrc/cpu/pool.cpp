@@ -1,7 +1,6 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <thread>
 
@@ -10,46 +9,12 @@
 
 namespace fused_rin {
 
-void pause_cpu() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 namespace {
-
-// Spins, then gives the time slice away at each further turn.
-template <class Condition>
-void wait_until(Condition done) {
-  constexpr int kSpins = 2000;
-  for (int spins = 0; !done(); ++spins) {
-    if (spins < kSpins) {
-      pause_cpu();
-    } else {
-      sched_yield();
-    }
-  }
-}
 
 // Never destroyed: its threads sleep until the process ends.
 Pool* pool = nullptr;
 
 }  // namespace
-
-void Team::start(int threads) {
-  threads_ = threads;
-  for (int i = 0; i < threads; ++i) flags_[i].epoch.store(0, std::memory_order_relaxed);
-}
-
-void Team::meet(int rank) {
-  const uint64_t epoch = flags_[rank].epoch.load(std::memory_order_relaxed) + 1;
-  flags_[rank].epoch.store(epoch, std::memory_order_release);
-  for (int i = 0; i < threads_; ++i) {
-    wait_until([&] { return flags_[i].epoch.load(std::memory_order_acquire) >= epoch; });
-  }
-}
 
 Pool& Pool::instance() {
   static std::once_flag once;

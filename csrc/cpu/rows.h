@@ -1,7 +1,7 @@
 // Which rows run at which step, and where they lie. Compiled once per instruction set (vec.h).
 #pragma once
 
-#include "kernels.h"
+#include "sweep.h"
 
 namespace fused_rin {
 namespace FUSED_RIN_ISA {

@@ -5,7 +5,7 @@
 // and a row of U, as they lie, with the input and the state. Nothing is kept between calls, so nothing can go stale.
 #pragma once
 
-#include "kernels.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace fused_rin {

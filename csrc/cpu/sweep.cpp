@@ -1,371 +1,350 @@
+// The sweep for CPUs, compiled once per instruction set (see vec.h).
+//
+// Per step and tile of rows: `dot` multiplies the states with one panel of U, sums in registers, and the epilogue adds
+// skip * state and the streamed input to them, applies the activation, and writes the output and the next state. The
+// product is summed on its own and the state added to it at the end: U is small against I, so its terms are kept
+// from being rounded away one by one.
+//
+// No result depends on how rows are grouped into tiles or outputs over threads: the order of every sum follows from D
+// alone (Layout::chains).
+
 #include "sweep.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <mutex>
-#include <new>
-#include <numeric>
-#include <utility>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "pool.h"
+#include "dot.h"
+#include "epilogue.h"
+#include "layer.h"
+#include "pack.h"
+#include "rows.h"
+#include "step.h"
+#include "vec.h"
 
 namespace fused_rin {
+namespace FUSED_RIN_ISA {
 namespace {
 
-// Aligned memory. In huge pages, which save 5 percent of a step at B = 1, D = 1,024, where U is 4 MB, and nothing that
-// could be measured up to D = 512.
-class Memory {
- public:
-  Memory() = default;
-  explicit Memory(size_t bytes) {
-    const size_t align = bytes < kHuge / 16 ? 4096 : kHuge;
-    size_ = (bytes + align - 1) / align * align;
-    data_ = static_cast<char*>(std::aligned_alloc(align, size_));
-    if (!data_) throw std::bad_alloc();
-    if (align == kHuge) prefer_huge_pages(data_, size_);
-  }
-  Memory(Memory&& other) noexcept { swap(other); }
-  Memory& operator=(Memory&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~Memory() { std::free(data_); }
-  char* data() const { return data_; }
-  size_t size() const { return size_; }
+template <class T>
+class Sweep {
+  using S = Scalar<T>;
 
- private:
-  static constexpr size_t kHuge = size_t{2} << 20;
-  void swap(Memory& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-  }
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// Memory for one call, handed back at its end for the next one: a fresh megabyte costs 256 page faults. What is kept is
-// the process's, not a thread's, and has a bound: threads that call now and then would else keep a matrix each for as
-// long as they live. Nobody waits for it, so a fork from another thread's call can leave nothing locked: whoever finds
-// it taken goes to the system.
-class Workspace {
  public:
-  explicit Workspace(size_t bytes) {
-    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
-    if (lock.owns_lock()) {
-      std::vector<Memory>& all = kept();
-      for (size_t i = all.size(); i-- > 0;) {  // the last one handed back is the warmest
-        if (all[i].size() < bytes) continue;
-        memory_ = std::move(all[i]);
-        all.erase(all.begin() + static_cast<std::ptrdiff_t>(i));
-        return;
-      }
+  Sweep(const Problem& p, const Layout& l, const Part& part)
+      : p_(p),
+        l_(l),
+        part_(part),
+        rows_(part.rows),
+        ascending_(is_ascending(p, part.group)),
+        // From no state there is nothing to multiply, unless U holds an Inf or a NaN, which times zero is NaN.
+        direct_(p.backward || (!p.state_in && part.finite)),
+        first_column_(l.first_column(part.block_begin)),
+        end_column_(l.end_column(part.block_end - 1)),
+        state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])} {
+    nonzero_.index = part.index;
+  }
+
+  void run() {
+    const int64_t started = rows_at(p_, rows_, 0);
+    copy_unstarted(started);
+    if (rows_.lengths && !p_.offsets) zero_padding();
+    if (!part_.layer) {
+      run_steps(0, p_.steps);
+    } else if (p_.backward) {
+      run_layer_backward();
+    } else {
+      run_layer();
     }
-    memory_ = Memory(bytes);
-  }
-  ~Workspace() {
-    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
-    if (!lock.owns_lock() || memory_.size() > kMost) return;
-    std::vector<Memory>& all = kept();
-    size_t sum = memory_.size();
-    for (const Memory& m : all) sum += m.size();
-    size_t first = 0;
-    while (first < all.size() && (sum > kMost || all.size() - first >= kMostPieces)) sum -= all[first++].size();
-    all.erase(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(first));
-    all.push_back(std::move(memory_));
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  char* data() const { return memory_.data(); }
-
- private:
-  static constexpr size_t kMost = size_t{64} << 20;
-  static constexpr size_t kMostPieces = 64;
-  // Never destroyed: a thread may still be in a call while the process ends.
-  static std::mutex& mutex() {
-    static auto* const m = new std::mutex;
-    return *m;
-  }
-  static std::vector<Memory>& kept() {
-    static auto* const k = new std::vector<Memory>;
-    return *k;
-  }
-  Memory memory_;
-};
-
-// Hands out pieces of a workspace; first asked only for their sizes, then for the pieces.
-class Carver {
- public:
-  explicit Carver(char* base) : base_(base) {}
-  void* take(int64_t bytes) {
-    char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += (static_cast<size_t>(bytes) + 127) / 128 * 128;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-Panels make_panels(int64_t depth, int64_t outputs, int64_t lanes, int64_t width) {
-  Panels l{};
-  l.depth = depth;
-  l.outputs = outputs;
-  l.lanes = lanes;
-  l.vecs = (outputs + lanes - 1) / lanes;
-  l.cut((l.vecs + width - 1) / width);
-  return l;
-}
-
-// Batch indices of some rows, and the steps they have.
-struct Rows {
-  std::vector<int64_t> order, lengths;
-  int64_t position = 0, stride = 1;
-  RowList list(bool with_lengths) const {
-    return {static_cast<int64_t>(order.size()), order.data(), with_lengths ? lengths.data() : nullptr};
-  }
-};
-
-class Call {
- public:
-  Call(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan)
-      : p_(p), layer_(layer), kernels_(kernels), plan_(plan), scalar_(kernels.vector_bytes / plan.layout.lanes) {
-    std::vector<int64_t> order(static_cast<size_t>(p.batch));
-    std::iota(order.begin(), order.end(), int64_t{0});
-    if (p.lengths) {
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
-    }
-    for (const int64_t b : order) add(all_, b);
-    if (layer) {
-      const int64_t lanes = plan.layout.lanes;
-      input_ = p.backward ? make_panels(p.hidden, layer->inputs, lanes, kernels.narrow_block)
-                          : make_panels(layer->inputs, p.hidden, lanes, kernels.narrow_block);
-    }
-  }
-
-  size_t bytes() { return carve(Carver(nullptr)); }
-  void bind(char* memory) { carve(Carver(memory)); }
-  Team& team() { return team_; }
-
-  void run(int rank) {
-    pack(rank);
-    if (plan_.threads > 1) team_.meet(rank);
-    for (int64_t g = 0; g < p_.groups; ++g) run_group(g, rank);
+    leave(0, active_);
   }
 
  private:
-  void add(Rows& rows, int64_t b) const {
-    rows.order.push_back(b);
-    if (p_.lengths) rows.lengths.push_back(std::clamp<int64_t>(p_.lengths[b], 0, p_.steps));
+  // ---- a layer: what is done before and after some steps ----
+
+  S* chunk_rows(int64_t number) const { return static_cast<S*>(part_.chunk_rows[number % 2]); }
+  void meet() const {
+    if (part_.team) part_.team->meet(part_.rank);
   }
 
-  int64_t panel_bytes() const { return plan_.layout.scalars() * scalar_; }
-  int64_t input_bytes() const { return input_.scalars() * scalar_; }
-  bool needs_input() const { return layer_ && (!p_.backward || layer_->grad_x); }
-  int64_t state_bytes() const { return plan_.layout.padded() * p_.batch * scalar_; }
-  int64_t max_chunk_rows() const { return std::max(p_.batch, p_.backward ? kOuterDepth : kInputRows); }
-
-  size_t carve(Carver carver) {
-    const auto scalars = [&](int64_t count) { return carver.take(count * scalar_); };
-    panels_ = static_cast<char*>(scalars(p_.groups * plan_.layout.scalars()));
-    for (int i = 0; i < 2; ++i) states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
-    if (needs_input()) input_panels_ = static_cast<char*>(scalars(p_.groups * input_.scalars()));
-    const int64_t padded = plan_.layout.padded(), lanes = plan_.layout.lanes, rows = max_chunk_rows();
-    // Gradients of pre are shared by all threads; an input product is its thread's own.
-    if (layer_) {
-      for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
-      const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes - 1) / lanes;
-      if (p_.backward) gradient_ = scalars((groups * lanes + kBiasLevels) * padded);
-      gathered_ = p_.backward ? std::min(groups, outer_groups(kernels_.vector_bytes)) * kOuterDepth * lanes
-                              : rows * layer_->inputs;
+  // Each thread makes the input product of its own rows and columns.
+  void run_layer() {
+    const InputProduct<T> input(p_, part_);
+    chunk_data_ = chunk_rows(0);
+    while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
+      input.run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
+      run_steps(chunk_.begin, chunk_.end);
     }
-    for (int i = 0; i < plan_.threads; ++i) {
-      Own& own = own_[i];
-      own.scratch = scalars(kMaxTileRows * std::max(padded, input_.padded()) + kChunkScalars);
-      own.index = static_cast<int32_t*>(carver.take((p_.hidden + kListSlack) * static_cast<int64_t>(sizeof(int32_t))));
-      if (!layer_) continue;
-      own.gathered = scalars(gathered_);
-      if (p_.backward) {
-        own.panel = scalars(kOuterDepth * kOuterVecs * lanes);
-        own.sources = static_cast<int64_t*>(carver.take(2 * rows * static_cast<int64_t>(sizeof(int64_t))));
-      } else {
-        own.bias = scalars(padded);
-      }
-    }
-    return carver.used();
   }
 
-  // Calls body(recurrence, first block, end block) for this thread's share of the panels of all recurrences.
+  // The gradients of pre are kept for a chunk of steps of all threads' rows, in two places that take turns, so that
+  // one meeting a chunk is enough.
+  void run_layer_backward() {
+    WeightGradient<T> gradient(p_, l_, part_);
+    for (int64_t number = 0; chunk_.advance(p_, part_.all, ascending_, kOuterDepth); ++number) {
+      chunk_data_ = chunk_rows(number);
+      run_steps(chunk_.begin, chunk_.end);
+      if (!part_.meets) meet();
+      gradient.add(chunk_, chunk_data_);
+    }
+    meet();
+    gradient.finish();
+  }
+
+  // ---- who runs when ----
+
+  void run_steps(int64_t begin, int64_t end) {
+    if (rows_.count == 0) return;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = time_of(p_, ascending_, i);
+      if (part_.layer) chunk_base_ = chunk_.base[i - chunk_.begin];
+      const int64_t now = rows_at(p_, rows_, t);
+      if (now < active_) leave(now, active_);
+      const int64_t stay = now < active_ ? now : active_;
+      if (now > active_ && !direct_) enter(active_, now);
+      multiply(0, direct_ ? stay : now, t);
+      if (direct_) start_from_carry(stay, now, t);
+      active_ = now;
+      if (p_.resets) drop_states(active_, t);
+      if (part_.meets) meet();
+      swap_states();
+    }
+  }
+
+  int64_t element(int64_t t, int64_t row) const {
+    return (row_of(p_, t, rows_.order[row]) * p_.groups + part_.group) * p_.hidden;
+  }
+  int64_t state_element(int64_t row) const { return (rows_.order[row] * p_.groups + part_.group) * p_.hidden; }
+  int64_t length(int64_t row) const { return rows_.lengths ? rows_.lengths[row] : p_.steps; }
+  S* state(int64_t row) const { return state_[0] + row * l_.padded(); }
+  S* next_state(int64_t row) const { return state_[1] + row * l_.padded(); }
+  void swap_states() {
+    S* const other = state_[0];
+    state_[0] = state_[1];
+    state_[1] = other;
+  }
+
+  // ---- a step ----
+
+  // A block of the product for a tile of rows, into its columns of scratch.
+  void dot_block(int64_t row, int64_t rows, int64_t block) {
+    const int64_t vec = l_.first_vec(block), vecs = l_.first_vec(block + 1) - vec;
+    const S* panel = static_cast<const S*>(part_.panels) + vec * l_.lanes * l_.depth;
+    S* const to = sums(0) + vec * l_.lanes;
+    if (l_.slices > 1) {
+      const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
+      kDotSliced<S>[vecs - 1](state(row), panel, l_, nonzero, descending_, sums(1), to);
+    } else {
+      find_dot<S>(l_, rows, vecs)(state(row), l_.padded(), panel, l_.depth, to, l_.padded());
+    }
+  }
+  S* sums(int64_t row) const { return static_cast<S*>(part_.scratch) + row * l_.padded(); }
+
+  // Rows in tiles of nearly equal size: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
   template <class Body>
-  void for_blocks(int rank, int64_t blocks, Body body) const {
-    const int64_t all = blocks * p_.groups, begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
-    for (int64_t i = begin; i < end; ++i) body(i / blocks, i % blocks);
-  }
-
-  void pack(int rank) {
-    const int64_t scalar = p_.dtype == DType::kFloat64 ? 8 : p_.dtype == DType::kFloat32 ? 4 : 2;
-    const auto matrix = [&](const void* all, int64_t group, const Panels& l) {
-      return static_cast<const char*>(all) + group * l.depth * l.outputs * scalar;
-    };
-    for_blocks(rank, plan_.layout.blocks, [&](int64_t group, int64_t block) {
-      const void* u = matrix(p_.weight, group, plan_.layout);
-      char* panels = panels_ + group * panel_bytes();
-      if (!kernels_.pack(p_.dtype, u, p_.backward, plan_.layout, block, block + 1, panels)) {
-        finite_.store(false, std::memory_order_relaxed);
-      }
-    });
-    if (!needs_input()) return;
-    for_blocks(rank, input_.blocks, [&](int64_t group, int64_t block) {
-      const void* w = matrix(layer_->w_ih, group, input_);
-      kernels_.pack(p_.dtype, w, p_.backward, input_, block, block + 1, input_panels_ + group * input_bytes());
-    });
-  }
-
-  // What a thread has of rows g * batch + b: dealt in turn when they differ in length, else in runs.
-  Rows rows_of(int64_t group, int rank) const {
-    if (plan_.sharing != Sharing::kRows) return all_;
-    Rows rows;
-    const int64_t n = plan_.threads, first = group * p_.batch, all = p_.groups * p_.batch;
-    for (int64_t i = 0; i < p_.batch; ++i) {
-      const int64_t owner = p_.lengths ? (first + i) % n : ((first + i + 1) * n - 1) / all;
-      if (owner != rank) continue;
-      if (rows.order.empty()) rows.position = i;
-      add(rows, all_.order[static_cast<size_t>(i)]);
+  void for_tiles(int64_t begin, int64_t end, Body body) const {
+    const int64_t rows = end - begin;
+    if (rows == 1) return body(begin, 1);
+    const int64_t tiles = (rows + max_tile_rows(l_) - 1) / max_tile_rows(l_);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t first = begin + i * rows / tiles;
+      body(first, begin + (i + 1) * rows / tiles - first);
     }
-    rows.stride = p_.lengths ? n : 1;
-    return rows;
   }
 
-  void run_group(int64_t group, int rank) {
-    const Rows rows = rows_of(group, rank);
-    if (rows.order.empty() && !layer_) return;  // in a layer's backward sweep there are gradients to share
-    const Layout& l = plan_.layout;
-    const Own& own = own_[rank];
-    const bool team = plan_.sharing == Sharing::kOutputs, with_lengths = p_.lengths != nullptr;
-    Part part{};
-    part.group = group;
-    part.rows = rows.list(with_lengths);
-    part.block_begin = team ? rank * l.blocks / plan_.threads : 0;
-    part.block_end = team ? (rank + 1) * l.blocks / plan_.threads : l.blocks;
-    part.panels = panels_ + group * panel_bytes();
-    part.finite = finite_.load(std::memory_order_relaxed);
-    part.index = own.index;
-    // Rows of different threads never overlap in state memory: a run of rows starts at its batch index, and rows dealt
-    // in turn are placed by rank.
-    const int64_t slot = p_.lengths && plan_.sharing == Sharing::kRows ? first_slot(group, rank) : rows.position;
-    for (int i = 0; i < 2; ++i) part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
-    part.scratch = own.scratch;
-    part.team = plan_.threads > 1 ? &team_ : nullptr;
-    part.meets = team;
-    part.rank = rank;
-    part.threads = plan_.threads;
-    if (layer_) add_layer(part, rows, rank);
-    kernels_.sweep(p_, l, part);
+  // This part's columns of a row at step t.
+  Columns<T> columns(int64_t row, int64_t t) const {
+    const int64_t at = element(t, row) + first_column_;
+    Columns<T> c{};
+    c.skip = static_cast<S>(p_.skip);
+    if (p_.in) c.in = static_cast<const T*>(p_.in) + at;
+    if (p_.backward) c.saved = static_cast<const T*>(p_.saved) + at;
+    if (p_.out) c.out = static_cast<T*>(p_.out) + at;
+    c.next = next_state(row) + first_column_;
+    c.count = end_column_ - first_column_;
+    if (part_.layer) {
+      if (p_.backward) {
+        const int64_t place = chunk_base_ + part_.position + row * part_.stride;
+        c.kept = chunk_data_ + place * l_.padded() + first_column_;
+      } else {
+        c.pre = chunk_data_ + (chunk_base_ + row) * l_.padded() + first_column_;
+      }
+    }
+    return c;
   }
 
-  void add_layer(Part& part, const Rows& rows, int rank) {
-    const Own& own = own_[rank];
-    part.layer = layer_;
-    part.all = all_.list(p_.lengths != nullptr);
-    part.position = rows.position;
-    part.stride = rows.stride;
-    part.input = &input_;
-    part.input_panels = needs_input() ? input_panels_ + part.group * input_bytes() : nullptr;
-    part.bias = own.bias;
-    part.gathered = own.gathered;
-    for (int i = 0; i < 2; ++i) part.chunk_rows[i] = chunk_rows_[p_.backward ? i : rank];
-    part.panel = own.panel;
-    part.gradient = gradient_;
-    part.sources = own.sources;
-    part.max_chunk_rows = max_chunk_rows();
+  // state x U for rows [begin, end) and this part's columns: body(row, its product).
+  template <class Body>
+  void product(int64_t begin, int64_t end, Body body) {
+    for_tiles(begin, end, [&](int64_t row, int64_t rows) {
+      if (l_.slices > 1) nonzero_.find(state(row), l_);
+      for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
+        dot_block(row, rows, descending_ ? part_.block_begin + part_.block_end - 1 - i : i);
+      }
+      for (int64_t r = 0; r < rows; ++r) body(row + r, sums(r) + first_column_);
+      descending_ = !descending_;
+    });
   }
 
-  // Where a thread's rows lie when rows are dealt in turn: after those of the lower ranks.
-  int64_t first_slot(int64_t group, int rank) const {
-    int64_t slot = 0;
-    for (int64_t i = 0; i < p_.batch; ++i) slot += (group * p_.batch + i) % plan_.threads < rank;
-    return slot;
+  void multiply(int64_t begin, int64_t end, int64_t t) {
+    product(begin, end, [&](int64_t row, const S* carry) {
+      Columns<T> c = columns(row, t);
+      c.carry = carry;
+      c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
+      epilogue(p_, c);
+    });
   }
 
-  // Memory of one thread's own.
-  struct Own {
-    void *scratch, *gathered, *panel, *bias;
-    int32_t* index;
-    int64_t* sources;
-  };
+  // The first step of a sequence whose carry is given (the gradient of h_n) or zero (no h0): no product.
+  void start_from_carry(int64_t begin, int64_t end, int64_t t) {
+    for (int64_t row = begin; row < end; ++row) {
+      load_state(row, state(row));
+      Columns<T> c = columns(row, t);
+      c.carry = state(row) + first_column_;
+      epilogue(p_, c);
+    }
+  }
+
+  // An episode boundary between this step and the one to be processed next: nothing crosses it.
+  void drop_states(int64_t active, int64_t t) {
+    const int64_t start = ascending_ ? t + 1 : t;
+    const bool into_h0 = !ascending_ && t == 0;
+    if (into_h0 && !p_.backward) return;  // a reversed recurrence ends here; h_n is no crossing
+    for (int64_t row = 0; row < active; ++row) {
+      if (start < length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) zero_columns(next_state(row));
+    }
+  }
+  void zero_columns(S* row) const {
+    memset(row + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(S));
+  }
+
+  // ---- the ends of a sequence ----
+
+  void load_state(int64_t row, S* to) const {
+    if (!p_.state_in) return zero_columns(to);
+    const T* from = static_cast<const T*>(p_.state_in) + state_element(row);
+    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
+      store(to + i, i + l_.lanes <= end_column_ ? load(from + i) : load_first(from + i, end_column_ - i));
+    }
+  }
+  void store_state(int64_t row, const S* from) const {
+    T* to = static_cast<T*>(p_.state_out) + state_element(row);
+    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
+      if (i + l_.lanes <= end_column_) {
+        store(to + i, load(from + i));
+      } else {
+        store_first(to + i, load(from + i), end_column_ - i);
+      }
+    }
+  }
+
+  // Rows that begin with a product of h0.
+  void enter(int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      load_state(row, state(row));
+      if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_columns(state(row));
+    }
+    if (part_.meets) meet();
+  }
+
+  // Rows that have run all their steps: h_n is the state, the gradient of h0 one more product.
+  void leave(int64_t begin, int64_t end) {
+    if (!p_.state_out || begin == end) return;
+    if (!p_.backward) {
+      for (int64_t row = begin; row < end; ++row) store_state(row, state(row));
+      return;
+    }
+    product(begin, end, [&](int64_t row, const S* carry) {
+      Columns<T> c{};
+      c.carry = carry;
+      c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
+      c.skip = static_cast<S>(p_.skip);
+      c.out = static_cast<T*>(p_.state_out) + state_element(row) + first_column_;
+      c.count = end_column_ - first_column_;
+      c.apply([](Vec<T> a, Vec<T>) { return a; });
+    });
+  }
+
+  // Empty sequences: the state passes through.
+  void copy_unstarted(int64_t started) {
+    if (!p_.state_out) return;
+    for (int64_t row = started; row < rows_.count; ++row) {
+      load_state(row, state(row));
+      store_state(row, state(row));
+    }
+  }
+
+  void zero_padding() const {
+    for (int64_t row = 0; row < rows_.count; ++row) {
+      for (int64_t t = length(row); t < p_.steps; ++t) {
+        if (p_.out) {
+          memset(static_cast<T*>(p_.out) + element(t, row) + first_column_, 0,
+                 static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
+        }
+        if (part_.layer && part_.layer->grad_x && first_column_ == 0) {
+          const int64_t inputs = part_.layer->inputs;
+          memset(static_cast<T*>(part_.layer->grad_x) + row_of(p_, t, rows_.order[row]) * inputs, 0,
+                 static_cast<size_t>(inputs) * sizeof(T));
+        }
+      }
+    }
+  }
 
   const Problem& p_;
-  const Layer* layer_;
-  const Kernels& kernels_;
-  const CpuPlan& plan_;
-  const int64_t scalar_;  // bytes
-  Rows all_;
-  Panels input_{};
-  char *panels_ = nullptr, *input_panels_ = nullptr;
-  char* states_[2] = {};
-  void* chunk_rows_[Team::kMaxThreads] = {};
-  void* gradient_ = nullptr;
-  int64_t gathered_ = 0;
-  Own own_[Team::kMaxThreads] = {};
-  std::atomic<bool> finite_{true};
-  Team team_;
+  const Layout& l_;
+  const Part& part_;
+  const RowList& rows_;
+  const bool ascending_;  // in time, this sweep
+  const bool direct_;     // sequences start from a carry, not from a state to be multiplied
+  const int64_t first_column_, end_column_;
+  S* state_[2];              // this step's and the next's
+  int64_t active_ = 0;       // rows that have begun and not ended
+  Chunk chunk_;              // of a layer: the steps at hand,
+  S* chunk_data_ = nullptr;  // their input products or gradients of pre,
+  int64_t chunk_base_ = 0;   // and the first row of the step at hand
+  Nonzero nonzero_;
+  bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
 
-bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan, int max_threads) {
-  Call call(p, layer, kernels, plan);
-  const Workspace workspace(call.bytes());
-  call.bind(workspace.data());
-  bool done = true;
-  if (plan.threads == 1) {
-    call.run(0);
-  } else {
-    call.team().start(plan.threads);
-    done = Pool::instance().try_run(plan.threads, max_threads, [&](int rank) { call.run(rank); });
-  }
-  return done;
+template <class T>
+void sweep(const Problem& p, const Layout& l, const Part& part) {
+  Sweep<T>(p, l, part).run();
 }
+
+bool pack_any(DType dtype, const void* matrix, bool transposed, const Panels& l, int64_t begin, int64_t end,
+              void* panels) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return pack<float>(matrix, transposed, l, begin, end, panels);
+    case DType::kFloat64:
+      return pack<double>(matrix, transposed, l, begin, end, panels);
+    case DType::kBFloat16:
+      return pack<BFloat16>(matrix, transposed, l, begin, end, panels);
+    case DType::kFloat16:
+      return pack<Float16>(matrix, transposed, l, begin, end, panels);
+  }
+  return false;
+}
+
+void sweep_any(const Problem& p, const Layout& l, const Part& part) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return sweep<float>(p, l, part);
+    case DType::kFloat64:
+      return sweep<double>(p, l, part);
+    case DType::kBFloat16:
+      return sweep<BFloat16>(p, l, part);
+    case DType::kFloat16:
+      return sweep<Float16>(p, l, part);
+  }
+}
+
+#define FUSED_RIN_STRING_(x) #x
+#define FUSED_RIN_STRING(x) FUSED_RIN_STRING_(x)
+const Kernels kKernels = {
+    FUSED_RIN_STRING(FUSED_RIN_ISA), FUSED_RIN_VECTOR_BYTES, kNarrow, kWide, pack_any, sweep_any, step_any};
 
 }  // namespace
+}  // namespace FUSED_RIN_ISA
 
-void sweep_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
-  if (p.batch == 0 || p.groups == 0 || p.hidden == 0) return;
-  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, max_threads), max_threads)) return;
-  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, 1), 1);  // the pool is another caller's just now
-}
-
-void prefer_huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  // An advice: a system without huge pages refuses it, and nothing is lost.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory;
-  (void)bytes;
-#endif
-}
-
-void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
-  const int64_t outputs = s.groups * s.hidden, scalar = s.dtype == DType::kFloat64 ? 8 : 4;
-  // Waking a thread takes about 10 us, in which one core reads a few hundred KB of weights.
-  const int64_t weight_bytes = outputs * (s.inputs + s.hidden) * scalar;
-  const int64_t rows_bytes = weight_bytes * std::max<int64_t>(s.batch, 1);
-  const int threads = static_cast<int>(
-      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)}));
-  const auto first = [&](int rank) {
-    const int64_t output = rank * outputs / threads;
-    return output - output % s.hidden % kStepOutputs;
-  };
-  const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
-  if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
-  kernels.step(s, 0, outputs);
-}
+#define FUSED_RIN_JOIN_(a, b) a##b
+#define FUSED_RIN_JOIN(a, b) FUSED_RIN_JOIN_(a, b)
+const Kernels* FUSED_RIN_JOIN(kernels_, FUSED_RIN_ISA)() { return &FUSED_RIN_ISA::kKernels; }
 
 }  // namespace fused_rin

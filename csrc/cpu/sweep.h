@@ -1,42 +1,153 @@
-// The CPU backend: picks an instruction set and a plan, packs the matrix, runs the sweep.
+// What the sweep of one instruction set looks like from outside.
 #pragma once
 
-#include <cstddef>
-#include <string>
-#include <vector>
+#include <cstdint>
 
 #include "../problem.h"
-#include "kernels.h"
+#include "team.h"
 
 namespace fused_rin {
 
-// Instruction sets this library holds and this processor has, best first.
-const std::vector<const Kernels*>& cpu_kernels();
-// By name, "" for the best; throws std::invalid_argument that lists what there is.
-const Kernels& cpu_kernels(const std::string& name);
-
-// What several threads divide among them.
-enum class Sharing {
-  kNothing,  // there is one
-  kRows,     // each has rows of its own
-  kOutputs,  // each has outputs of its own, of all rows; they meet once a step
+// How a matrix lies in memory for `dot`: cut into blocks of a few vectors of outputs, each block a panel
+// [k][outputs of the block], so that the inner loop reads it front to back, and padded to whole vectors.
+struct Panels {
+  int64_t depth;    // terms of each sum, k
+  int64_t outputs;  // sums
+  int64_t lanes;    // scalars in a vector
+  int64_t vecs;     // vectors that hold the outputs
+  int64_t blocks;   // of `width` vectors, the first `wider` of them of one more
+  int64_t width, wider;
+  void cut(int64_t into) {
+    blocks = into;
+    width = vecs / into;
+    wider = vecs % into;
+  }
+  int64_t padded() const { return vecs * lanes; }
+  int64_t scalars() const { return padded() * depth; }
+  // No division: a step asks a dozen times, and at D = 128 divisions were 5 percent of it.
+  int64_t first_vec(int64_t block) const { return block * width + (block < wider ? block : wider); }
+  int64_t first_column(int64_t block) const { return first_vec(block) * lanes; }
+  int64_t end_column(int64_t block) const {
+    const int64_t end = first_column(block + 1);
+    return end < outputs ? end : outputs;
+  }
 };
 
-struct CpuPlan {
-  int threads;
-  Sharing sharing;
-  Layout layout;
-  double cycles_per_step;  // what the cost model expects
+// U's panels (depth = outputs = D), and how sums over it are made.
+struct Layout : Panels {
+  int64_t chains;  // independent sums per output; depends on D alone, so that no result depends on the batch
+  // Parts of the depth with sums of their own, of `slice_depth` but for the last; more than one only for a batch of one
+  // row.
+  int64_t slices, slice_depth;
+  int64_t slice_begin(int64_t slice) const {
+    const int64_t begin = slice * slice_depth;
+    return begin < depth ? begin : depth;
+  }
 };
 
-// `layer` is null for the bare recurrence.
-CpuPlan plan_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
+// Some rows of the batch, longest sequence first.
+struct RowList {
+  int64_t count;
+  const int64_t* order;    // [count] batch index
+  const int64_t* lengths;  // [count], each within [0, T]; null: all have T
+};
 
-void sweep_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
-// Asks the system to back fresh memory by huge pages: 20 page faults for 40 MB instead of 9,800, which took as long as
-// the forward pass that writes them. Does nothing where there are none.
-void prefer_huge_pages(void* memory, size_t bytes);
+// What a layer has beside the recurrence (layer.h): the product of its input, made just before the steps that need it,
+// and in a backward sweep the gradients of its weights and of its input, added up just after the steps that give them.
+struct Layer {
+  int64_t inputs;               // I
+  const void* x;                // [rows, I]
+  const void* w_ih;             // [G * D, I]
+  const void *b_ih, *b_hh;      // [G * D] or null; forward
+  const void* h0;               // backward: [B, D] or null, zero
+  void* grad_x;                 // backward: [rows, I] or null, not wanted
+  void *grad_w_ih, *grad_w_hh;  // backward: [D, I] and [D, D], or both null
+  void *grad_b_ih, *grad_b_hh;  // backward: [D], or both null
+};
 
-void step_cpu(const Step&, const Kernels&, int max_threads);
+// What one thread does: some rows of one recurrence, all outputs or (in a team) some blocks of them.
+struct Part {
+  int64_t group;
+  RowList rows;
+  int64_t block_begin, block_end;
+  const void* panels;  // packed U of this recurrence
+  bool finite;         // no Inf and no NaN in it: a zero state may be skipped
+  void* state[2];      // each [rows, padded], scalars; shared by a team
+  void* scratch;       // [kMaxTileRows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
+  int32_t* index;      // [D + kListSlack] likewise
+  Team* team;          // null when there is one thread
+  bool meets;          // threads share these rows: they meet once a step
+  int rank, threads;
+
+  // Of a layer.
+  const Layer* layer;        // null: the bare recurrence
+  RowList all;               // the rows of all threads
+  int64_t position, stride;  // row r of this thread is row position + r * stride of all
+  const Panels* input;       // W
+  const void* input_panels;  // packed W of this recurrence
+  void* bias;                // [padded] scalars of this thread's own
+  void* gathered;            // this thread's own: input of a chunk; backward: what entered its steps (WeightGradient)
+  void* chunk_rows[2];       // [max_chunk_rows, padded] scalars: input products, or gradients of them
+  void* panel;               // backward: [kOuterDepth, kOuterVecs vectors] of this thread's own
+  void* gradient;            // backward: sums of all weight gradients
+  int64_t* sources;          // backward: [2, max_chunk_rows] of this thread's own
+  int64_t max_chunk_rows;
+};
+
+// Rows of a matrix a step reads side by side: sums enough to hide the latency of a multiply-add.
+constexpr int64_t kStepOutputs = 8;
+
+// One step of a layer for inference, from the weights as torch holds them (step.h). All contiguous.
+struct Step {
+  int64_t batch, inputs, groups, hidden;
+  DType dtype;
+  Activation activation;
+  double skip;
+  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [G * D, inputs], [G, D, D], [G * D] or null
+  const void *x, *h;                      // [B, inputs], [B, G * D] or null: zero
+  void *out, *h_n;                        // [B, G * D], and the same once more or null
+};
+
+// More rows than these are faster as a matrix product than as a dot product each (measured: at 4 rows a step is ahead
+// of torch.nn.RNNCell at every D from 8 to 1,024, at 16 rows behind it from D = 512 on).
+constexpr int64_t kMaxStepRows = 4;
+
+struct Kernels {
+  const char* name;
+  int64_t vector_bytes;
+  int64_t narrow_block;  // vectors in a block when several rows share a tile
+  int64_t wide_block;    // vectors in a block for a single row
+  // Writes panels [block_begin, block_end); returns whether all they hold is finite. The matrix is [outputs, depth], or
+  // [depth, outputs] if `transposed`.
+  bool (*pack)(DType, const void* matrix, bool transposed, const Panels&, int64_t block_begin, int64_t block_end,
+               void* panels);
+  void (*sweep)(const Problem&, const Layout&, const Part&);
+  void (*step)(const Step&, int64_t output_begin, int64_t output_end);
+};
+
+constexpr int64_t kMaxTileRows = 6;
+constexpr int64_t kMaxSlices = 8;
+constexpr int64_t kListSlack = 8;                       // entries that may be written after a list of nonzero states
+constexpr int64_t kSliceScalars = kMaxSlices * 8 * 16;  // slices x widest block x most lanes
+
+// Steps are taken together, as many as make kInputRows rows for an input product (tiles of 6 rows; the result is still
+// in the second-level cache when the steps read it) or kOuterDepth for the weight gradients (the longer, the less often
+// their sums are loaded and stored), but at least one.
+constexpr int64_t kInputRows = 96;
+constexpr int64_t kOuterDepth = 256;
+constexpr int64_t kOuterVecs = 3;
+// A bias's gradient is a plain sum over all rows, kBiasBlock at a time; kBiasBlock blocks make a block of the next
+// level, so that 10^6 rows go through five sums of 16, not one of 10^6 whose error grows with the rows.
+constexpr int64_t kBiasBlock = 16;
+constexpr int64_t kBiasLevels = 5;
+// Groups of columns of the left factor of those sums, kOuterDepth vectors each, that make 256 KB.
+constexpr int64_t outer_groups(int64_t vector_bytes) { return (int64_t{256} << 10) / (kOuterDepth * vector_bytes); }
+constexpr int64_t kMaxChunkSteps = 256;
+
+// One per build of sweep.cpp; which of them there are, CMakeLists.txt knows by the processor's family.
+const Kernels* kernels_neon();
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
 
 }  // namespace fused_rin

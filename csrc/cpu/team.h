@@ -24,6 +24,14 @@ class Team {
   Flag flags_[kMaxThreads];
 };
 
-void pause_cpu();
+void pause_cpu();  // between looks at what another thread writes
+void yield_cpu();  // gives the time slice away
+
+// Spins, then gives the time slice away at each further turn.
+template <class Condition>
+void wait_until(Condition done) {
+  constexpr int kSpins = 2000;
+  for (int spins = 0; !done(); ++spins) spins < kSpins ? pause_cpu() : yield_cpu();
+}
 
 }  // namespace fused_rin

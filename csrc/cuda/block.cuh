@@ -1,4 +1,17 @@
 // The `block` plan: one CTA holds one recurrence's whole matrix and sweeps one tile of its batch. No CTA needs another.
+//
+// To read, in this order:
+//   problem.h            the two recurrences, and that they are one loop
+//   device.cuh           what a GPU has, by name: barriers, copies, products; cuda_on_cpu/device.cuh is its other face
+//   element.cuh          element types, and pairs of them
+//   state.cuh            how the state of some rows lies in shared memory
+//   share.cuh            what a thread owns
+//   mma_product.cuh      state times matrix on tensor cores; fma_product.cuh on the FMA pipe
+//   carrier.cuh          how a step's tile travels between device memory and shared memory
+//   schedule.cuh         where a packed step begins and which rows start anew, staged
+//   epilogues.cuh        activation and slope
+//   sweep.cuh            the loop
+//   block_configs.h      the sizes that are compiled; block.cu launches one, plan.cpp and cuda_plan.py choose it
 #pragma once
 
 #include <launch.h>

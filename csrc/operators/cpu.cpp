@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../cpu/sweep.h"
+#include "../cpu/run.h"
 #include "sweep.h"
 
 namespace fused_rin::operators {

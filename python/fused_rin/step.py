@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from fused_rin import backends, cpu, profiling, watchers
 from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
 
-MAX_ROWS = cpu.MAX_STEP_ROWS  # why, csrc/cpu/kernels.h says
+MAX_ROWS = cpu.MAX_STEP_ROWS  # why, csrc/cpu/sweep.h says
 # Above this many rows times steps the sweep, with its packed matrix, is faster: measured up to 1,024 units, where 16
 # steps of one row and 4 of four rows are still ahead of it, 8 of four rows behind; up to 256 units far more would be.
 MAX_ROW_STEPS = 16

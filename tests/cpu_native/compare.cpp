@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/sweep.h"
+#include "../../csrc/cpu/run.h"
 
 using namespace fused_rin;
 

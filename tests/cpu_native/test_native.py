@@ -15,7 +15,8 @@ SOURCES = [
     "csrc/cpu/openmp.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/pool.cpp",
-    "csrc/cpu/sweep.cpp",
+    "csrc/cpu/run.cpp",
+    "csrc/cpu/team.cpp",
     "tests/cpu_native/compare.cpp",
 ]
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
@@ -33,7 +34,7 @@ def build(compiler: str, sets: dict[str, list[str]], folder: Path, *options: str
     for name, flags in sets.items():
         objects.append(str(folder / f"{name}.o"))
         define = f"-DFUSED_RIN_ISA={name}"
-        command = [compiler, *FLAGS, *flags, define, "-c", "csrc/cpu/kernels.cpp", "-o", objects[-1]]
+        command = [compiler, *FLAGS, *flags, define, "-c", "csrc/cpu/sweep.cpp", "-o", objects[-1]]
         subprocess.run(command, cwd=ROOT, check=True)
     program = folder / "compare"
     subprocess.run([compiler, *FLAGS, *SOURCES, *objects, "-pthread", *options, "-o", program], cwd=ROOT, check=True)

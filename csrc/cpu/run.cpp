@@ -1,0 +1,371 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "pool.h"
+
+namespace fused_rin {
+namespace {
+
+// Aligned memory. In huge pages, which save 5 percent of a step at B = 1, D = 1,024, where U is 4 MB, and nothing that
+// could be measured up to D = 512.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes) {
+    const size_t align = bytes < kHuge / 16 ? 4096 : kHuge;
+    size_ = (bytes + align - 1) / align * align;
+    data_ = static_cast<char*>(std::aligned_alloc(align, size_));
+    if (!data_) throw std::bad_alloc();
+    if (align == kHuge) prefer_huge_pages(data_, size_);
+  }
+  Memory(Memory&& other) noexcept { swap(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Memory() { std::free(data_); }
+  char* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  static constexpr size_t kHuge = size_t{2} << 20;
+  void swap(Memory& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Memory for one call, handed back at its end for the next one: a fresh megabyte costs 256 page faults. What is kept is
+// the process's, not a thread's, and has a bound: threads that call now and then would else keep a matrix each for as
+// long as they live. Nobody waits for it, so a fork from another thread's call can leave nothing locked: whoever finds
+// it taken goes to the system.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+    if (lock.owns_lock()) {
+      std::vector<Memory>& all = kept();
+      for (size_t i = all.size(); i-- > 0;) {  // the last one handed back is the warmest
+        if (all[i].size() < bytes) continue;
+        memory_ = std::move(all[i]);
+        all.erase(all.begin() + static_cast<std::ptrdiff_t>(i));
+        return;
+      }
+    }
+    memory_ = Memory(bytes);
+  }
+  ~Workspace() {
+    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+    if (!lock.owns_lock() || memory_.size() > kMost) return;
+    std::vector<Memory>& all = kept();
+    size_t sum = memory_.size();
+    for (const Memory& m : all) sum += m.size();
+    size_t first = 0;
+    while (first < all.size() && (sum > kMost || all.size() - first >= kMostPieces)) sum -= all[first++].size();
+    all.erase(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(first));
+    all.push_back(std::move(memory_));
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* data() const { return memory_.data(); }
+
+ private:
+  static constexpr size_t kMost = size_t{64} << 20;
+  static constexpr size_t kMostPieces = 64;
+  // Never destroyed: a thread may still be in a call while the process ends.
+  static std::mutex& mutex() {
+    static auto* const m = new std::mutex;
+    return *m;
+  }
+  static std::vector<Memory>& kept() {
+    static auto* const k = new std::vector<Memory>;
+    return *k;
+  }
+  Memory memory_;
+};
+
+// Hands out pieces of a workspace; first asked only for their sizes, then for the pieces.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  void* take(int64_t bytes) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += (static_cast<size_t>(bytes) + 127) / 128 * 128;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+Panels make_panels(int64_t depth, int64_t outputs, int64_t lanes, int64_t width) {
+  Panels l{};
+  l.depth = depth;
+  l.outputs = outputs;
+  l.lanes = lanes;
+  l.vecs = (outputs + lanes - 1) / lanes;
+  l.cut((l.vecs + width - 1) / width);
+  return l;
+}
+
+// Batch indices of some rows, and the steps they have.
+struct Rows {
+  std::vector<int64_t> order, lengths;
+  int64_t position = 0, stride = 1;
+  RowList list(bool with_lengths) const {
+    return {static_cast<int64_t>(order.size()), order.data(), with_lengths ? lengths.data() : nullptr};
+  }
+};
+
+class Call {
+ public:
+  Call(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan)
+      : p_(p), layer_(layer), kernels_(kernels), plan_(plan), scalar_(kernels.vector_bytes / plan.layout.lanes) {
+    std::vector<int64_t> order(static_cast<size_t>(p.batch));
+    std::iota(order.begin(), order.end(), int64_t{0});
+    if (p.lengths) {
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+    }
+    for (const int64_t b : order) add(all_, b);
+    if (layer) {
+      const int64_t lanes = plan.layout.lanes;
+      input_ = p.backward ? make_panels(p.hidden, layer->inputs, lanes, kernels.narrow_block)
+                          : make_panels(layer->inputs, p.hidden, lanes, kernels.narrow_block);
+    }
+  }
+
+  size_t bytes() { return carve(Carver(nullptr)); }
+  void bind(char* memory) { carve(Carver(memory)); }
+  Team& team() { return team_; }
+
+  void run(int rank) {
+    pack(rank);
+    if (plan_.threads > 1) team_.meet(rank);
+    for (int64_t g = 0; g < p_.groups; ++g) run_group(g, rank);
+  }
+
+ private:
+  void add(Rows& rows, int64_t b) const {
+    rows.order.push_back(b);
+    if (p_.lengths) rows.lengths.push_back(std::clamp<int64_t>(p_.lengths[b], 0, p_.steps));
+  }
+
+  int64_t panel_bytes() const { return plan_.layout.scalars() * scalar_; }
+  int64_t input_bytes() const { return input_.scalars() * scalar_; }
+  bool needs_input() const { return layer_ && (!p_.backward || layer_->grad_x); }
+  int64_t state_bytes() const { return plan_.layout.padded() * p_.batch * scalar_; }
+  int64_t max_chunk_rows() const { return std::max(p_.batch, p_.backward ? kOuterDepth : kInputRows); }
+
+  size_t carve(Carver carver) {
+    const auto scalars = [&](int64_t count) { return carver.take(count * scalar_); };
+    panels_ = static_cast<char*>(scalars(p_.groups * plan_.layout.scalars()));
+    for (int i = 0; i < 2; ++i) states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
+    if (needs_input()) input_panels_ = static_cast<char*>(scalars(p_.groups * input_.scalars()));
+    const int64_t padded = plan_.layout.padded(), lanes = plan_.layout.lanes, rows = max_chunk_rows();
+    // Gradients of pre are shared by all threads; an input product is its thread's own.
+    if (layer_) {
+      for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
+      const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes - 1) / lanes;
+      if (p_.backward) gradient_ = scalars((groups * lanes + kBiasLevels) * padded);
+      gathered_ = p_.backward ? std::min(groups, outer_groups(kernels_.vector_bytes)) * kOuterDepth * lanes
+                              : rows * layer_->inputs;
+    }
+    for (int i = 0; i < plan_.threads; ++i) {
+      Own& own = own_[i];
+      own.scratch = scalars(kMaxTileRows * std::max(padded, input_.padded()) + kSliceScalars);
+      own.index = static_cast<int32_t*>(carver.take((p_.hidden + kListSlack) * static_cast<int64_t>(sizeof(int32_t))));
+      if (!layer_) continue;
+      own.gathered = scalars(gathered_);
+      if (p_.backward) {
+        own.panel = scalars(kOuterDepth * kOuterVecs * lanes);
+        own.sources = static_cast<int64_t*>(carver.take(2 * rows * static_cast<int64_t>(sizeof(int64_t))));
+      } else {
+        own.bias = scalars(padded);
+      }
+    }
+    return carver.used();
+  }
+
+  // Calls body(recurrence, first block, end block) for this thread's share of the panels of all recurrences.
+  template <class Body>
+  void for_blocks(int rank, int64_t blocks, Body body) const {
+    const int64_t all = blocks * p_.groups, begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
+    for (int64_t i = begin; i < end; ++i) body(i / blocks, i % blocks);
+  }
+
+  void pack(int rank) {
+    const int64_t scalar = p_.dtype == DType::kFloat64 ? 8 : p_.dtype == DType::kFloat32 ? 4 : 2;
+    const auto matrix = [&](const void* all, int64_t group, const Panels& l) {
+      return static_cast<const char*>(all) + group * l.depth * l.outputs * scalar;
+    };
+    for_blocks(rank, plan_.layout.blocks, [&](int64_t group, int64_t block) {
+      const void* u = matrix(p_.weight, group, plan_.layout);
+      char* panels = panels_ + group * panel_bytes();
+      if (!kernels_.pack(p_.dtype, u, p_.backward, plan_.layout, block, block + 1, panels)) {
+        finite_.store(false, std::memory_order_relaxed);
+      }
+    });
+    if (!needs_input()) return;
+    for_blocks(rank, input_.blocks, [&](int64_t group, int64_t block) {
+      const void* w = matrix(layer_->w_ih, group, input_);
+      kernels_.pack(p_.dtype, w, p_.backward, input_, block, block + 1, input_panels_ + group * input_bytes());
+    });
+  }
+
+  // What a thread has of rows g * batch + b: dealt in turn when they differ in length, else in runs.
+  Rows rows_of(int64_t group, int rank) const {
+    if (plan_.sharing != Sharing::kRows) return all_;
+    Rows rows;
+    const int64_t n = plan_.threads, first = group * p_.batch, all = p_.groups * p_.batch;
+    for (int64_t i = 0; i < p_.batch; ++i) {
+      const int64_t owner = p_.lengths ? (first + i) % n : ((first + i + 1) * n - 1) / all;
+      if (owner != rank) continue;
+      if (rows.order.empty()) rows.position = i;
+      add(rows, all_.order[static_cast<size_t>(i)]);
+    }
+    rows.stride = p_.lengths ? n : 1;
+    return rows;
+  }
+
+  void run_group(int64_t group, int rank) {
+    const Rows rows = rows_of(group, rank);
+    if (rows.order.empty() && !layer_) return;  // in a layer's backward sweep there are gradients to share
+    const Layout& l = plan_.layout;
+    const Own& own = own_[rank];
+    const bool team = plan_.sharing == Sharing::kOutputs, with_lengths = p_.lengths != nullptr;
+    Part part{};
+    part.group = group;
+    part.rows = rows.list(with_lengths);
+    part.block_begin = team ? rank * l.blocks / plan_.threads : 0;
+    part.block_end = team ? (rank + 1) * l.blocks / plan_.threads : l.blocks;
+    part.panels = panels_ + group * panel_bytes();
+    part.finite = finite_.load(std::memory_order_relaxed);
+    part.index = own.index;
+    // Rows of different threads never overlap in state memory: a run of rows starts at its batch index, and rows dealt
+    // in turn are placed by rank.
+    const int64_t slot = p_.lengths && plan_.sharing == Sharing::kRows ? first_slot(group, rank) : rows.position;
+    for (int i = 0; i < 2; ++i) part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
+    part.scratch = own.scratch;
+    part.team = plan_.threads > 1 ? &team_ : nullptr;
+    part.meets = team;
+    part.rank = rank;
+    part.threads = plan_.threads;
+    if (layer_) add_layer(part, rows, rank);
+    kernels_.sweep(p_, l, part);
+  }
+
+  void add_layer(Part& part, const Rows& rows, int rank) {
+    const Own& own = own_[rank];
+    part.layer = layer_;
+    part.all = all_.list(p_.lengths != nullptr);
+    part.position = rows.position;
+    part.stride = rows.stride;
+    part.input = &input_;
+    part.input_panels = needs_input() ? input_panels_ + part.group * input_bytes() : nullptr;
+    part.bias = own.bias;
+    part.gathered = own.gathered;
+    for (int i = 0; i < 2; ++i) part.chunk_rows[i] = chunk_rows_[p_.backward ? i : rank];
+    part.panel = own.panel;
+    part.gradient = gradient_;
+    part.sources = own.sources;
+    part.max_chunk_rows = max_chunk_rows();
+  }
+
+  // Where a thread's rows lie when rows are dealt in turn: after those of the lower ranks.
+  int64_t first_slot(int64_t group, int rank) const {
+    int64_t slot = 0;
+    for (int64_t i = 0; i < p_.batch; ++i) slot += (group * p_.batch + i) % plan_.threads < rank;
+    return slot;
+  }
+
+  // Memory of one thread's own.
+  struct Own {
+    void *scratch, *gathered, *panel, *bias;
+    int32_t* index;
+    int64_t* sources;
+  };
+
+  const Problem& p_;
+  const Layer* layer_;
+  const Kernels& kernels_;
+  const CpuPlan& plan_;
+  const int64_t scalar_;  // bytes
+  Rows all_;
+  Panels input_{};
+  char *panels_ = nullptr, *input_panels_ = nullptr;
+  char* states_[2] = {};
+  void* chunk_rows_[Team::kMaxThreads] = {};
+  void* gradient_ = nullptr;
+  int64_t gathered_ = 0;
+  Own own_[Team::kMaxThreads] = {};
+  std::atomic<bool> finite_{true};
+  Team team_;
+};
+
+bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan, int max_threads) {
+  Call call(p, layer, kernels, plan);
+  const Workspace workspace(call.bytes());
+  call.bind(workspace.data());
+  bool done = true;
+  if (plan.threads == 1) {
+    call.run(0);
+  } else {
+    call.team().start(plan.threads);
+    done = Pool::instance().try_run(plan.threads, max_threads, [&](int rank) { call.run(rank); });
+  }
+  return done;
+}
+
+}  // namespace
+
+void sweep_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
+  if (p.batch == 0 || p.groups == 0 || p.hidden == 0) return;
+  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, max_threads), max_threads)) return;
+  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, 1), 1);  // the pool is another caller's just now
+}
+
+void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  // An advice: a system without huge pages refuses it, and nothing is lost.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
+}
+
+void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
+  const int64_t outputs = s.groups * s.hidden, scalar = s.dtype == DType::kFloat64 ? 8 : 4;
+  // Waking a thread takes about 10 us, in which one core reads a few hundred KB of weights.
+  const int64_t weight_bytes = outputs * (s.inputs + s.hidden) * scalar;
+  const int64_t rows_bytes = weight_bytes * std::max<int64_t>(s.batch, 1);
+  const int threads = static_cast<int>(
+      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)}));
+  const auto first = [&](int rank) {
+    const int64_t output = rank * outputs / threads;
+    return output - output % s.hidden % kStepOutputs;
+  };
+  const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
+  if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
+  kernels.step(s, 0, outputs);
+}
+
+}  // namespace fused_rin

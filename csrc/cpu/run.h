@@ -1,0 +1,42 @@
+// The CPU backend: picks an instruction set and a plan, packs the matrix, runs the sweep.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+#include "sweep.h"
+
+namespace fused_rin {
+
+// Instruction sets this library holds and this processor has, best first.
+const std::vector<const Kernels*>& cpu_kernels();
+// By name, "" for the best; throws std::invalid_argument that lists what there is.
+const Kernels& cpu_kernels(const std::string& name);
+
+// What several threads divide among them.
+enum class Sharing {
+  kNothing,  // there is one
+  kRows,     // each has rows of its own
+  kOutputs,  // each has outputs of its own, of all rows; they meet once a step
+};
+
+struct CpuPlan {
+  int threads;
+  Sharing sharing;
+  Layout layout;
+  double cycles_per_step;  // what the cost model expects
+};
+
+// `layer` is null for the bare recurrence.
+CpuPlan plan_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
+
+void sweep_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
+// Asks the system to back fresh memory by huge pages: 20 page faults for 40 MB instead of 9,800, which took as long as
+// the forward pass that writes them. Does nothing where there are none.
+void prefer_huge_pages(void* memory, size_t bytes);
+
+void step_cpu(const Step&, const Kernels&, int max_threads);
+
+}  // namespace fused_rin
