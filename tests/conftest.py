@@ -103,6 +103,21 @@ def make_case(
     )
 
 
+def layouts(*reversals: tuple[int, int]) -> list[dict[str, object]]:
+    """Options of `make_case`: every way to say which rows run, with and without h0, of (groups, num_reversed)."""
+    return [
+        {"layout": layout, "resets": resets, "h0": h0, "groups": groups, "num_reversed": num_reversed}
+        for layout in ("full", "lengths", "packed")
+        for resets in (False, True)
+        for h0 in (False, True)
+        for groups, num_reversed in reversals
+    ]
+
+
+def name_of(options: dict[str, object]) -> str:
+    return "-".join(f"{key}={value}" for key, value in options.items())
+
+
 def assert_within(
     what: str,
     got: Tensor,

@@ -11,7 +11,7 @@ import torch
 from fused_rin import cpu, recurrence
 from fused_rin.problem import ALL_ROWS, Rule
 
-from tests.conftest import check_sweeps, make_case, use_threads
+from tests.conftest import check_sweeps, layouts, make_case, name_of, use_threads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SETS = cpu.instruction_sets()
@@ -38,17 +38,7 @@ def test_long_sequences(isa, dtype, batch, hidden):
     check_sweeps(cpu.forward, cpu.backward, make_case(257, batch, hidden, dtype=dtype))
 
 
-LAYOUTS = [
-    {"layout": layout, "resets": resets, "h0": h0, "groups": groups, "num_reversed": num_reversed}
-    for layout in ("full", "lengths", "packed")
-    for resets in (False, True)
-    for h0 in (False, True)
-    for groups, num_reversed in ((1, 0), (1, 1), (3, 1))
-]
-
-
-def name_of(options):
-    return "-".join(f"{key}={value}" for key, value in options.items())
+LAYOUTS = layouts((1, 0), (1, 1), (3, 1))
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=name_of)

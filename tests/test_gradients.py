@@ -105,7 +105,9 @@ def test_saved_tensors_that_come_back_changed(name, change):
         assert (torch.Tensor(a) - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-@pytest.mark.parametrize("rows", [{"resets": torch.rand(20, 3) < 0.3}, {"lengths": torch.tensor([20, 3, 11])}], ids=str)
+@pytest.mark.parametrize(
+    "rows", [{"resets": torch.rand(20, 3) < 0.3}, {"lengths": torch.tensor([20, 3, 11])}], ids=["resets", "lengths"]
+)
 @pytest.mark.parametrize("name", ["RIN", "recurrence"])
 def test_saved_rows_that_come_back_with_other_strides(name, rows):
     """Which rows run is saved for backward too, and a kernel reads it by address."""

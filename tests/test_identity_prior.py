@@ -1,6 +1,4 @@
-"""Decay and penalty pull V = U + I to the identity, by exactly what the formulas say, and nothing else with
-it.
-"""
+"""Decay and penalty pull V = U + I to the identity, by exactly what the formulas say, and nothing else with it."""
 
 import copy
 import math
@@ -62,9 +60,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decoupled_decay_shrinks_u_by_its_factor_alone(name):
-    """With a gradient of zero the only thing that moves is what decays: U by (1 - lr * decay), step after
-    step.
-    """
+    """With a gradient of zero the only thing that moves is what decays: U by (1 - lr * decay), step after step."""
     torch.manual_seed(0)
     model = Net()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -10,7 +10,7 @@ from fused_rin.problem import Weights
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import assert_within, make_case, use_threads
+from tests.conftest import assert_within, layouts, make_case, name_of, use_threads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -109,17 +109,7 @@ def test_several_chunks(isa, dtype, batch, hidden):
     check(300 if batch < 300 else 3, batch, 6, hidden, dtype=dtype)
 
 
-LAYOUTS = [
-    {"layout": layout, "resets": resets, "h0": h0, "num_reversed": num_reversed}
-    for layout in ("full", "lengths", "packed")
-    for resets in (False, True)
-    for h0 in (False, True)
-    for num_reversed in (0, 1)
-]
-
-
-def name_of(options):
-    return "-".join(f"{key}={value}" for key, value in options.items())
+LAYOUTS = layouts((1, 0), (1, 1))
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
@@ -137,7 +127,7 @@ def test_layouts_over_threads(threads, options):
 @pytest.mark.parametrize("options", LAYOUTS[::3], ids=name_of)
 def test_several_recurrences(isa, options):
     """Heads and directions: their gradients go by products over all steps."""
-    check(5, 4, 6, 9, groups=4, **{**options, "num_reversed": 2 * options["num_reversed"]})
+    check(5, 4, 6, 9, **{**options, "groups": 4, "num_reversed": 2 * options["num_reversed"]})
 
 
 @pytest.mark.parametrize("layout", ["full", "lengths"])

@@ -12,16 +12,9 @@ from fused_rin import recurrence, reference
 from fused_rin.gradients import weight_gradient
 from fused_rin.problem import ALL_ROWS
 
-from tests.conftest import assert_within, make_case
+from tests.conftest import assert_within, layouts, make_case, name_of
 
-LAYOUTS = [
-    {"layout": layout, "resets": resets, "h0": h0, "groups": groups, "num_reversed": num_reversed}
-    for layout in ("full", "lengths", "packed")
-    for resets in (False, True)
-    for h0 in (False, True)
-    for groups, num_reversed in ((1, 0), (1, 1), (2, 1))
-]
-ids = lambda options: "-".join(f"{k}={v}" for k, v in options.items())  # noqa: E731
+LAYOUTS = layouts((1, 0), (1, 1), (2, 1))
 
 
 def public_arguments(case):
@@ -41,7 +34,7 @@ def leaves(case):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("options", LAYOUTS, ids=ids)
+@pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
 def test_first_and_second_derivatives(options, backend):
     """gradcheck and gradgradcheck in float64; tanh, for its second derivative is not zero."""
     case = make_case(3, 2, 3, dtype=torch.float64, activation="tanh", skip=0.5, **options)
@@ -51,7 +44,7 @@ def test_first_and_second_derivatives(options, backend):
     assert torch.autograd.gradgradcheck(function, leaves(case))
 
 
-@pytest.mark.parametrize("options", LAYOUTS, ids=ids)
+@pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
 def test_gradients_are_those_of_the_reference(options):
     """Through everything, ReLU, against autograd over the reference's plain operations."""
     case = make_case(9, 5, 20, dtype=torch.float64, **options)
@@ -68,7 +61,7 @@ def test_gradients_are_those_of_the_reference(options):
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "none"])
-@pytest.mark.parametrize("options", LAYOUTS, ids=ids)
+@pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
 def test_the_backward_reference_is_the_derivative_of_the_forward_one(options, activation):
     case = make_case(5, 3, 4, dtype=torch.float64, activation=activation, **options)
     pre = case.pre.clone().requires_grad_()

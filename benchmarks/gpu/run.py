@@ -31,6 +31,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.gpu import cubins
+
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 285.0  # seconds, of the five minutes of a part
 AFTER_BENCHMARK = 35.0  # of them, for what comes after it: it takes what is left
@@ -86,9 +88,10 @@ def architecture() -> str:
 
 def find_tool(name: str) -> str:
     """The path of a CUDA tool, or its bare name, so that the stage fails and says which one is missing."""
-    homes = [os.environ.get(v) for v in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    search = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
-    return shutil.which(name, path=search) or name
+    try:
+        return cubins.find_tool(name)
+    except FileNotFoundError:
+        return name
 
 
 LOOK = """

@@ -1,5 +1,4 @@
-"""Looking into a recurrent network: does the gradient reach the first steps, what does the state do, which
-units live?
+"""Looking into a recurrent network: does the gradient reach the first steps, what does the state do, which units live?
 
 Every function returns numbers and takes a user's own model: any module with a torch.nn.RNNBase in it (RIN,
 RNN, LSTM, GRU) or another recurrent module that is named. `draw_*` makes a matplotlib figure of the numbers
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
 
 
 class EstimationError(NamedTuple):
-    """Means over batch and units, [T]: E[h_t - h_T], and E[h_t - h_{t-1}] with h_0 = 0 before the first
-    step.
-    """
+    """Means over batch and units, [T]: E[h_t - h_T], and E[h_t - h_{t-1}] with h_0 = 0 before the first step."""
 
     to_last: Tensor
     to_previous: Tensor
@@ -82,9 +79,7 @@ def estimation_error(model: nn.Module, inputs: Sequence[Tensor], rnn: nn.Module 
 
 @torch.no_grad()
 def activity(model: nn.Module, inputs: Sequence[Tensor], rnn: nn.Module | None = None) -> Activity:
-    """The share of dead ReLUs, and of active units at every step. Arguments and errors as in
-    `gradient_norms`.
-    """
+    """The share of dead ReLUs, and of active units at every step. Arguments and errors as in `gradient_norms`."""
     states = _states(model, inputs, rnn) != 0
     dead = ~states.flatten(0, -2).any(0)
     return Activity(dead.float().mean().item(), states.flatten(1).float().mean(1))
@@ -92,8 +87,7 @@ def activity(model: nn.Module, inputs: Sequence[Tensor], rnn: nn.Module | None =
 
 @torch.no_grad()
 def eigenvalues(model: nn.Module) -> dict[str, Tensor]:
-    """The eigenvalues of V (of I + U for a RIN) of every plain recurrent matrix, complex [D], by parameter
-    name.
+    """The eigenvalues of V (of I + U for a RIN) of every plain recurrent matrix, complex [D], by parameter name.
 
     Raises ValueError when the model has none (an LSTM or a GRU).
     """

@@ -1,5 +1,4 @@
-"""The pull towards identity: a Gaussian prior N(I, sigma^2) on the recurrent matrix V = U + I, as decay or
-as penalty.
+"""The pull towards identity: a Gaussian prior N(I, sigma^2) on the recurrent matrix V = U + I, as decay or as penalty.
 
 Writing V = U + I changes no function; what it changes is where anything that keeps weights small pulls:
 decay of U pulls to identity, to remembering, decay of V pulls to zero, to forgetting. With a loss that is a
@@ -30,8 +29,7 @@ Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
 
 def prior_strength(sigma: float, samples: int) -> float:
-    """1 / (sigma^2 N): the strength a prior of standard deviation `sigma` has against a mean loss over N
-    samples.
+    """1 / (sigma^2 N): the strength a prior of standard deviation `sigma` has against a mean loss over N samples.
 
     Raises ValueError unless both are positive.
     """
@@ -80,8 +78,7 @@ def param_groups(model: nn.Module, *, identity_decay: float = 0.0, weight_decay:
 
 
 def decoupled(optimizer: Optimizer) -> Optimizer:
-    """Takes the weight decay of every group out of the optimizer's hands: before a step, weight *= 1 - lr *
-    decay.
+    """Takes the weight decay of every group out of the optimizer's hands: before a step, weight *= 1 - lr * decay.
 
     So it acts the same in every optimizer (Loshchilov and Hutter, arXiv 1711.05101). Learning rate
     schedules are followed. Changes the optimizer in place and returns it; a second call changes nothing, but
@@ -106,8 +103,7 @@ def _decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def identity_penalty(model: nn.Module, strength: float = 1.0) -> Tensor:
-    """strength / 2 * sum of ||V - I||^2 over the recurrent matrices of the model: a differentiable 0-dim
-    term.
+    """strength / 2 * sum of ||V - I||^2 over the recurrent matrices of the model: a differentiable 0-dim term.
 
     Its gradient is strength * (V - I), which for a RIN is strength * U. Works on V forms as well, and pulls to
     I whatever the skip. A matrix that several modules share counts once. 16-bit weights are summed in float32.

@@ -1,6 +1,4 @@
-"""The demo's parts: its folder, its verdicts, its table and its timing. The demo itself runs as `make
-demo`.
-"""
+"""The demo's parts: its folder, its verdicts, its table and its timing. The demo itself runs as `make demo`."""
 
 import dataclasses
 import functools

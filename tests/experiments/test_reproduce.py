@@ -1,6 +1,4 @@
-"""The paper's experiments: its grid and settings, a table that says what was run, going on when
-interrupted.
-"""
+"""The paper's experiments: its grid and settings, a table that says what was run, going on when interrupted."""
 
 import json
 import os

@@ -41,9 +41,7 @@ def parse(text: str) -> list[Question]:
 
 
 class Babi(Classification):
-    """One of the 20 tasks. A batch's inputs are story [T, B] and question [Q, B]: word numbers, 0 on the
-    left.
-    """
+    """One of the 20 tasks. A batch's inputs are story [T, B] and question [Q, B]: word numbers, 0 on the left."""
 
     vocabulary: int  # the padding included
 

@@ -1,6 +1,4 @@
-"""Checkpoints: written in one step, read without running code from them, and checked before anything is
-loaded.
-"""
+"""Checkpoints: written in one step, read without running code from them, and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. Raises UserError when the file is no checkpoint of this
-    package.
-    """
+    """The content of a checkpoint, on the CPU. Raises UserError when the file is no checkpoint of this package."""
     path = Path(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,6 +1,4 @@
-"""The command line `fused-rin`. A mistake in what was asked for ends in one line on stderr and exit code
-2.
-"""
+"""The command line `fused-rin`. A mistake in what was asked for ends in one line on stderr and exit code 2."""
 
 from __future__ import annotations
 

@@ -71,8 +71,7 @@ def read_babi(folder: Path) -> dict[str, str]:
 
 
 def download(name: str, folder: Path) -> list[Path]:
-    """Fetches "mnist" or "babi" into the data folder, with a progress bar. Keeps what is there already and
-    is sound.
+    """Fetches "mnist" or "babi" into the data folder, with a progress bar. Keeps what is there already and is sound.
 
     Raises UserError when the source cannot be reached or what it sent is wrong; nothing is written then.
     """

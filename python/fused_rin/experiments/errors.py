@@ -5,6 +5,4 @@ CLOSED = 141  # and one whose output was closed
 
 
 class UserError(Exception):
-    """A wrong setting, file or folder; the text names it, what was expected and what was found, in one
-    line.
-    """
+    """A wrong setting, file or folder; the text names it, what was expected and what was found, in one line."""

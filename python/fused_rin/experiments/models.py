@@ -25,8 +25,7 @@ STATE_GIVEN = ("rin", "irnn", "tanh", "rnn", "gru")  # they take a first state t
 
 
 class DeepTransitionRIN(nn.Module):
-    """RIN-DT, two transitions a step (arXiv 1801.06105 after 1312.6026; the equations are inferred from the
-    text):
+    """RIN-DT, two transitions a step (arXiv 1801.06105 after 1312.6026; the equations are inferred from the text):
 
         h'_t = ReLU(W x_t + (U1 + I) h_{t-1} + b1),    h_t = ReLU((U2 + I) h'_t + b2)
 
@@ -76,8 +75,7 @@ class SequenceModel(nn.Module):
 
 
 class QuestionModel(nn.Module):
-    """The paper's network for bAbI: an RNN over the story and one over the question; a third one reads both
-    outputs.
+    """The paper's network for bAbI: an RNN over the story and one over the question; a third one reads both outputs.
 
     "Both outputs are concatenated" is read as: in time, the story's states, then the question's.
 

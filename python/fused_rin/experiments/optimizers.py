@@ -16,9 +16,10 @@ from .settings import Settings
 def make_optimizers(
     settings: Settings, model: nn.Module, rates_on: torch.device | None = None
 ) -> list[torch.optim.Optimizer]:
-    """The optimizer, and that of the recurrent matrices if they have one of their own. Decay is decoupled from the
-    gradient, so that a strength is the same in all of them. A group's "share" is what its learning rate is multiplied
-    by.
+    """The optimizer, and that of the recurrent matrices if they have one of their own.
+
+    Decay is decoupled from the gradient, so that a strength is the same in all of them. A group's "share" multiplies
+    its learning rate.
 
     With `rates_on` they can be captured: the learning rates are tensors on that device, one for each group.
     """

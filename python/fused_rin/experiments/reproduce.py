@@ -1,5 +1,4 @@
-"""The paper's experiments, each by one command: its settings, its tables, and what comes out here beside
-them.
+"""The paper's experiments, each by one command: its settings, its tables, and what comes out here beside them.
 
 An experiment is a list of trials, one training run each, in a folder of its own under one folder. The same
 command goes on where it was interrupted. A budget below 1 scales the number of epochs down, and every table
@@ -48,9 +47,7 @@ class Trial:
 
 
 def adding() -> Iterator[Trial]:
-    """Adam, 300 epochs of 100,000 sequences, batch 32, clip 100; lengths 200, 300, 400, one layer of 100
-    units.
-    """
+    """Adam, 300 epochs of 100,000 sequences, batch 32, clip 100; lengths 200, 300, 400, one layer of 100 units."""
     for length, rate in paper.ADDING_RATES.items():
         for model in MODELS:
             settings = _settings(
@@ -61,9 +58,7 @@ def adding() -> Iterator[Trial]:
 
 
 def mnist() -> Iterator[Trial]:
-    """RMSprop, learning rate 1e-6, 500 epochs, batch 128, not clipped; one to three layers of 100 and 200
-    units.
-    """
+    """RMSprop, learning rate 1e-6, 500 epochs, batch 128, not clipped; one to three layers of 100 and 200 units."""
     for order, table in (("sequential", paper.SEQUENTIAL), ("permuted", paper.PERMUTED)):
         for (layers, units), accuracies in table.items():
             for model, accuracy in accuracies.items():
@@ -75,9 +70,7 @@ def mnist() -> Iterator[Trial]:
 
 
 def babi() -> Iterator[Trial]:
-    """Adam, learning rate 1e-3 (IRNN: 1e-4), 100 epochs of 1,000 questions, batch 32, not clipped; 100
-    units.
-    """
+    """Adam, learning rate 1e-3 (IRNN: 1e-4), 100 epochs of 1,000 questions, batch 32, not clipped; 100 units."""
     for task in range(1, 21):
         for model in MODELS:
             settings = _settings(
@@ -159,8 +152,7 @@ def _open(path: Path, settings: Settings) -> tuple[Run, bool]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """What came out beside the paper's, as Markdown: mean over the seeds, and their range when there are
-    several.
+    """What came out beside the paper's, as Markdown: mean over the seeds, and their range when there are several.
 
     Args:
         record: the content of a results.json: experiment, budget, and results, each with row, model, paper
@@ -205,9 +197,7 @@ def _show(experiment: str, value: float) -> str:
 
 
 def draw_beside_paper(record: dict[str, Any]) -> Figure:
-    """The accuracies of a results.json (not of adding, for which the paper has none) as dots, the paper's as
-    rings.
-    """
+    """The accuracies of a results.json (not of adding, for which the paper has none) as dots, the paper's as rings."""
     rows = list(dict.fromkeys(entry["row"] for entry in record["results"]))
     models = list(dict.fromkeys(entry["model"] for entry in record["results"]))
     figure = Figure(figsize=(10, 4), layout="constrained")

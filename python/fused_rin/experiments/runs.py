@@ -110,9 +110,7 @@ class Run:
             file.write(_to_json(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records, oldest first; none of a run that has not begun. A last line cut short by a crash is
-        left out.
-        """
+        """All records, oldest first; none of a run that has not begun. A last line cut short by a crash is left out."""
         if not self.metrics_path.exists():
             return []
         records = []

@@ -14,9 +14,7 @@ import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed for one purpose; different purposes give unrelated streams, also for neighbouring
-    seeds.
-    """
+    """A 63-bit seed for one purpose; different purposes give unrelated streams, also for neighbouring seeds."""
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -1,5 +1,4 @@
-"""Times our RIN against torch.nn.RNN(nonlinearity="relu") on the same work: same weights, same input, same
-results.
+"""Times our RIN against torch.nn.RNN(nonlinearity="relu") on the same work: same weights, same input, same results.
 
 The two take turns and the medians are compared, so that a busy machine slows both.
 """
@@ -43,9 +42,7 @@ def peer_of(rin: RIN) -> nn.RNN:
 
 
 def compare(steps: int, batch: int, input_size: int, hidden: int, seconds: float = 1.5) -> list[Timing]:
-    """Forward pass without gradients, and training step (forward, backward), each timed for about
-    `seconds`.
-    """
+    """Forward pass without gradients, and training step (forward, backward), each timed for about `seconds`."""
     generator = torch.Generator().manual_seed(0)
     ours = RIN(input_size, hidden)
     theirs = peer_of(ours)

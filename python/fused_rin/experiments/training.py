@@ -45,9 +45,7 @@ class Outcome:
 
 
 class Diverged(Exception):
-    """No gradient since the last log line was finite, or a weight is not; the last checkpoint is from
-    before.
-    """
+    """No gradient since the last log line was finite, or a weight is not; the last checkpoint is from before."""
 
 
 class Trainer:
@@ -100,8 +98,7 @@ class Trainer:
             self._load()
 
     def run(self) -> Outcome:
-        """Runs the remaining steps. SIGINT and SIGTERM end it after the step in hand, with a checkpoint of
-        that step.
+        """Runs the remaining steps. SIGINT and SIGTERM end it after the step in hand, with a checkpoint of that step.
 
         Raises UserError when the disk refuses or another process trains in the folder, and Diverged.
         """
@@ -330,8 +327,7 @@ def can_capture(settings: Settings, fabric: Fabric) -> bool:
 
 @contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list instead of acting on them; the second one acts as it does
-    outside.
+    """Collects SIGINT and SIGTERM in a list instead of acting on them; the second one acts as it does outside.
 
     Only the main thread may set handlers; elsewhere nothing is collected.
     """
