@@ -25,7 +25,7 @@ def _quiet():
         yield
 
 
-@settings(max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_cases(data):
     check(draw(lambda options: data.draw(st.sampled_from(options))))

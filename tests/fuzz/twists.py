@@ -81,6 +81,8 @@ def settled(case: Twisted) -> Twisted:
         change.update(weight_layout="plain")
     if twist == "edited" and case.context == "autocast":  # which keeps the casts of weights until its end
         change.update(context="grad")
+    if twist == "vmap" and case.context == "autocast":  # which does not see torch's own F.linear there
+        change.update(context="grad")
     if twist == "jvp":
         change.update(context="grad", dtype="float64", trained="all", **plain)
     if twist in ("jvp", "vmap", "trace", "vjp", "batched grads"):
@@ -110,8 +112,8 @@ def settled(case: Twisted) -> Twisted:
         change.update(**plain)
     if twist == "some trained":
         change.update(trained="all")
-    if twist == "not finite":
-        change.update(context="no_grad")
+    if twist == "not finite":  # without a state, short calls make no product with U (the migration page)
+        change.update(context="no_grad", state=True)
     if twist == "row arguments":
         change.update(kind="layers" if case.kind == "cell" else case.kind, rows="lengths", unbatched=False, resets=True)
     changed = cases.settled(dataclasses.replace(case, **change))
@@ -351,9 +353,7 @@ class Twisting(Checked):
             for b in range(self.case.batch):
                 given.lengths = None if lengths is None else lengths[b : b + 1]
                 given.resets = None if resets is None else resets.narrow(axis, b, 1)
-                outs.append(
-                    self.plainly(module, x.narrow(axis, b, 1), None if h is None else h.narrow(of_state, b, 1))
-                )
+                outs.append(self.plainly(module, x.narrow(axis, b, 1), None if h is None else h.narrow(of_state, b, 1)))
         finally:
             given.lengths, given.resets = lengths, resets
         return torch.cat([out for out, _ in outs], axis), torch.cat([h_n for _, h_n in outs], of_state)
@@ -449,7 +449,8 @@ class Twisting(Checked):
         try:
             return results + list(torch.autograd.grad(outs, leaves, weights))
         except RuntimeError as error:  # torch's own operators refuse it, and say so
-            assert "dtype" in str(error) or "type" in str(error), error
+            if "dtype" not in str(error) and "type" not in str(error):
+                raise
             return results
 
     def grad_hooks_negated(self, results: Any, outs: Any, weights: Any, leaves: Any) -> list[Tensor]:
@@ -513,9 +514,8 @@ class Twisting(Checked):
             out, back = torch.func.vjp(function, x.detach(), h, detached)
             grad_x, grad_h, by_name = back(tuple(weights))
             grads = [grad_x, grad_h]
-        for a, b in zip(out, outs, strict=True):
-            eps = torch.finfo(a.dtype).eps
-            torch.testing.assert_close(a, b.detach(), rtol=100 * eps, atol=100 * eps)
+        made = iter(out)
+        results = [next(made) if t.requires_grad else t for t in results]
         mine = list(by_name.values())
         trained = self.case.trained
         grads = (grads if trained in ("all", "input") else []) + (mine if trained in ("all", "weights") else [])
@@ -529,7 +529,8 @@ class Twisting(Checked):
         try:
             return kept + list(torch.autograd.grad(outs, leaves, weights))
         except RuntimeError as error:
-            assert "inplace operation" in str(error), error
+            if "inplace operation" not in str(error):
+                raise
             return kept
 
     # ---- numbers that are not finite ----
