@@ -6,7 +6,7 @@ import functools
 
 import torch
 import triton
-from fused_rin.device import aligned
+from fused_rin.device import aligned, launches
 from fused_rin.problem import Rows, Rule
 from torch import Tensor
 
@@ -32,6 +32,7 @@ def compile_options(chosen: Plan, vendor: str) -> dict[str, object]:
     return options
 
 
+@launches
 def run(
     stream_in: Tensor | None,
     saved: Tensor | None,

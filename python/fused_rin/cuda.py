@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fused_rin import cuda_plan
-from fused_rin.device import Device, NoPlan, aligned, allow_tf32, device_record
+from fused_rin.device import Device, NoPlan, aligned, allow_tf32, device_record, launches
 from fused_rin.problem import ACTIVATIONS, Rows, Rule
 
 try:
@@ -87,6 +87,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@launches
 def _sweep(
     in_: Tensor | None,
     saved: Tensor | None,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class NoPlan(ValueError):
@@ -66,3 +71,24 @@ def allow_tf32() -> bool:
 def aligned(tensor: Tensor | None, size: int) -> Tensor | None:
     """The tensor at an address that is a multiple of `size` bytes: a copy only where it is not."""
     return tensor.clone() if tensor is not None and tensor.data_ptr() % size else tensor
+
+
+def launches(function: Callable[P, R]) -> Callable[P, R]:
+    """Of a function that launches kernels: what to do about an error while a CUDA graph is captured.
+
+    A kernel's first launch loads its code, which a capture forbids, and the graph is lost by then.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                raise
+            raise RuntimeError(
+                f"{error}; while a CUDA graph is captured no kernel can be loaded or compiled: call the model once "
+                "with these sizes before the capture, forward and backward (torch.cuda.make_graphed_callables does)"
+            ) from error
+
+    return call

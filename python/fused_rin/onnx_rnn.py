@@ -93,7 +93,7 @@ def layer(
     dtype = x.dtype
     x, h0, w_ih, w_hh, b_ih, b_hh = (_wide(t) for t in (x, h0, *weights))
     hidden = w_ih.shape[0] // directions
-    r = w_hh.view(directions * num_heads, hidden // num_heads, hidden // num_heads)
+    r = w_hh.reshape(directions * num_heads, hidden // num_heads, hidden // num_heads)
     if rule.skip:
         r = r + rule.skip * torch.eye(r.shape[1], device=r.device)
     if num_heads > 1:
@@ -101,7 +101,7 @@ def layer(
         others = ~torch.eye(num_heads, dtype=torch.bool, device=r.device)[:, None, :, None]  # [to, unit, from, unit]
         blocks = r.view(directions, num_heads, size, 1, size).expand(-1, -1, -1, num_heads, -1)
         r = blocks.masked_fill(others, 0).reshape(directions, hidden, hidden)
-    w, bias = w_ih.view(directions, hidden, -1), w_ih.new_zeros(directions, 2 * hidden)
+    w, bias = w_ih.reshape(directions, hidden, -1), w_ih.new_zeros(directions, 2 * hidden)
     if b_ih is not None and b_hh is not None:
         bias = torch.cat([b_ih.view(directions, hidden), b_hh.view(directions, hidden)], 1)
     lengths = None if rows.lengths is None else rows.lengths.to(torch.int32)

@@ -265,3 +265,16 @@ def test_lengths_out_of_range_are_clamped(native, small):
     expected = cuda.forward(*case.arguments)
     assert torch.equal(out, expected[0])
     assert torch.equal(h_n, expected[1])
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_first_launch_inside_a_capture_says_what_to_do(native, monkeypatch, capturing):
+    def refused(*arguments):
+        raise RuntimeError("CUDA: kernel launch: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(native, "sweep_block", refused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with pytest.raises(RuntimeError, match="operation not permitted") as error:
+        cuda.forward(*make_case(2, 1, 8, dtype=BF16).arguments)
+    assert ("call the model once with these sizes before the capture" in str(error.value)) == capturing

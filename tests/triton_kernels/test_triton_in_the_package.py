@@ -72,3 +72,21 @@ def test_asked_for_by_name_it_says_what_it_cannot_do() -> None:
         recurrence(torch.zeros(2, 1, 1, 3).double(), torch.zeros(1, 3, 3).double(), backend="triton")
     with pytest.raises(BackendError, match=r"hidden size of 3000 .* use backend=\"reference\""):
         recurrence(torch.zeros(2, 1, 1, 3000), torch.zeros(1, 3000, 3000), backend="triton")
+
+
+def test_a_first_compilation_inside_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_rin.triton_kernels import launch
+
+    class Refusing:
+        def __getitem__(self, grid: object) -> object:
+            def refuse(*args: object, **kwargs: object) -> None:
+                raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+            return refuse
+
+    case = make_case(2, 1, 8)
+    monkeypatch.setattr(launch, "sweep", Refusing())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call the model once with these sizes before the capture"):
+        launch.run(case.pre, None, case.h0, case.weight, case.rows, case.rule)
