@@ -9,7 +9,7 @@ import pytest
 import torch
 from fused_rin import cpu, modules, ops
 
-from tests.fuzz import around, refusals, twists
+from tests.fuzz import around, refusals, twisting, twists
 from tests.fuzz.refusals import Refused
 from tests.fuzz.twists import TWISTS, Twisted
 
@@ -28,7 +28,7 @@ def test_twists(twist):
         case = twists.draw(drawn.choice)
         while case.twist != twist:
             case = twists.draw(drawn.choice)
-        twists.check(case)
+        twisting.check(case)
 
 
 @pytest.mark.parametrize("kind", ["rin", "recurrence", "packed"])
@@ -61,10 +61,10 @@ def test_it_sees_a_result_that_a_later_call_writes_to(monkeypatch):
         kept[0].copy_(out).add_(1e-3 * len(kept))
         return kept[0], h_n
 
-    twists.check(_case("repeat", context="no_grad"))
+    twisting.check(_case("repeat", context="no_grad"))
     monkeypatch.setattr(cpu, "layer_forward", wrong)
     with pytest.raises(AssertionError, match="share memory"):
-        twists.check(_case("repeat", context="no_grad"))
+        twisting.check(_case("repeat", context="no_grad"))
 
 
 def test_it_sees_a_written_argument(monkeypatch):
@@ -77,24 +77,24 @@ def test_it_sees_a_written_argument(monkeypatch):
 
     monkeypatch.setattr(cpu, "layer_forward", wrong)
     with pytest.raises(AssertionError, match="an argument was written"):
-        twists.check(_case("large", context="no_grad"))
+        twisting.check(_case("large", context="no_grad"))
 
 
 @pytest.mark.parametrize("twist", ["grad negated", "hooks negated"])
 def test_it_sees_a_lost_sign_in_backward(twist, monkeypatch):
-    twists.check(_case(twist))
+    twisting.check(_case(twist))
     monkeypatch.setattr(torch.Tensor, "is_neg", lambda tensor: False)
     monkeypatch.setattr(torch.Tensor, "resolve_neg", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda tensor: tensor)
     with pytest.raises(AssertionError, match="gradient"):
-        twists.check(_case(twist))
+        twisting.check(_case(twist))
 
 
 def test_it_sees_a_saved_dtype_that_is_taken_for_the_kernels(monkeypatch):
-    twists.check(_case("hooks dtype"))
+    twisting.check(_case("hooks dtype"))
     monkeypatch.setattr(ops, "restored", lambda ctx: ctx.saved_tensors)
     with pytest.raises(AssertionError, match="gradient"):
-        twists.check(_case("hooks dtype"))
+        twisting.check(_case("hooks dtype"))
 
 
 def test_it_sees_a_kernel_that_runs_before_the_error(monkeypatch):

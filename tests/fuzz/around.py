@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tests.fuzz import refusals, run, twists
+from tests.fuzz import refusals, run, twisting, twists
 from tests.fuzz.cases import Choose
 
 AnyCase = twists.Twisted | refusals.Refused
@@ -19,7 +19,7 @@ def draw(choose: Choose) -> AnyCase:
 
 
 def check(case: AnyCase) -> str:
-    return (refusals if isinstance(case, refusals.Refused) else twists).check(case)
+    return (refusals if isinstance(case, refusals.Refused) else twisting).check(case)
 
 
 def shrunk(case: AnyCase) -> AnyCase:

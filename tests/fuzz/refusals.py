@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tests.fuzz.cases import DTYPES, Choose
 from tests.fuzz.mistakes import WORDS
-from tests.fuzz.twists import same_bits
+from tests.fuzz.twisting import same_bits
 
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
 
