@@ -1,6 +1,6 @@
 """A classifier of names by their letters, as PyTorch's tutorial builds one, with nn.RNN and after `replace_rnn`.
 
-    python compat/name_classifier.py [--names N] [--epochs N]
+    python compat/name_classifier.py [--names N] [--epochs N] [--threads N]
 
 Each name is one call: a column of one-hot letters, the last state to a linear layer, the likelihood of the language.
 Batches are made by adding up gradients. The names are drawn letter by letter from languages that are made up here.
@@ -93,7 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", type=int, default=1200)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other on a busy machine")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     theirs, ours = compare(given.epochs, given.names)
     print(f"{'epoch':>5} {'nn.RNN':>10} {'replaced':>10}   mean loss of a name")
     for epoch in range(given.epochs):

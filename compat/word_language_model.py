@@ -1,6 +1,6 @@
 """A word language model, as PyTorch's example of that name has it, with nn.RNN and after `replace_rnn`.
 
-    python compat/word_language_model.py [--epochs N] [--tied] [--nonlinearity relu]
+    python compat/word_language_model.py [--epochs N] [--tied] [--nonlinearity relu] [--threads N]
 
 Embedding, dropout, two recurrent layers with dropout between them, a linear decoder, perhaps with the embedding's
 weights; truncated backpropagation over windows of a corpus that lies in columns, clipped gradients, plain SGD whose
@@ -118,7 +118,7 @@ def train(model: Model, epochs: int, length: int, rate: float = 5.0) -> Run:
     with tempfile.TemporaryFile() as file, torch.serialization.safe_globals(SAFE):
         torch.save(model, file)
         file.seek(0)
-        loaded = torch.load(file)
+        loaded = torch.load(file, weights_only=True)
     loaded.rnn.flatten_parameters()
     run.reloaded = evaluate(loaded, unseen)
     return run
@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=40_000, help="words of the training text")
     parser.add_argument("--tied", action="store_true", help="one matrix for the embedding and the decoder")
     parser.add_argument("--nonlinearity", choices=["tanh", "relu"], default="tanh")
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other on a busy machine")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     theirs, ours = compare(given.epochs, given.length, given.tied, given.nonlinearity)
     print(f"{'epoch':>5} {'nn.RNN':>10} {'replaced':>10}   loss of a word, unseen text")
     for epoch, pair in enumerate(zip(theirs.validation, ours.validation, strict=True), 1):

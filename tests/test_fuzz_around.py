@@ -31,7 +31,7 @@ def test_twists(twist):
         twisting.check(case)
 
 
-@pytest.mark.parametrize("kind", ["rin", "recurrence", "packed"])
+@pytest.mark.parametrize("kind", ["rin", "cell", "recurrence", "packed"])
 def test_refusals(kind):
     for seed, what in enumerate(refusals.WHAT[kind]):
         for steps in (1, 2, 20):

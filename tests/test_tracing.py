@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from fused_rin import RIN, RINCell
+from fused_rin import RIN, RINCell, recurrence
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,3 +93,28 @@ def test_symbolic_trace_keeps_the_modules_whole():
         for shape in ((1, 1, 5), (6, 3, 5)):
             x = torch.randn(shape)
             _assert_same(module(x), model(x))
+
+
+def test_a_traced_sweep_refuses_tensors_that_it_was_not_made_for():
+    """A graph calls the operator with what it is given; kernels read addresses."""
+    pre, w, h = torch.randn(5, 4, 1, 8), torch.zeros(1, 8, 8), torch.randn(4, 1, 8)
+    lengths, resets = torch.tensor([5, 3, 2, 1]), torch.zeros(5, 4, dtype=torch.bool)
+    traced = torch.jit.trace(
+        lambda pre, w, h, lengths, resets: recurrence(pre, w, h, lengths=lengths, resets=resets),
+        (pre, w, h, lengths, resets),
+        check_trace=False,
+    )
+    for place, wrong, text in (
+        (1, w.bfloat16(), "weight must have dtype torch.float32, got torch.bfloat16"),
+        (1, torch.zeros(1, 16, 16), "pre must have shape"),
+        (2, h.double(), "h0 must have dtype torch.float32, got torch.float64"),
+        (2, h[:2], r"h0 must have shape \[4, 1, 8\], got \[2, 1, 8\]"),
+        (3, lengths[:1], r"lengths must have shape \[4\], got \[1\]"),
+        (4, resets[:4], r"resets must have shape \[5, 4\], got \[4, 4\]"),
+    ):
+        args = [pre, w, h, lengths, resets]
+        args[place] = wrong
+        with pytest.raises(RuntimeError, match=text):
+            traced(*args)
+    with pytest.raises(RuntimeError, match=r"num_reversed must be in \[0, 1\], got 5"):
+        torch.ops.fused_rin.sweep_forward(pre, w, None, None, None, None, 1.0, "relu", 5, "auto")

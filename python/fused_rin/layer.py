@@ -92,7 +92,7 @@ def is_fused(x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, groups:
         return False
     # The tensors of one layer, in one dtype of the kernels, which read them unchecked?
     dtype, w_ih = x.dtype, weights.w_ih
-    if dtype not in DTYPES or not x.numel() or w_ih.dim() != 2:
+    if dtype not in DTYPES or not x.numel() or w_ih is None or weights.w_hh is None or w_ih.dim() != 2:
         return False
     width = w_ih.shape[0]
     hidden, vector, (_, batch) = width // groups, (width,), rows.sizes(x)
@@ -145,6 +145,34 @@ def forward(
     return out, torch.stack(h_n.reshape(h_n.shape[-2:]).chunk(2, 1)) if rule.num_reversed else h_n
 
 
+def check_weights(weights: Weights, inputs: int, groups: int, device: torch.device, u_name: str = "weight_hh") -> None:
+    """TypeError or RuntimeError for weights whose kinds, shapes, devices or dtypes do not fit each other.
+
+    They may have been exchanged since the module was made. torch's products take some of that in silence (another
+    device, in the tensor of a bias), kernels read addresses.
+    """
+    w_ih, w_hh, b_ih, b_hh = weights
+    suffix = u_name.removeprefix("weight_hh")
+    for name, matrix in ((f"weight_ih{suffix}", w_ih), (u_name, w_hh)):
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(matrix).__name__}")
+    if w_ih.dim() != 2:
+        raise RuntimeError(f"weight_ih{suffix} must have 2 dimensions, got {w_ih.dim()}")
+    width = w_ih.shape[0]
+    for name, w, shape in (
+        (f"weight_ih{suffix}", w_ih, (width, inputs)), (u_name, w_hh, (width, width // groups)),
+        (f"bias_ih{suffix}", b_ih, (width,)), (f"bias_hh{suffix}", b_hh, (width,)),
+    ):  # fmt: skip
+        if w is None:
+            continue
+        if w.shape != shape:
+            raise RuntimeError(f"{name} must have shape {tuple(shape)}, got {tuple(w.shape)}")
+        if w.device != device:
+            raise RuntimeError(f"{name} must be on {device}, got {w.device}")
+        if w.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"{name} must have dtype {w_ih.dtype}, got {w.dtype}")
+
+
 def bias(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
     """Their sum, by an operator whose gradients are two tensors: that of a plain sum is one, for both."""
     return b_ih if b_ih is None or b_hh is None else torch.sub(b_ih, b_hh, alpha=-1)
@@ -162,15 +190,12 @@ def _composed(
     u_name: str,
 ) -> tuple[Tensor, Tensor]:
     """As a matrix product and the recurrence, by operators: any device, under compilers and autocast."""
+    check_weights(weights, x.shape[-1], groups, x.device, u_name)
     w_ih, w_hh, b_ih, b_hh = weights
     watchers.check_memory(x, *weights)
     pre = F.linear(x, w_ih, bias(b_ih, b_hh))
-    if w_hh.dtype != pre.dtype:
-        if not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"{u_name} must have dtype {pre.dtype}, got {w_hh.dtype}")
+    if w_hh.dtype != pre.dtype:  # under autocast
         w_hh = w_hh.to(pre.dtype)
-    if w_hh.device != pre.device:
-        raise RuntimeError(f"{u_name} must be on {pre.device}, got {w_hh.device}")
     hidden = w_ih.shape[0] // groups
     h0 = None if h0 is None else h0.to(pre.dtype)
     return ops.recurrence(pre, w_hh.reshape(groups, hidden, hidden), h0, rows, rule, name, batch_first)

@@ -258,7 +258,9 @@ class RIN(SkipModule, torch.nn.RNNBase):
         ):
             x = x[0]
             for number in range(self.num_layers):
-                x = step.products(x, None if hx is None else hx[number], self._layer_weights(number), rule)
+                own = self._layer_weights(number)
+                layer.check_weights(own, x.shape[-1], 1, x.device, self._all_weights[number][1])
+                x = step.products(x, None if hx is None else hx[number], own, rule)
                 states.append(x)
                 if self.dropout and self.training and number < last:
                     x = F.dropout(x, self.dropout, True)
@@ -296,6 +298,14 @@ class RIN(SkipModule, torch.nn.RNNBase):
         if directions == 1:
             return Weights(*sets[0])
         watchers.check_memory(*sets[0], *sets[1])
+        for name, a, b in zip(self._all_weights[number * 2], *sets, strict=True):
+            if a is None or b is None:
+                raise TypeError(f"{name} must be a Tensor in both directions, got None")
+            if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+                raise RuntimeError(
+                    f"{name} must be alike in both directions, got {tuple(a.shape)}, {a.dtype}, {a.device} and "
+                    f"{tuple(b.shape)}, {b.dtype}, {b.device}"
+                )
         return Weights(*(torch.cat(pair) for pair in zip(*sets, strict=True)))
 
 
@@ -404,10 +414,11 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
             raise RuntimeError(f"weight_hh must have dtype {input.dtype}, got {weight.dtype}")
         if hx is not None and hx.dtype != input.dtype and not autocast:
             raise RuntimeError(f"hx must have the dtype of input, {input.dtype}, got {hx.dtype}")
-        own, rule = (
-            Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh),
-            Rule(self.skip_factor, self.nonlinearity),
-        )
+        if hx is not None and hx.device != input.device:
+            raise RuntimeError(f"hx must be on the device of input, {input.device}, got {hx.device}")
+        own = Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh)
+        rule = Rule(self.skip_factor, self.nonlinearity)
+        layer.check_weights(own, input.shape[1], 1, input.device)
         if step.suits_products(input.dtype, input.device, backend):
             return step.products(input, hx, own, rule)
         watchers.check_memory(input, *own)

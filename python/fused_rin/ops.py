@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rin import backends, gradients, library, profiling, reference, watchers
-from fused_rin.problem import Rows, Rule
+from fused_rin.problem import Rows, Rule, check_sweep
 from fused_rin.watchers import DIRECT, PLAIN, REFERENCE
 
 
@@ -79,15 +79,17 @@ _direct_forward, _direct_backward = profiling.named(sweep_forward), profiling.na
 
 
 def _forward_operator(pre, weight, h0, lengths, offsets, resets, skip, activation, num_reversed, backend):  # type: ignore[no-untyped-def]
-    rule = Rule(skip, activation, num_reversed)
-    return sweep_forward(pre, weight, h0, Rows(lengths, offsets, resets), rule, backend)
+    rows, rule = Rows(lengths, offsets, resets), Rule(skip, activation, num_reversed)
+    check_sweep(pre, weight, rows, rule, [("h0", h0, True)], "pre")
+    return sweep_forward(pre, weight, h0, rows, rule, backend)
 
 
 def _backward_operator(  # type: ignore[no-untyped-def]
     grad_out, grad_h_n, weight, out, lengths, offsets, resets, skip, activation, num_reversed, backend
 ):
-    rule = Rule(skip, activation, num_reversed)
-    return sweep_backward(grad_out, grad_h_n, weight, out, Rows(lengths, offsets, resets), rule, backend)
+    rows, rule = Rows(lengths, offsets, resets), Rule(skip, activation, num_reversed)
+    check_sweep(out, weight, rows, rule, [("grad_out", grad_out, False), ("grad_h_n", grad_h_n, True)], "out")
+    return sweep_backward(grad_out, grad_h_n, weight, out, rows, rule, backend)
 
 
 library.fragment.impl("sweep_forward", _forward_operator, library.KEY)

@@ -98,6 +98,45 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device, w
         raise RuntimeError(f"resets must be on the device of {whose}, {device}, got {resets.device}")
 
 
+def check_sweep(
+    states: Tensor, weight: Tensor, rows: Rows, rule: Rule, others: Sequence[tuple[str, Tensor | None, bool]], name: str
+) -> None:
+    """Arguments of a registered operator, which a graph may call with other tensors than it was made with.
+
+    `states`: pre of a forward sweep, out of a backward one (`name` says which). `others`: name, tensor or None, and
+    whether it has the shape of a state [B, G, D] or of `states`. Raises RuntimeError as csrc/operators does.
+    """
+    if weight.dim() != 3 or weight.shape[1] != weight.shape[2]:
+        raise RuntimeError(f"weight must have shape [G, D, D], got {list(weight.shape)}")
+    groups, hidden = weight.shape[:2]
+    if not 0 <= rule.num_reversed <= groups:
+        raise RuntimeError(f"num_reversed must be in [0, {groups}], got {rule.num_reversed}")
+    if rows.offsets is not None and rows.lengths is None:
+        raise RuntimeError("offsets must come with lengths")
+    axes = 2 if rows.offsets is None else 1
+    shape = tuple(states.shape)
+    if len(shape) < axes or shape[axes:] not in ((groups, hidden), (groups * hidden,)):
+        wanted = "[T, B, G, D] or [T, B, G * D]" if axes == 2 else "[rows, G, D] or [rows, G * D]"
+        raise RuntimeError(f"{name} must have shape {wanted} with G = {groups} and D = {hidden}, got {list(shape)}")
+    steps, batch = rows.sizes(states)
+    state, dtype = (batch, groups, hidden), states.dtype
+    for what, tensor, of_states, kind in (
+        ("weight", weight, (groups, hidden, hidden), dtype),
+        *((what, tensor, state if is_state else shape, dtype) for what, tensor, is_state in others),
+        ("lengths", rows.lengths, (batch,), torch.int64),
+        ("offsets", rows.offsets, (steps,), torch.int64),
+        ("resets", rows.resets, shape[:axes], torch.bool),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != kind:
+            raise RuntimeError(f"{what} must have dtype {kind}, got {tensor.dtype}")
+        if tuple(tensor.shape) != of_states:
+            raise RuntimeError(f"{what} must have shape {list(of_states)}, got {list(tensor.shape)}")
+        if tensor.device != states.device:
+            raise RuntimeError(f"{what} must be on the device of {name}, {states.device}, got {tensor.device}")
+
+
 def unpack_batch_sizes(batch_sizes: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
     """Steps of each sequence [B] and first row of each step [T], on the device of the packed `data`.
 
