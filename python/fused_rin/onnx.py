@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fused_rin import onnx_rnn
+from fused_rin import onnx_rnn, watchers
 
 
 def _translate(x: Any, w: Any, r: Any, b: Any, lengths: Any = None, h0: Any = None, activation: str = "Relu") -> Any:
@@ -26,4 +26,8 @@ def export_onnx(model: torch.nn.Module, args: tuple[Any, ...], f: Any = None, **
     """
     table = {torch.ops.fused_rin.onnx_rnn.default: _translate, **kwargs.pop("custom_translation_table", {})}
     copied = copy.deepcopy(model).eval()
-    return torch.onnx.export(copied, args, f, dynamo=True, custom_translation_table=table, **kwargs)
+    watchers.within_export_onnx = True
+    try:
+        return torch.onnx.export(copied, args, f, dynamo=True, custom_translation_table=table, **kwargs)
+    finally:
+        watchers.within_export_onnx = False

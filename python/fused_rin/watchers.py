@@ -61,9 +61,14 @@ def observer(product: bool = False) -> tuple[str, str] | None:
     return None
 
 
+within_export_onnx = False  # set by onnx.export_onnx: not every release of torch says it of its newer exporter
+
+
 def exporting_to_onnx() -> bool:
     """Whether torch.onnx.export is what compiles or traces."""
-    return (torch.compiler.is_compiling() or _tracing_state() is not None) and torch.onnx.is_in_onnx_export()
+    if not torch.compiler.is_compiling() and _tracing_state() is None:
+        return False
+    return within_export_onnx or torch.onnx.is_in_onnx_export()
 
 
 # An offset into memory that is not there (a slice of a freed storage) looks like an address. No offset is as large as
