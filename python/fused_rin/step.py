@@ -176,7 +176,7 @@ def rin(module: Any, input: Any, hx: Tensor | None) -> tuple[Tensor, Tensor] | N
 
 
 def _rin_in_training(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """One step of all layers by `products`: what RIN.forward comes to after all of its checks, in a third of the time.
+    """One step of all layers by `products`: what RIN.forward comes to after all of its checks.
 
     What is not looked at here, torch's operators look at.
     """
@@ -203,7 +203,8 @@ def _rin_in_training(module: Any, input: Tensor, hx: Tensor | None) -> tuple[Ten
         for t in tensors:
             if t.dtype is not dtype or not watchers.address(t):
                 return None
-    except (RuntimeError, KeyError):  # tensors without a shape or without memory; parametrized weights
+    # Tensors without a shape or without memory, parametrized weights, weights that are None.
+    except (RuntimeError, KeyError, AttributeError):
         return None
     row, rule, states = input.select(axis, 0), Rule(module.skip_factor, module.nonlinearity), []
     for number, names in enumerate(module._all_weights):
@@ -284,7 +285,7 @@ def _cell_in_training(module: Any, input: Tensor, hx: Tensor | None) -> Tensor |
         for t in (input, hx, *own):
             if t is not None and (t.dtype is not dtype or not watchers.address(t)):
                 return None
-    except (RuntimeError, KeyError):
+    except (RuntimeError, KeyError, AttributeError):
         return None
     return _products(input, hx, own, Rule(module.skip_factor, module.nonlinearity))
 
