@@ -27,7 +27,8 @@ class Question(NamedTuple):
 
 def parse(text: str) -> list[Question]:
     """The questions of one file, each with all the statements before it in its story."""
-    questions, story = [], []
+    questions: list[Question] = []
+    story: list[str] = []
     for line in text.splitlines():
         number, _, rest = line.partition(" ")
         if number == "1":

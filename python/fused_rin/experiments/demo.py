@@ -139,7 +139,7 @@ def run_job(job: Job) -> Result:
 
 def table(results: list[Result], timings: list[Timing]) -> str:
     """All that was learnt and timed, as text."""
-    rows = [("trained", "weights", "test loss", "accuracy", "ms/step", "demanded")]
+    rows: list[tuple[str, ...]] = [("trained", "weights", "test loss", "accuracy", "ms/step", "demanded")]
     for result in results:
         verdict = {None: "", True: f"{result.demanded}: yes", False: f"{result.demanded}: NO"}[result.passed]
         measured = (f"{result.loss:.4f}", f"{result.accuracy:.1%}", f"{result.milliseconds:.1f}")

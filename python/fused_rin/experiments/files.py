@@ -21,7 +21,7 @@ def reporting(path: Path, action: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot {action}: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that, whatever happens, `path` holds either the old content or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

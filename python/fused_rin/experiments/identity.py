@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -43,7 +43,7 @@ PROBE = 256  # training samples of which loss and gradients are recorded
 TEST_BATCH = 500
 ALONG_THE_WAY = 4  # test batches of every record but the last, which has the whole test set
 STEPS_KEPT = 16  # of the gradient against the time step
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
     "adam": torch.optim.Adam,
@@ -127,12 +127,14 @@ def first_model(task: Classification, trial: Trial, plan: Plan) -> nn.Module:
 
 def to_v_form(model: nn.Module) -> nn.Module:
     """The same function of the same weights, with V = U + I as its parameter."""
+    assert isinstance(model.rnn, RIN)
     model.rnn = RIN.from_rnn(model.rnn.to_rnn(), skip=0.0)
     return model
 
 
 def make_optimizer(model: nn.Module, trial: Trial, plan: Plan) -> torch.optim.Optimizer:
     """The optimizer of a trial, in which only the recurrent matrix decays."""
+    groups: list[dict[str, Any]]
     if trial.arm == "v-decay":
         matrices = [weight for name, weight in model.named_parameters() if "weight_hh" in name]
         others = [weight for name, weight in model.named_parameters() if "weight_hh" not in name]

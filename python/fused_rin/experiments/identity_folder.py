@@ -165,4 +165,6 @@ class Folder:
 
 
 def _build(task: str, data_dir: str) -> Classification:
-    return PLANS[task].to_settings(task, data_dir=data_dir).build_task()
+    built = PLANS[task].to_settings(task, data_dir=data_dir).build_task()
+    assert isinstance(built, Classification)
+    return built

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -171,7 +172,7 @@ def _panels(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes
 
 
 def _finish(figure: Figure, axes: list[list[Axes]], x: str, y: str | None) -> None:
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axis in (axis for row in axes for axis in row):
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize="x-small")
@@ -181,4 +182,6 @@ def _finish(figure: Figure, axes: list[list[Axes]], x: str, y: str | None) -> No
         axis.set_xlabel(x, fontsize="small")
     if y:
         figure.supylabel(y, fontsize="small")
-    figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=4, fontsize="x-small")
+    figure.legend(
+        handles=[*entries.values()], labels=[*entries], loc="outside lower center", ncols=4, fontsize="x-small"
+    )

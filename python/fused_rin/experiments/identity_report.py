@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from .identity import OPTIMIZERS, PLANS, STRENGTHS
@@ -62,8 +63,13 @@ def _cell(key: tuple[Any, ...], runs: list[list[dict[str, Any]]]) -> Cell:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    values = list(values)
-    return None if None in values else _short(statistics.fmean(values))
+    """None where one of them is missing."""
+    known: list[float] = []
+    for value in values:
+        if value is None:
+            return None
+        known.append(value)
+    return _short(statistics.fmean(known))
 
 
 def _short(value: float) -> float:
@@ -91,7 +97,7 @@ def table(content: dict[str, Any]) -> str:
     for task, optimizer in groups(content):
         cells = select(content, task=task, optimizer=optimizer, arm="u-decay")
         free = {c["samples"]: c for c in select(content, task=task, optimizer=optimizer, arm="none")}
-        lines += ["", f"### {task}, {optimizer}", "", *_grid(cells, lambda cell, free=free: _pull(cell, free))]
+        lines += ["", f"### {task}, {optimizer}", "", *_grid(cells, partial(_pull, free=free))]
     return "\n".join(lines)
 
 

@@ -60,12 +60,15 @@ class DeepTransitionRIN(nn.Module):
         return output, output[-1:]
 
 
+Recurrent = RIN | DeepTransitionRIN | nn.RNNBase  # torch.nn.RNN's call, and a hidden_size
+
+
 class SequenceModel(nn.Module):
     """[T, B, input_size] -> [B, output_size]: `rnn` over the sequence, `head` on the last layer's last
     state. The first state h0 [num_layers, B, hidden_size] is zero where it is not given.
     """
 
-    def __init__(self, rnn: nn.Module, output_size: int):
+    def __init__(self, rnn: Recurrent, output_size: int):
         super().__init__()
         self.rnn = rnn
         self.head = nn.Linear(rnn.hidden_size, output_size)
@@ -86,7 +89,7 @@ class QuestionModel(nn.Module):
 
     EMBEDDING = 200
 
-    def __init__(self, make_rnn: Callable[[int], nn.Module], vocabulary: int, output_size: int):
+    def __init__(self, make_rnn: Callable[[int], Recurrent], vocabulary: int, output_size: int):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, self.EMBEDDING, padding_idx=0)
         self.story, self.question = make_rnn(self.EMBEDDING), make_rnn(self.EMBEDDING)
@@ -115,7 +118,7 @@ def make_rnn(
     recurrent_std: float = 1e-3,
     recurrent_init: str = "normal",
     cycles: Sequence[int] = (),
-) -> nn.Module:
+) -> Recurrent:
     """A recurrent network by its name in `MODELS`, its weights drawn from torch's global generator.
 
     Args:
@@ -129,7 +132,7 @@ def make_rnn(
             of them side by side, and the identity.
         cycles: of "cycles", the lengths; the units that are left start with the identity.
     """
-    makers: dict[str, Callable[[], nn.Module]] = {
+    makers: dict[str, Callable[[], Recurrent]] = {
         "rin": lambda: RIN(input_size, hidden_size, num_layers),
         "rin-dt": lambda: DeepTransitionRIN(input_size, hidden_size),
         "irnn": lambda: RIN(input_size, hidden_size, num_layers, skip=0.0),

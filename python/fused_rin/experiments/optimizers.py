@@ -41,6 +41,7 @@ def make_optimizers(
         rate = torch.tensor(settings.learning_rate, device=rates_on) if captured else settings.learning_rate
         group = {"params": members, "weight_decay": decay, "share": share, "lr": rate}
         groups.setdefault(own, []).append(group)
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "adam":
         optimizer = torch.optim.Adam(groups[False], eps=settings.eps, fused=True, capturable=captured)
     elif settings.optimizer == "rmsprop":

@@ -169,12 +169,12 @@ def table(record: dict[str, Any]) -> str:
     quantity = "loss" if experiment == "adding" else "accuracy"
     for entry in record["results"]:
         values, count = _finished(entry, quantity), len(entry["runs"])
-        here = f"diverged ({count - len(values)} of {count})" if len(values) < count else ""
+        text = f"diverged ({count - len(values)} of {count})" if len(values) < count else ""
         if values:
             texts = [_show(experiment, value) for value in (statistics.mean(values), min(values), max(values))]
             spread = f" ({texts[1]} to {texts[2]})" if len(values) > 1 else ""
-            here = texts[0] + spread + (here and f"; {here}")
-        lines.append(f"| {entry['row']} | {entry['model']} | {count} | {here} | {entry['paper']} |")
+            text = texts[0] + spread + (text and f"; {text}")
+        lines.append(f"| {entry['row']} | {entry['model']} | {count} | {text} | {entry['paper']} |")
     if experiment == "adding":
         lines += ["", "Test error; always answering 1 gives 0.1667. The paper shows curves only."]
         return "\n".join(lines)

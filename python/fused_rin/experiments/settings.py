@@ -12,7 +12,16 @@ from . import tasks
 from .babi import Babi
 from .data import data_folder
 from .errors import UserError
-from .models import IDENTITY_FIXED, MODELS, RECURRENT_INITS, STATE_GIVEN, QuestionModel, SequenceModel, make_rnn
+from .models import (
+    IDENTITY_FIXED,
+    MODELS,
+    RECURRENT_INITS,
+    STATE_GIVEN,
+    QuestionModel,
+    Recurrent,
+    SequenceModel,
+    make_rnn,
+)
 from .seeding import fork_seeded
 
 TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
@@ -245,7 +254,7 @@ class Settings:
     def build_model(self, task: tasks.Task) -> nn.Module:
         """The model with its first weights, a function of `seed`; leaves torch's global generators alone."""
 
-        def make(input_size: int) -> nn.Module:
+        def make(input_size: int) -> Recurrent:
             return make_rnn(
                 self.model, input_size, self.hidden_size, self.num_layers,
                 input_std=self.input_std, recurrent_std=self.recurrent_std, recurrent_init=self.recurrent_init,

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def peer_of(rin: RIN) -> nn.RNN:
     peer = nn.RNN(rin.input_size, rin.hidden_size, nonlinearity="relu")
     peer.load_state_dict({name: value for name, value in rin.state_dict().items() if name != "skip"})
     with torch.no_grad():
-        peer.weight_hh_l0 += torch.eye(rin.hidden_size)
+        peer.get_parameter("weight_hh_l0").add_(torch.eye(rin.hidden_size))
     return peer
 
 
@@ -60,7 +61,7 @@ def compare(steps: int, batch: int, input_size: int, hidden: int, seconds: float
         torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=1e-3, atol=1e-4)
     timings = []
     for kind, call in (("forward", forward), ("training step", training_step)):
-        medians = _alternate(lambda call=call: call(ours), lambda call=call: call(theirs), seconds)
+        medians = _alternate(partial(call, ours), partial(call, theirs), seconds)
         timings.append(Timing(steps, batch, hidden, kind, *medians))
     return timings
 
@@ -68,7 +69,8 @@ def compare(steps: int, batch: int, input_size: int, hidden: int, seconds: float
 def _alternate(first: Callable[[], None], second: Callable[[], None], seconds: float) -> tuple[float, float]:
     """Median seconds of each, in turns, after one unmeasured call; at least 7 turns."""
     times: tuple[list[float], list[float]] = ([], [])
-    first(), second()
+    first()
+    second()
     end = time.perf_counter() + seconds
     while len(times[0]) < 7 or time.perf_counter() < end:
         for call, taken in zip((first, second), times, strict=True):

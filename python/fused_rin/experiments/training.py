@@ -150,7 +150,7 @@ class Trainer:
                 output = self.model(*inputs)
                 sums += self._sums(output, target, self.task.loss(output, target))
         self.model.train()
-        loss, correct, samples, _ = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
+        loss, correct, samples, _ = self._over_processes(sums).tolist()
         return {"loss": loss / samples, "accuracy": correct / samples}
 
     def _train_step(self) -> None:
@@ -183,11 +183,13 @@ class Trainer:
         norm = self.fabric.clip_gradients(
             self.model, self.optimizers[0], max_norm=self.settings.clip or math.inf, error_if_nonfinite=False
         )
+        assert norm is not None
         # Where a sequence made the network overflow, clipping has left zeros and NaNs: such a gradient counts as
         # zero. Looking at the norm tells where that is free; elsewhere every step would wait for the device.
         if self.captured or self.fabric.device.type != "cpu" or not norm.isfinite():
             for weight in self.weights:
-                torch.nan_to_num_(weight.grad, nan=0.0)
+                if weight.grad is not None:
+                    torch.nan_to_num_(weight.grad, nan=0.0)
         for optimizer in self.optimizers:
             optimizer.step()
         self._update_average()
@@ -234,7 +236,7 @@ class Trainer:
 
     def _collect(self) -> dict[str, float]:
         """The means since the last log line."""
-        loss, correct, samples, norm = self.fabric.all_reduce(self.totals, reduce_op="sum").tolist()
+        loss, correct, samples, norm = self._over_processes(self.totals).tolist()
         self.totals.zero_()
         steps = self.step % self.settings.log_every or self.settings.log_every
         skipped = steps - round(samples / self.settings.batch_size)
@@ -261,7 +263,13 @@ class Trainer:
         if not self._due(self.settings.log_every):
             return False
         vote = torch.tensor(float(received), device=self.fabric.device)
-        return bool(self.fabric.all_reduce(vote, reduce_op="sum"))
+        return bool(self._over_processes(vote))
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The sum of every process's `values`, which may be overwritten."""
+        summed = self.fabric.all_reduce(values, reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return summed
 
     def _save(self) -> None:
         if not all(bool(weight.isfinite().all()) for weight in self.weights):
@@ -273,7 +281,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
-            "totals": self.fabric.all_reduce(self.totals.clone(), reduce_op="sum"),
+            "totals": self._over_processes(self.totals.clone()),
         }
         self.fabric.save(self.folder.checkpoint_path, state)
 
@@ -306,14 +314,15 @@ class Trainer:
 def make_fabric(settings: Settings) -> Fabric:
     """Fabric for these settings: one device, or as many processes as torchrun has started."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    precision: Any = settings.precision  # Fabric names every one in a type
     try:
         return Fabric(
             accelerator=settings.device,
             devices=local,
             num_nodes=world // local,
-            # A RIN's only buffer is its constant skip; there is nothing to broadcast before a step.
+            # A RIN has no buffers; there is nothing to broadcast before a step.
             strategy=DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
-            precision=settings.precision,
+            precision=precision,
             plugins=[AtomicCheckpointIO()],
         )
     except Exception as error:  # Fabric has several kinds of its own for a device that is not there
