@@ -202,7 +202,7 @@ def test_states_without_memory_behind_an_offset():
     for given in (x, torch.nn.utils.rnn.pack_padded_sequence(x, [3, 20], enforce_sorted=False)):
         for a, b in zip(module(given, zero), module(given), strict=True):
             a, b = (t.data if isinstance(t, torch.nn.utils.rnn.PackedSequence) else t for t in (a, b))
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b)  # the operators' way has another product for W x
         with pytest.raises(RuntimeError, match=r"has no memory|storage"):
             module(given, freed(torch.randn(4, 2, 4)))
 
