@@ -1,4 +1,4 @@
-"""What the training loop adds to a step: Trainer._train_step against forward, loss, backward and update alone.
+"""What the training loop adds to a step: Trainer.train_step against forward, loss, backward and update alone.
 
     python -m benchmarks.loop [RESULTS.json]                  one thread, in turns, medians; about a minute
     python -m benchmarks.loop [RESULTS.json] --device cuda    and an epoch of every RIN in the paper's Table 1
@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fused_rin.experiments import reproduce, tasks
-from fused_rin.experiments.capture import CapturedUpdate
+from fused_rin.experiments import tasks
 from fused_rin.experiments.data import Labelled, data_folder, read_mnist
 from fused_rin.experiments.errors import UserError
-from fused_rin.experiments.runs import Run
-from fused_rin.experiments.settings import Settings
-from fused_rin.experiments.training import Trainer
-
-from .table import machine
+from fused_rin.experiments.machine import machine
+from fused_rin.experiments.paper import trials
+from fused_rin.experiments.training.capture import CapturedUpdate
+from fused_rin.experiments.training.runs import Run
+from fused_rin.experiments.training.settings import Settings
+from fused_rin.experiments.training.trainer import Trainer
 
 TASKS = {"cpu": ("mnist", "mnist-rows", "adding", "digits", "babi"), "cuda": ("mnist", "adding", "digits")}
 SECONDS = 8.0  # of each task
@@ -61,7 +61,7 @@ def measure(task: str, folder: Path, device: str, seconds: float = SECONDS) -> d
             optimizer.step()
 
     update = CapturedUpdate(work) if trainer.captured else work
-    calls = {"bare": lambda: update(batch.inputs, batch.target), "step": trainer._train_step}
+    calls = {"bare": lambda: update(batch.inputs, batch.target), "step": trainer.train_step}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken["step"]) < 5:
@@ -81,13 +81,13 @@ def measure(task: str, folder: Path, device: str, seconds: float = SECONDS) -> d
 def epochs(folder: Path, device: str, rounds: int = 3) -> list[dict[str, Any]]:
     """Seconds of an epoch, with its evaluation, of every RIN and RIN-DT of Table 1's sequential half."""
     rows = []
-    for trial in reproduce.mnist():
+    for trial in trials.mnist():
         if not trial.row.startswith("sequential") or not trial.model.startswith("rin"):
             continue
         settings = dataclasses.replace(trial.settings, device=device)
         trainer = Trainer(Run.new(folder / trial.name(0), settings))
-        timed(trainer._train_step, device)  # captures
-        step = statistics.median(timed(trainer._train_step, device) for _ in range(rounds))
+        timed(trainer.train_step, device)  # captures
+        step = statistics.median(timed(trainer.train_step, device) for _ in range(rounds))
         start = time.perf_counter()
         trainer.evaluate()
         evaluation = time.perf_counter() - start

@@ -6,28 +6,10 @@ python -m benchmarks.table RAW.json RESULTS.json     writes RESULTS.json and RES
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
 
-import fused_rin
-import torch
-from fused_rin import cpu
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on, without naming the machine."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "instruction_sets": cpu.instruction_sets(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fused_rin": fused_rin.__version__,
-    }
+from fused_rin.experiments.machine import machine
 
 
 def render(rows: list[dict[str, object]]) -> str:

@@ -1,6 +1,6 @@
 import pytest
-from fused_rin.experiments.runs import Run
-from fused_rin.experiments.settings import Settings
+from fused_rin.experiments.training.runs import Run
+from fused_rin.experiments.training.settings import Settings
 
 # Small enough for a run to take well under a second.
 TINY = {"length": 10, "hidden_size": 8, "steps": 24, "test_size": 20, "threads": 1}

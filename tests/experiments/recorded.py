@@ -1,4 +1,4 @@
-"""CUDA graphs, played on the CPU: what `fused_rin.experiments.capture` takes of torch.cuda, with its rules.
+"""CUDA graphs, played on the CPU: what `fused_rin.experiments.training.capture` takes of torch.cuda, with its rules.
 
 While recording, nothing is computed for good: every tensor that was there before is as it was afterwards. Playing does
 the recorded operations again, on the same tensors, with the numbers in Python that they were called with.

@@ -9,12 +9,13 @@ import sys
 import pytest
 import recorded
 import torch
-from fused_rin.experiments import capture, training
-from fused_rin.experiments.capture import WARM_UP, CapturedUpdate
-from fused_rin.experiments.runs import Run
-from fused_rin.experiments.settings import Settings
 from fused_rin.experiments.tasks import Batch
-from fused_rin.experiments.training import Trainer
+from fused_rin.experiments.training import capture
+from fused_rin.experiments.training import trainer as training
+from fused_rin.experiments.training.capture import WARM_UP, CapturedUpdate
+from fused_rin.experiments.training.runs import Run
+from fused_rin.experiments.training.settings import Settings
+from fused_rin.experiments.training.trainer import Trainer
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 import torch
 from experiment_helpers import fused_rin, metrics
 from fused_rin import __version__
-from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.errors import CLOSED, UserError
-from fused_rin.experiments.runs import Run
-from fused_rin.experiments.settings import Settings
-from fused_rin.experiments.training import Trainer
+from fused_rin.experiments.training.checkpoints import read_checkpoint
+from fused_rin.experiments.training.runs import Run
+from fused_rin.experiments.training.settings import Settings
+from fused_rin.experiments.training.trainer import Trainer
 
 SMALL = ["--length", "10", "--hidden-size", "8", "--steps", "4", "--test-size", "20", "--threads", "1"]
 TRAIN = ["train", "--task", "adding", *SMALL]
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_run(fails, finished, tmp_path):
     other = Run.new(tmp_path / "other", Settings.for_task("adding", **{**_values(SMALL), "hidden_size": 9}))
     Trainer(other).run()
     (finished / "checkpoint.pt").write_bytes(other.checkpoint_path.read_bytes())
-    assert "made with hidden_size 9, the run has 8" in fails("train", "--resume", finished)
+    assert "it has hidden_size 9, 8 was asked for" in fails("train", "--resume", finished)
 
 
 def test_a_damaged_configuration(fails, finished):
@@ -248,7 +248,7 @@ def test_two_runs_in_one_folder_at_once(fails, tmp_path):
 
 def test_a_package_of_the_extras_that_is_missing_is_named(fails, monkeypatch):
     for name in list(sys.modules):
-        if name.startswith("fused_rin.experiments.") and name.endswith((".progress", ".training", ".checkpoints")):
+        if name.startswith("fused_rin.experiments.training.") and not name.endswith((".runs", ".settings")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     message = fails(*TRAIN)
@@ -271,3 +271,11 @@ def test_the_version(capsys):
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"fused-rin {__version__}, torch {torch.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "tasks"), [("--length 10", "adding"), ("--train-size 100", "adding"), ("--babi-task 2", "babi")]
+)
+def test_a_setting_that_the_task_does_not_look_at_is_refused(fails, option, tasks):
+    name = option.split()[0]
+    assert f"{name} is for the task {tasks}, got 'digits'" in fails("train", "--task", "digits", *option.split())

@@ -11,9 +11,9 @@ from experiment_helpers import REAL, needs
 from fused_rin.experiments import data
 from fused_rin.experiments.babi import Babi, parse
 from fused_rin.experiments.errors import UserError
-from fused_rin.experiments.settings import Settings
 from fused_rin.experiments.tasks import mnist
-from fused_rin.experiments.training import Trainer
+from fused_rin.experiments.training.settings import Settings
+from fused_rin.experiments.training.trainer import Trainer
 
 
 @needs("mnist")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_rin.experiments.checkpoints import read_checkpoint
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.diagnose import FORMAT, VERSION, draw
 from fused_rin.experiments.files import read_results
-from fused_rin.experiments.settings import Settings
-from fused_rin.experiments.training import Trainer
+from fused_rin.experiments.training.checkpoints import read_checkpoint
+from fused_rin.experiments.training.settings import Settings
+from fused_rin.experiments.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("model", ["rin", "rin-dt", "irnn", "tanh", "lstm"])
@@ -162,7 +162,7 @@ def test_nothing_or_both_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("moment", ["first", "trained"])
 def test_the_committed_page_is_what_the_committed_results_give(moment):
     repository = Path(__file__).resolve().parents[2]
-    networks = read(repository / "benchmarks" / "results" / "diagnostics" / f"{moment}.json")
+    networks = read(repository / "docs" / "diagnostics" / f"{moment}.json")
     steps = {"first": 0, "trained": 2200}
     assert [n["name"] for n in networks] == [f"{m}, step {steps[moment]}" for m in ("rin", "irnn", "rnn", "lstm")]
     assert {len(network["gradient_norms"]) for network in networks} == {200}

@@ -4,8 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from fused_rin.experiments import identity
-from fused_rin.experiments.identity import PLANS, Trial, first_model, make_optimizer, run_trial, to_v_form, trials
+from fused_rin.experiments.identity import trials as identity
+from fused_rin.experiments.identity.trials import (
+    PLANS,
+    Trial,
+    first_model,
+    make_optimizer,
+    run_trial,
+    to_v_form,
+    trials,
+)
 from fused_rin.experiments.tasks import digits
 from fused_rin.identity_prior import identity_distance, recurrent_matrices
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from experiment_helpers import needs
-from fused_rin.experiments import identity_folder, identity_plots, identity_report
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.files import read_results
+from fused_rin.experiments.identity import folder as identity_folder
+from fused_rin.experiments.identity import plots as identity_plots
+from fused_rin.experiments.identity import report as identity_report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "identity-prior" / "results.json"
+RESULTS = REPOSITORY / "docs" / "identity-prior" / "results.json"
 PAGE = REPOSITORY / "docs" / "identity-prior.md"
 SOME = ["--only", "digits-sgd-N[93]*", "--budget", "0.02", "--threads", "1"]  # N = 90 and 360, 8 updates
 

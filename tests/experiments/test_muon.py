@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fused_rin.experiments.muon import Muon, orthogonalize
+from fused_rin.experiments.training.muon import Muon, orthogonalize
 from torch import nn
 
 SHAPES = [(16, 16), (100, 100), (12, 40), (40, 12), (3, 8, 8)]

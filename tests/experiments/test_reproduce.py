@@ -6,14 +6,16 @@ import signal
 
 import pytest
 from experiment_helpers import REAL, metrics, needs
-from fused_rin.experiments import paper, reproduce
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.errors import UserError
-from fused_rin.experiments.training import Trainer
+from fused_rin.experiments.paper import figures as paper
+from fused_rin.experiments.paper import reproduce
+from fused_rin.experiments.paper import trials as trials_of
+from fused_rin.experiments.training.trainer import Trainer
 
 
 def test_adding_has_the_papers_settings():
-    trials = list(reproduce.adding())
+    trials = list(trials_of.adding())
     first = [(trial.row, trial.model) for trial in trials[:4]]
     assert first == [("T200", "rin"), ("T200", "irnn"), ("T200", "lstm"), ("T300", "rin")]
     assert len(trials) == 9
@@ -25,7 +27,7 @@ def test_adding_has_the_papers_settings():
 
 
 def test_mnist_has_the_papers_settings_and_all_of_table_1():
-    trials = list(reproduce.mnist())
+    trials = list(trials_of.mnist())
     assert len(trials) == 2 * (6 * 3 + 1)
     for trial in trials:
         s = trial.settings
@@ -39,7 +41,7 @@ def test_mnist_has_the_papers_settings_and_all_of_table_1():
 
 
 def test_babi_has_the_papers_settings_and_all_of_table_3():
-    trials = list(reproduce.babi())
+    trials = list(trials_of.babi())
     assert len(trials) == 60
     for trial in trials:
         s = trial.settings
@@ -49,7 +51,7 @@ def test_babi_has_the_papers_settings_and_all_of_table_3():
     assert means == pytest.approx({"rin": 52.6, "irnn": 48.9, "lstm": 51.0}, abs=0.06)
 
 
-@pytest.mark.parametrize("make", reproduce.EXPERIMENTS.values())
+@pytest.mark.parametrize("make", trials_of.EXPERIMENTS.values())
 def test_all_start_with_the_papers_weights_and_a_constant_rate(make):
     for trial in make():
         s = trial.settings
@@ -121,7 +123,7 @@ def test_reproduces_goes_on_and_refuses_other_settings(tmp_path, capsys):
     config["settings"]["batch_size"] = 16
     (out / names[0] / "config.json").write_text(json.dumps(config))
     assert call("--budget", "0.001") == 2
-    assert "was started with batch_size 16, 32 is asked for" in capsys.readouterr().err
+    assert "has batch_size 16, 32 was asked for" in capsys.readouterr().err
 
 
 @needs("babi")
@@ -132,7 +134,7 @@ def test_an_interrupted_trial_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert call(whole) == 0
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def interrupted(trainer):
         step(trainer)
@@ -140,7 +142,7 @@ def test_an_interrupted_trial_goes_on_where_it_stopped(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         assert call(parts) == 130
     assert not (parts / "table.md").exists()
     assert call(parts) == 0

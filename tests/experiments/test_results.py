@@ -4,20 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-from fused_rin.experiments.reproduce import EXPERIMENTS
-from fused_rin.experiments.settings import RECIPES, Settings
-
-from benchmarks import mnist_recipe, reproduction
+from fused_rin.experiments.paper import recipe, records
+from fused_rin.experiments.paper.trials import EXPERIMENTS
+from fused_rin.experiments.training.settings import RECIPES, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "reproduction.md").read_text()
-REPRODUCED = sorted((ROOT / "benchmarks" / "results").glob("reproduce-*/results.json"))
+DOCS = ROOT / "docs" / "reproduction"
+REPRODUCED = sorted(DOCS.glob("*/results.json"))
 
 
 @pytest.mark.parametrize("path", REPRODUCED, ids=lambda path: path.parent.name)
 def test_what_was_reproduced_is_shown_as_it_came_out(path):
     record = json.loads(path.read_text())
-    text = reproduction.table(record)
+    text = records.table(record)
     assert (path.parent / "table.md").read_text() == text + "\n"
     assert text in PAGE
     assert (path.parent / "figure.png").exists()
@@ -32,19 +32,19 @@ def test_trials_are_added_to_those_of_the_same_budget():
         results = [{"row": row, "model": "rin", "runs": [accuracy]} for row, accuracy in accuracies.items()]
         return {"experiment": "adding", "budget": budget, "results": results}
 
-    both = reproduction.merged(record(0.1, T400=3, T200=2), record(0.1, T200=0, T300=1))
+    both = records.merged(record(0.1, T400=3, T200=2), record(0.1, T200=0, T300=1))
     assert [(e["row"], e["runs"]) for e in both["results"]] == [("T200", [2]), ("T300", [1]), ("T400", [3])]
-    assert reproduction.merged(record(0.1, T200=2), record(0.2, T300=1)) == record(0.1, T200=2)
+    assert records.merged(record(0.1, T200=2), record(0.2, T300=1)) == record(0.1, T200=2)
 
 
 def test_all_three_experiments_were_reproduced():
-    assert {path.parent.name for path in REPRODUCED} == {f"reproduce-{name}" for name in EXPERIMENTS}
+    assert {path.parent.name for path in REPRODUCED} == set(EXPERIMENTS)
 
 
 def test_the_recipe_is_what_was_run_and_the_page_shows_what_it_reached():
-    runs = mnist_recipe.read()
-    text = mnist_recipe.table(runs)
-    assert (mnist_recipe.RESULTS / "table.md").read_text() == text + "\n"
+    runs = recipe.read(DOCS / "mnist-recipe")
+    text = recipe.table(runs)
+    assert (DOCS / "mnist-recipe" / "table.md").read_text() == text + "\n"
     assert text in PAGE
     for permute, name in ((False, "sequential"), (True, "permuted")):
         settings = runs[name]["settings"]
@@ -56,7 +56,7 @@ def test_drawing_leaves_the_table_and_the_curves(tmp_path):
     run = {"settings": Settings.for_task("mnist", recipe="best").to_dict(), "metrics": []}
     run["metrics"] = [{"step": 1875, "split": "test", "loss": 0.4, "accuracy": 0.876, "seconds": 180.0}]
     (tmp_path / "short.json").write_text(json.dumps(run))
-    text = mnist_recipe.draw(tmp_path)
+    text = recipe.draw(tmp_path)
     what = "short | sequential | 128 | cycles 14,27,28,29 | adam, U muon | 0.003, U 9e-05 | pixels 0.1, h_0 0.5"
     reached = "1.00 | 28.00 | 3 | **87.60 %**"
     assert f"| {what} | {reached} | 91.64 % | 97.0 % | 98.7 % |" in text

@@ -2,9 +2,9 @@
 
 import pytest
 from experiment_helpers import REAL, metrics, needs, run_module, torchrun
-from fused_rin.experiments.checkpoints import read_checkpoint
-from fused_rin.experiments.runs import Run
-from fused_rin.experiments.training import Trainer
+from fused_rin.experiments.training.checkpoints import read_checkpoint
+from fused_rin.experiments.training.runs import Run
+from fused_rin.experiments.training.trainer import Trainer
 
 
 def test_two_processes_train_as_one_and_resume(tiny_run, tmp_path):

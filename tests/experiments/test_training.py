@@ -12,11 +12,11 @@ from itertools import pairwise
 import pytest
 import torch
 from experiment_helpers import fused_rin, metrics
-from fused_rin.experiments.checkpoints import read_checkpoint
-from fused_rin.experiments.progress import train_with_progress
-from fused_rin.experiments.runs import Run
-from fused_rin.experiments.settings import RECIPES, Settings
-from fused_rin.experiments.training import Diverged, Trainer
+from fused_rin.experiments.training.checkpoints import read_checkpoint
+from fused_rin.experiments.training.progress import train_with_progress
+from fused_rin.experiments.training.runs import Run
+from fused_rin.experiments.training.settings import RECIPES, Settings
+from fused_rin.experiments.training.trainer import Diverged, Trainer
 
 
 class Interruption(Exception):

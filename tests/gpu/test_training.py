@@ -8,9 +8,9 @@ import torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 pytest.importorskip("lightning_fabric", reason="training needs Lightning Fabric (the extra 'experiments')")
 
-from fused_rin.experiments.runs import Run  # noqa: E402
-from fused_rin.experiments.settings import Settings  # noqa: E402
-from fused_rin.experiments.training import Trainer  # noqa: E402
+from fused_rin.experiments.training.runs import Run  # noqa: E402
+from fused_rin.experiments.training.settings import Settings  # noqa: E402
+from fused_rin.experiments.training.trainer import Trainer  # noqa: E402
 
 CASES = {
     "adam": {"optimizer": "adam", "schedule": "cosine", "warmup": 0.3, "ema": 0.9, "state_noise": 0.1},

@@ -16,57 +16,11 @@ from .. import __version__
 from .data import data_folder, download
 from .errors import CLOSED, INTERRUPTED, UserError
 from .models import MODELS
-from .runs import Run
-from .settings import (
-    MAY_DIFFER,
-    OPTIMIZERS,
-    PRECISIONS,
-    RECIPES,
-    RECURRENT_OPTIMIZERS,
-    SCHEDULES,
-    TASK_DEFAULTS,
-    TASKS,
-    Settings,
-)
+from .training.defaults import RECIPES, TASK_DEFAULTS
+from .training.runs import Run
+from .training.settings import TASKS, Settings
 
-HELP: dict[str, str] = {
-    "length": "sequence length of the adding problem",
-    "permute": "digits, mnist: read the pixels in one fixed random order",
-    "noise": "digits, mnist: standard deviation of noise on the training pixels (0..1)",
-    "standardize": "digits, mnist: pixels of zero mean and unit variance instead of 0..1",
-    "babi_task": "babi: which of the 20 tasks",
-    "data_dir": "where mnist and babi lie (default: $FUSED_RIN_DATA, else data)",
-    "train_size": "adding: sequences of the training set; 0: every one is new",
-    "test_size": "adding: sequences of the test set",
-    "hidden_size": "units of each layer",
-    "num_layers": "recurrent layers",
-    "input_std": "rin, irnn: standard deviation of the first input weights",
-    "recurrent_std": "rin: standard deviation of the first U",
-    "recurrent_init": "normal, or for rin shift or cycles: U + I starts as a cyclic shift of all units, or of some",
-    "recurrent_cycles": "how many units each of the cycles has, such as 28,28; the others start with the identity",
-    "warmup": "share of the steps over which the learning rate rises",
-    "recurrent_rate": "learning rate of the recurrent matrices, as a share of --learning-rate",
-    "bias_rate": "learning rate of the recurrent layers' biases, as a share of --learning-rate",
-    "eps": "added to the denominator of Adam and RMSprop",
-    "clip": "largest norm of the gradient; 0 does not clip",
-    "state_noise": "standard deviation of noise on h_0 in training",
-    "identity_decay": "rin: decoupled decay of U, which pulls U + I to the identity",
-    "weight_decay": "decoupled decay of the other weights; biases do not decay",
-    "ema": "decay of the moving average of the weights, which is then what is evaluated; 0: no average",
-    "steps": "updates in all",
-    "log_every": "steps between training metrics",
-    "eval_every": "steps between evaluations of the test set",
-    "checkpoint_every": "steps between checkpoints",
-    "device": "auto, cpu, cuda or mps",
-    "threads": "CPU threads; 0: as PyTorch chooses",
-    "graph": "on one GPU, capture the update in a CUDA graph (default), or launch its kernels one by one",
-}
-CHOICES = {
-    "optimizer": OPTIMIZERS,
-    "recurrent_optimizer": RECURRENT_OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "precision": PRECISIONS,
-}
+OPTIONS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,31 +91,40 @@ def _add_train(commands: Any) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/TASK-MODEL-SEED)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
-    example = Settings("adding")
-    for field in dataclasses.fields(Settings):
-        name, default = field.name, getattr(example, field.name)
+    for name, field in OPTIONS.items():
         if name in ("task", "model"):
             continue
-        option: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP.get(name, "")}
-        if isinstance(default, bool):
-            option["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        option: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _about(name)}
+        if isinstance(field.default, bool):
+            option["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:
-            option["type"] = type(default)
-            option["metavar"] = {int: "N", float: "X"}.get(type(default), "NAME")
-            if default != "":
-                option["help"] += f" (default: {default})" if option["help"] else f"default: {default}"
-        if name in CHOICES:
-            option["help"] = f"{', '.join(CHOICES[name])} (default: {default})"
-        parser.add_argument("--" + name.replace("_", "-"), **option)
+            option["type"] = type(field.default)
+            option["metavar"] = {int: "N", float: "X"}.get(type(field.default), "NAME")
+            if field.default != "":
+                option["help"] += f" (default: {field.default})" if option["help"] else f"default: {field.default}"
+        parser.add_argument(_flag(name), **option)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _about(name: str) -> str:
+    """What `--help` says of a setting."""
+    about = OPTIONS[name].metadata
+    text = about["text"] or ", ".join(about["choices"])
+    return f"{', '.join(about['tasks'])}: {text}" if about["tasks"] else text
 
 
 def _train(options: argparse.Namespace) -> int:
-    known = {field.name for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in vars(options).items() if name in known and value is not None}
+    given = {name: value for name, value in vars(options).items() if name in OPTIONS and value is not None}
     if options.resume is None:
         if "task" not in given:
             raise UserError(f"--task is required (or --resume); known: {', '.join(TASKS)}")
         settings = Settings.for_task(recipe=options.recipe, **given)
+        for name in given.keys() - {"task"}:
+            if (tasks := OPTIONS[name].metadata["tasks"]) and settings.task not in tasks:
+                raise UserError(f"{_flag(name)} is for the task {', '.join(tasks)}, got {settings.task!r}")
         folder = Run.new(options.out or Path("runs") / _default_name(settings), settings)
     else:
         for name in ("out", "recipe"):
@@ -169,7 +132,7 @@ def _train(options: argparse.Namespace) -> int:
                 raise UserError(f"--{name} and --resume cannot be given together")
         folder = _reopen(options.resume, given)
 
-    from .progress import train_command  # Fabric and matplotlib take two seconds to import
+    from .training.progress import train_command  # Fabric and matplotlib take two seconds to import
 
     return train_command(folder, resume=options.resume is not None)
 
@@ -207,13 +170,12 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of every trial (default: 1)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="trials to run, e.g. 'sequential-1-100-*'")
     for name in ("device", "precision", "data_dir"):
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, default=argparse.SUPPRESS, metavar="NAME", help=HELP.get(name, "32-true, ..."))
-    parser.add_argument("--threads", type=int, default=argparse.SUPPRESS, metavar="N", help=HELP["threads"])
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, metavar="NAME", help=_about(name))
+    parser.add_argument("--threads", type=int, default=argparse.SUPPRESS, metavar="N", help=_about("threads"))
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from .reproduce import reproduce
+    from .paper.reproduce import reproduce
 
     names = ("device", "precision", "data_dir", "threads")
     overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
@@ -236,13 +198,13 @@ def _add_experiment(commands: Any) -> None:
     parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of the planned updates")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of every trial (default: 3)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="trials to run, e.g. 'digits-adam-*'")
-    parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help=HELP["threads"])
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=_about("data_dir"))
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help=_about("threads"))
     parser.add_argument("--draw", type=Path, metavar="FILE", help="run nothing: table and pictures of a results.json")
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    from .identity_folder import experiment, redraw
+    from .identity.folder import experiment, redraw
 
     out = options.out or Path("runs") / options.experiment
     if options.draw is not None:
@@ -262,7 +224,7 @@ def _add_diagnose(commands: Any) -> None:
     parser.set_defaults(run=_diagnose)
     parser.add_argument("checkpoint", type=Path, nargs="*", help="the checkpoint.pt of a run folder; several compare")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the first checkpoint")
-    parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=_about("data_dir"))
     parser.add_argument("--first", action="store_true", help="look at the weights before the first update instead")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: pictures of a diagnostics.json")
 
@@ -285,7 +247,7 @@ def _add_download(commands: Any) -> None:
     )
     parser.set_defaults(run=_download)
     parser.add_argument("name", choices=("mnist", "babi"))
-    parser.add_argument("--data-dir", default="", metavar="DIR", help=HELP["data_dir"])
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=_about("data_dir"))
 
 
 def _download(options: argparse.Namespace) -> int:
@@ -296,12 +258,7 @@ def _download(options: argparse.Namespace) -> int:
 
 
 def _reopen(path: Path, given: dict[str, Any]) -> Run:
-    folder = Run.open(path)
-    settings = dataclasses.replace(folder.settings, **given)
-    for name, value in given.items():
-        if name not in MAY_DIFFER and value != getattr(folder.settings, name):
-            raise UserError(
-                f"{path}: the run has {name} {getattr(folder.settings, name)}, {value} was asked for; "
-                f"only {', '.join(MAY_DIFFER)} may change when resuming"
-            )
+    before = Run.open(path).settings
+    settings = dataclasses.replace(before, **given)
+    settings.refuse_change(before, f"{path}: the run")
     return Run(path, settings)

@@ -21,11 +21,11 @@ from .errors import INTERRUPTED, UserError
 from .files import reporting, write_atomically
 from .models import count_parameters
 from .plots import draw_curves, save_figure
-from .progress import train_with_progress
-from .runs import Run
-from .settings import Settings
 from .timing import Timing, compare
-from .training import Diverged
+from .training.progress import train_with_progress
+from .training.runs import Run
+from .training.settings import Settings
+from .training.trainer import Diverged
 
 FORMAT = "fused-rin demo"
 ADDING_LIMIT = 0.01  # test error RIN has to stay under; always answering 1 gives 0.167

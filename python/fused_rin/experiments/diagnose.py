@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fused_rin import diagnostics
 
-from .checkpoints import check_model_state, read_checkpoint
 from .errors import UserError
 from .files import read_results, reporting, write_atomically
 from .plots import save_figure
-from .settings import Settings
+from .training.checkpoints import check_model_state, read_checkpoint
+from .training.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import identity_report
-from .errors import INTERRUPTED, UserError
-from .files import read_results, reporting, write_atomically
-from .identity import PLANS, Trial, run_trial, trials
-from .identity_plots import draw
-from .plots import save_figure
-from .tasks import Classification
+from ..errors import INTERRUPTED, UserError
+from ..files import read_results, reporting, write_atomically
+from ..plots import save_figure
+from ..tasks import Classification
+from . import report
+from .plots import draw
+from .trials import PLANS, Trial, run_trial, trials
 
 FORMAT = "fused-rin identity-prior"
 VERSION = 1
@@ -82,15 +82,15 @@ def experiment(
         print(f"interrupted after {len(finished)} trials; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     with reporting(out, "write the results"):
-        write_atomically(folder.results_path, identity_report.summarise(finished.values(), budget).encode())
+        write_atomically(folder.results_path, report.summarise(finished.values(), budget).encode())
     return redraw(folder.results_path, out)
 
 
 def redraw(results: Path, out: Path) -> int:
     """Writes table.md and the pictures of a results file into `out`; runs nothing. Returns the exit code."""
-    content = read_results(results, identity_report.FORMAT, identity_report.VERSION, "cells")
+    content = read_results(results, report.FORMAT, report.VERSION, "cells")
     try:
-        text, figures = identity_report.table(content) + "\n", draw(content)
+        text, figures = report.table(content) + "\n", draw(content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{results}: is damaged: {error!r}") from error
     with reporting(out, "write the table"):

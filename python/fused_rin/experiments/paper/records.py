@@ -1,7 +1,7 @@
 """The paper's experiments as far as they were rerun: results, tables and a picture of each.
 
-python -m benchmarks.reproduction add FOLDER   takes over results.json of a `fused-rin reproduce` folder
-python -m benchmarks.reproduction              redraws table.md and the picture beside every results.json
+python -m fused_rin.experiments.paper.records add FOLDER   takes over results.json of a `fused-rin reproduce` folder
+python -m fused_rin.experiments.paper.records              redraws table.md and the picture beside every results.json
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fused_rin.experiments.plots import draw_curves, save_figure
-from fused_rin.experiments.reproduce import EXPERIMENTS, draw_beside_paper, table
-from fused_rin.experiments.runs import Run
+from ..machine import machine
+from ..plots import draw_curves, save_figure
+from ..training.runs import Run
+from .reproduce import draw_beside_paper, table
+from .trials import EXPERIMENTS
 
-from .table import machine
-
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("docs/reproduction")  # of a checkout
 
 
 def add(folder: Path, results: Path = RESULTS) -> None:
-    """Writes results/reproduce-EXPERIMENT/results.json: the folder's, the machine, and what the curves need. What is
+    """Writes results/EXPERIMENT/results.json: the folder's, the machine, and what the curves need. What is
     there of other trials at the same budget stays.
     """
     record: dict[str, Any] = json.loads((folder / "results.json").read_text())
@@ -35,7 +35,7 @@ def add(folder: Path, results: Path = RESULTS) -> None:
             ]
             for run in entry["runs"]
         ]
-    place = results / f"reproduce-{record['experiment']}"
+    place = results / record["experiment"]
     place.mkdir(parents=True, exist_ok=True)
     if (place / "results.json").exists():
         record = merged(record, json.loads((place / "results.json").read_text()))
@@ -73,5 +73,5 @@ def draw(place: Path) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
         add(Path(sys.argv[2]))
-    for path in sorted(RESULTS.glob("reproduce-*/results.json")):
+    for path in sorted(RESULTS.glob("*/results.json")):
         print(draw(path.parent), end="\n\n")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
-from . import tasks
-from .babi import Babi
-from .data import data_folder
-from .errors import UserError
-from .models import (
+from .. import tasks
+from ..babi import Babi
+from ..data import data_folder
+from ..errors import UserError
+from ..models import (
     IDENTITY_FIXED,
     MODELS,
     RECURRENT_INITS,
@@ -22,57 +22,37 @@ from .models import (
     SequenceModel,
     make_rnn,
 )
-from .seeding import fork_seeded
+from ..seeding import fork_seeded
+from .defaults import RECIPES, TASK_DEFAULTS
 
 TASKS = ("adding", "digits", "mnist", "mnist-rows", "babi")
+IMAGES = ("digits", "mnist", "mnist-rows")
 OPTIMIZERS = ("adam", "rmsprop", "sgd")
 RECURRENT_OPTIMIZERS = ("same", "muon")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-MAY_DIFFER = (
-    "steps",
-    "device",
-    "threads",
-    "graph",
-    "data_dir",
-)  # between a run and the run that goes on with its checkpoint
-# What a task is trained with where nothing else is asked for; everything else as in `Settings`.
-# Adding: a network that still answers at random is easily driven over the edge. One Adam step of 1e-3 can add 0.1 to
-# the spectral radius of 100 units, and 1.1^200 is 2e8; hence the long warm-up. And the weights of units that are
-# seldom active see gradients near 0, which Adam scales up to full steps until one of them explodes; hence eps, which
-# is small against the entries of a gradient of norm 1. (With eps 1e-8 one run in nine was lost, at half the rate.)
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "adding": {"learning_rate": 7e-4, "eps": 3e-5, "schedule": "cosine", "warmup": 0.7, "steps": 2200},
-    "digits": {
-        **{"input_std": 1.0, "recurrent_std": 0.03, "noise": 0.1},
-        **{"schedule": "cosine", "steps": 2400, "batch_size": 64},
-    },
-    "mnist": {"batch_size": 128, "steps": 4680, "eval_every": 468, "learning_rate": 1e-4},
-    "mnist-rows": {"batch_size": 128, "steps": 2340, "eval_every": 468},
-    "babi": {"steps": 620, "eval_every": 31},
-}
 
-# `--recipe best`: one plain layer past the paper's Table 1. docs/reproduction.md says what each part is for, and what
-# it has reached.
-_MNIST: dict[str, Any] = {
-    **{"hidden_size": 128, "input_std": 0.64, "recurrent_std": 1e-3, "batch_size": 32},
-    **{"learning_rate": 3e-3, "recurrent_optimizer": "muon", "bias_rate": 0.005, "schedule": "cosine", "warmup": 0.05},
-    **{"clip": 1.0, "ema": 0.999, "log_every": 125, "eval_every": 1875, "checkpoint_every": 125},
-}
-# By name, task and permute.
-RECIPES: dict[str, dict[tuple[str, bool], dict[str, Any]]] = {
-    "best": {
-        ("mnist", False): {
-            **_MNIST,
-            **{"recurrent_init": "cycles", "recurrent_cycles": "14,27,28,29", "recurrent_rate": 0.03},
-            **{"noise": 0.1, "state_noise": 0.5, "steps": 28 * 1875},
-        },
-        ("mnist", True): {
-            **_MNIST,
-            **{"recurrent_init": "shift", "recurrent_rate": 0.06, "state_noise": 0.01, "steps": 24 * 1875},
-        },
-    }
-}
+
+def option(
+    default: Any,
+    text: str = "",
+    *,
+    least: int | None = 0,
+    choices: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    may_differ: bool = False,
+) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        text: what the command line says of it.
+        least: 0, 1 or, where another check is made, None.
+        choices: all values that there are.
+        tasks: those that look at it, if not all do.
+        may_differ: between a run and the run that goes on with its checkpoint.
+    """
+    about = {"text": text, "least": least, "choices": choices, "tasks": tasks, "may_differ": may_differ}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -85,81 +65,67 @@ class Settings:
     """
 
     task: str
-    model: str = "rin"
-    length: int = 200  # of the adding problem
-    permute: bool = False  # digits, mnist: one fixed random order of the pixels
-    noise: float = 0.0  # digits, mnist: standard deviation of Gaussian noise on the training pixels (0..1)
-    standardize: bool = False  # digits, mnist: pixels of zero mean and unit variance, instead of 0..1
-    babi_task: int = 1  # which of the 20
-    data_dir: str = ""  # see `data.data_folder`
-    train_size: int = 0  # adding: sequences of the training set; 0: every one is new
-    test_size: int = 1000  # adding: sequences of the fixed test set
-    hidden_size: int = 100
-    num_layers: int = 1
-    input_std: float = 0.1
-    recurrent_std: float = 1e-3
-    recurrent_init: str = "normal"  # see `models.make_rnn`
-    recurrent_cycles: str = ""  # of recurrent_init "cycles": their lengths, such as "28,28"
-    optimizer: str = "adam"
-    recurrent_optimizer: str = "same"  # of the recurrent matrices: the one of all others, or "muon"
-    learning_rate: float = 1e-3
-    recurrent_rate: float = 1.0  # learning rate of the recurrent matrices, as a share of `learning_rate`,
-    bias_rate: float = 1.0  # and of the recurrent layers' biases
-    eps: float = 1e-8  # of Adam and RMSprop
-    schedule: str = "constant"
-    warmup: float = 0.0  # share of the steps over which the learning rate rises
-    clip: float = 1.0  # largest norm of the gradient; 0: not clipped
-    state_noise: float = 0.0  # standard deviation of Gaussian noise on h_0 of every training batch
-    identity_decay: float = 0.0  # decoupled decay of U, that is, of V to the identity
-    weight_decay: float = 0.0  # decoupled decay of all other weights but the biases
-    ema: float = 0.0  # decay of the moving average of the weights that is evaluated; 0: the weights themselves
-    batch_size: int = 32
-    steps: int = 1200
-    log_every: int = 20
-    eval_every: int = 200
-    checkpoint_every: int = 200
-    seed: int = 0
-    precision: str = "32-true"
-    device: str = "auto"
-    threads: int = 0  # of the CPU; 0: as PyTorch chooses
-    graph: bool = True  # on one GPU, the update is captured in a CUDA graph
+    model: str = option("rin", "the network", choices=MODELS)
+    length: int = option(200, "sequence length", least=1, tasks=("adding",))
+    permute: bool = option(False, "read the pixels in one fixed random order", tasks=IMAGES)
+    noise: float = option(0.0, "standard deviation of Gaussian noise on the training pixels (0..1)", tasks=IMAGES)
+    standardize: bool = option(False, "pixels of zero mean and unit variance instead of 0..1", tasks=IMAGES)
+    babi_task: int = option(1, "which of the 20 tasks", least=None, tasks=("babi",))
+    data_dir: str = option("", "where mnist and babi lie (default: $FUSED_RIN_DATA, else data)", may_differ=True)
+    train_size: int = option(0, "sequences of the training set; 0: every one is new", tasks=("adding",))
+    test_size: int = option(1000, "sequences of the fixed test set", least=1, tasks=("adding",))
+    hidden_size: int = option(100, "units of each layer", least=1)
+    num_layers: int = option(1, "recurrent layers", least=1)
+    input_std: float = option(0.1, "rin, irnn: standard deviation of the first input weights")
+    recurrent_std: float = option(1e-3, "rin: standard deviation of the first U")
+    recurrent_init: str = option(
+        "normal", "normal, or for rin shift or cycles: U + I starts as a cyclic shift of all units, or of some",
+        choices=RECURRENT_INITS,
+    )  # fmt: skip
+    recurrent_cycles: str = option(
+        "", "how many units each of the cycles has, such as 28,28; the others start with the identity"
+    )
+    optimizer: str = option("adam", choices=OPTIMIZERS)
+    recurrent_optimizer: str = option("same", "of the recurrent matrices: same, or muon", choices=RECURRENT_OPTIMIZERS)
+    learning_rate: float = option(1e-3)
+    recurrent_rate: float = option(1.0, "learning rate of the recurrent matrices, as a share of --learning-rate")
+    bias_rate: float = option(1.0, "learning rate of the recurrent layers' biases, as a share of --learning-rate")
+    eps: float = option(1e-8, "added to the denominator of Adam and RMSprop")
+    schedule: str = option("constant", choices=SCHEDULES)
+    warmup: float = option(0.0, "share of the steps over which the learning rate rises")
+    clip: float = option(1.0, "largest norm of the gradient; 0 does not clip")
+    state_noise: float = option(0.0, "standard deviation of Gaussian noise on h_0 of every training batch")
+    identity_decay: float = option(0.0, "rin: decoupled decay of U, which pulls U + I to the identity")
+    weight_decay: float = option(0.0, "decoupled decay of the other weights; biases do not decay")
+    ema: float = option(
+        0.0, "decay of the moving average of the weights, which is then what is evaluated; 0: no average", least=None
+    )
+    batch_size: int = option(32, least=1)
+    steps: int = option(1200, "updates in all", least=1, may_differ=True)
+    log_every: int = option(20, "steps between training metrics", least=1)
+    eval_every: int = option(200, "steps between evaluations of the test set", least=1)
+    checkpoint_every: int = option(200, "steps between checkpoints", least=1)
+    seed: int = option(0)
+    precision: str = option("32-true", choices=PRECISIONS)
+    device: str = option("auto", "auto, cpu, cuda or mps", may_differ=True)
+    threads: int = option(0, "CPU threads; 0: as PyTorch chooses", may_differ=True)
+    graph: bool = option(
+        True, "on one GPU, capture the update in a CUDA graph (default), or launch its kernels one by one",
+        may_differ=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("task", TASKS),
-            ("model", MODELS),
-            ("optimizer", OPTIMIZERS),
-            ("recurrent_optimizer", RECURRENT_OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("recurrent_init", RECURRENT_INITS),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in (
-            *("hidden_size", "num_layers", "batch_size", "test_size", "length"),
-            *("steps", "log_every", "eval_every", "checkpoint_every"),
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be a positive integer, got {getattr(self, name)}")
-        for name in (
-            "input_std",
-            "recurrent_std",
-            "noise",
-            "state_noise",
-            "identity_decay",
-            "weight_decay",
-            "warmup",
-            "train_size",
-            "clip",
-            "learning_rate",
-            "recurrent_rate",
-            "bias_rate",
-            "seed",
-            "threads",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.task not in TASKS:
+            raise UserError(f"unknown task {self.task!r}; known: {', '.join(TASKS)}")
+        for setting in fields(self)[1:]:
+            name, value = setting.name, getattr(self, setting.name)
+            choices, least = setting.metadata["choices"], setting.metadata["least"]
+            if choices and value not in choices:
+                raise UserError(f"unknown {name} {value!r}; known: {', '.join(choices)}")
+            if least == 1 and value < 1:
+                raise UserError(f"{name} must be a positive integer, got {value}")
+            if least == 0 and not isinstance(value, str) and not 0 <= value < math.inf:
+                raise UserError(f"{name} must be finite and not negative, got {value}")
         if self.model == "rin-dt" and self.num_layers > 1:
             raise UserError(f"num_layers must be 1 for the model 'rin-dt', got {self.num_layers}")
         if self.recurrent_init != "normal" and self.model != "rin":
@@ -202,6 +168,17 @@ class Settings:
                 raise UserError(f"the recipe {recipe!r} is for the task {known}, got {task!r}")
             chosen |= tasks_of[key]
         return cls(**{"task": task, **chosen, **settings})
+
+    def refuse_change(self, before: Settings, what: str) -> None:
+        """UserError where these settings cannot go on with what `before` has made: where they differ in one that may
+        not. `what` begins the text: which run or checkpoint it is.
+        """
+        for setting in fields(self):
+            old, new = getattr(before, setting.name), getattr(self, setting.name)
+            if new != old and not setting.metadata.get("may_differ"):
+                raise UserError(
+                    f"{what} has {setting.name} {old}, {new} was asked for; only {', '.join(MAY_DIFFER)} may change"
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
@@ -268,3 +245,4 @@ class Settings:
 
 
 _EXAMPLE = Settings("adding")
+MAY_DIFFER = tuple(setting.name for setting in fields(Settings) if setting.metadata.get("may_differ"))

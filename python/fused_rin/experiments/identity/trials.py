@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -29,8 +28,10 @@ from torch import nn
 from fused_rin import RIN, diagnostics
 from fused_rin.identity_prior import decoupled, identity_distance, param_groups, prior_strength, recurrent_matrices
 
-from .settings import Settings
-from .tasks import Batch, Classification
+from ..tasks import Batch, Classification
+from ..training.loop import Loop
+from ..training.settings import Settings
+from ..training.trainer import make_fabric
 
 FORMS = {"sgd": ("penalty",), "rmsprop": ("penalty",), "adam": ("penalty", "decoupled")}
 # By form; a decoupled decay of 1 / (mean rate * updates), 5 under Adam here, shrinks a weight to 1/e.
@@ -40,7 +41,6 @@ SLOWER = 4  # how much smaller the small learning rate is, and over how many tim
 CLIP = 1.0
 RECORDED = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the updates
 PROBE = 256  # training samples of which loss and gradients are recorded
-TEST_BATCH = 500
 ALONG_THE_WAY = 4  # test batches of every record but the last, which has the whole test set
 STEPS_KEPT = 16  # of the gradient against the time step
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -151,11 +151,15 @@ def run_trial(trial: Trial, task: Classification, plan: Plan, updates: int) -> l
     """
     model, data = first_model(task, trial, plan), task.subset(trial.samples, trial.seed)
     slower = SLOWER if trial.arm == "small-rate" else 1
-    optimizer, updates = make_optimizer(model, trial, plan), updates * slower
-    schedule = Settings(
-        trial.task, learning_rate=plan.rates[trial.optimizer] / slower, schedule="cosine", steps=updates
+    updates *= slower
+    settings = dataclasses.replace(
+        plan.to_settings(trial.task, trial.seed, learning_rate=plan.rates[trial.optimizer] / slower, schedule="cosine"),
+        steps=updates,
+        batch_size=min(plan.settings["batch_size"], trial.samples),
+        clip=CLIP,
+        device="cpu",
     )
-    batch_size = min(plan.settings["batch_size"], trial.samples)
+    loop = Loop(settings, make_fabric(settings), data, model, [make_optimizer(model, trial, plan)])
     due = {round(share * updates) for share in RECORDED}
     probe = data.train_batch(0, min(PROBE, trial.samples))
     records: list[dict[str, Any]] = []
@@ -166,7 +170,7 @@ def run_trial(trial: Trial, task: Classification, plan: Plan, updates: int) -> l
 
     for step in range(updates + 1):
         if step in due:
-            measured = _measure(model, data, probe, trial, whole=step == updates)
+            measured = _measure(loop, model, probe, trial)
             if measured is None:
                 record(step, diverged=True)
                 break
@@ -174,27 +178,19 @@ def run_trial(trial: Trial, task: Classification, plan: Plan, updates: int) -> l
             norms.clear()
         if step == updates:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate_at(step)
-        inputs, target = data.train_batch(step, batch_size)
-        optimizer.zero_grad()
-        data.loss(model(*inputs), target).backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        loop.train_step()
+        norms.append(loop.norm.item())
         if not math.isfinite(norms[-1]):
             record(step, diverged=True)
             break
-        optimizer.step()
     records[-1]["last"] = True
     return records
 
 
-def _measure(model: nn.Module, data: Classification, probe: Batch, trial: Trial, whole: bool) -> dict[str, Any] | None:
+def _measure(loop: Loop, model: nn.Module, probe: Batch, trial: Trial) -> dict[str, Any] | None:
     """Accuracies, what V is, and gradients of the loss of the data alone; None where not all is finite."""
-    right = tested = 0
-    with torch.no_grad():
-        for inputs, target in islice(data.test_batches(TEST_BATCH), None if whole else ALONG_THE_WAY):
-            right += int(data.correct(model(*inputs), target).sum())
-            tested += len(target)
+    data = loop.task
+    tested = loop.evaluate(None if loop.step == loop.settings.steps else ALONG_THE_WAY)
     output = model(*probe.inputs)
     loss = data.loss(output, probe.target)
     parameters = dict(model.named_parameters())
@@ -205,7 +201,7 @@ def _measure(model: nn.Module, data: Classification, probe: Batch, trial: Trial,
     over_time = diagnostics.gradient_norms(model, probe.inputs, lambda output: data.loss(output, probe.target))
     ((name, _),) = recurrent_matrices(model)
     return {
-        "accuracy": right / tested,
+        "accuracy": tested["accuracy"],
         "train_loss": loss.item(),
         "train_accuracy": data.correct(output, probe.target).float().mean().item(),
         "distance": identity_distance(model)[name],

@@ -7,10 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .errors import INTERRUPTED
-from .plots import draw_curves, save_figure
+from ..errors import INTERRUPTED
+from ..plots import draw_curves, save_figure
 from .runs import Run, is_main_process
-from .training import Diverged, Outcome, Trainer
+from .trainer import Diverged, Outcome, Trainer
 
 
 def train_with_progress(folder: Run, *, resume: bool = False, label: str = "", line: int = 0) -> Outcome:

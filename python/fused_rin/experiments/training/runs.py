@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
-from .files import reporting, write_atomically
+from ..errors import UserError
+from ..files import reporting, write_atomically
 from .settings import Settings
 
 FORMAT = "fused-rin run"

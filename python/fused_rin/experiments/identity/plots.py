@@ -9,7 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .identity_report import Cell, groups, mean, select
+from .report import Cell, groups, mean, select
 
 COLOURS = {"none": "black", "small-rate": "grey", "u-decay": "C0", "v-decay": "C3"}
 NAMES = {
@@ -182,6 +182,6 @@ def _finish(figure: Figure, axes: list[list[Axes]], x: str, y: str | None) -> No
         axis.set_xlabel(x, fontsize="small")
     if y:
         figure.supylabel(y, fontsize="small")
-    figure.legend(
-        handles=[*entries.values()], labels=[*entries], loc="outside lower center", ncols=4, fontsize="x-small"
-    )
+    if entries:
+        handles, labels = [*entries.values()], [*entries]
+        figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=4, fontsize="x-small")

@@ -10,8 +10,8 @@ import torch
 from lightning_fabric.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from .errors import UserError
-from .files import reporting, write_atomically
+from ..errors import UserError
+from ..files import reporting, write_atomically
 
 FORMAT = "fused-rin checkpoint"
 VERSION = 1

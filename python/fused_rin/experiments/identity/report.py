@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from .identity import OPTIMIZERS, PLANS, STRENGTHS
+from .trials import OPTIMIZERS, PLANS, STRENGTHS
 
 FORMAT = "fused-rin identity-prior results"
 VERSION = 1

@@ -1,0 +1,1 @@
+"""Training runs: settings, the loop, what lies in a run folder, and how it goes on."""
