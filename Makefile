@@ -52,8 +52,9 @@ fuzz: setup
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(if $(RESULTS),--out $(RESULTS))
 
 bench-cpu: setup
-	$(BIN)/python -m pytest benchmarks/test_cpu.py benchmarks/test_streaming_cpu.py --benchmark-enable --benchmark-disable-gc -q \
-	    --benchmark-json=build/bench-cpu.json --benchmark-columns=median,rounds --benchmark-quiet
+	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-enable --benchmark-disable-gc --benchmark-max-time=0.25 \
+	    --benchmark-min-rounds=5 --benchmark-warmup=on --benchmark-warmup-iterations=2 \
+	    --benchmark-json=build/bench-cpu.json --benchmark-quiet -q
 	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(or $(RESULTS),benchmarks/results/cpu.json)
 
 # An environment of its own: these packages bring some hundred others, about 2 GB.

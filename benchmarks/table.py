@@ -1,4 +1,4 @@
-"""Turns pytest-benchmark's JSON of test_cpu.py and test_streaming_cpu.py into a small results file and a table.
+"""Turns pytest-benchmark's JSON of test_cpu.py into a small results file and a table.
 
 python -m benchmarks.table RAW.json RESULTS.json     writes RESULTS.json and RESULTS.md beside it, prints the table
 """
@@ -11,60 +11,82 @@ from pathlib import Path
 
 from fused_rin.experiments.machine import machine
 
+from benchmarks.cpu import OURS, is_call
+from benchmarks.harness import MODES, PEER, Case, Measurement, Results, measurement
 
-def render(rows: list[dict[str, object]]) -> str:
+Rows = dict[Case, dict[str, Measurement]]
+
+
+def ratio(row: dict[str, Measurement]) -> float:
+    """How many times faster than the peer."""
+    mine, peer = row[OURS].us, row[PEER].us
+    assert mine
+    assert peer
+    return peer / mine
+
+
+def render(rows: Rows) -> str:
+    """The long sequences."""
     lines = []
-    for what in ("inference", "training"):
-        lines += [f"{what}: us a step, RIN / nn.RNN (ratio)", ""]
+    for mode in MODES:
+        lines += [f"{mode}: us a step, RIN / nn.RNN (ratio)", ""]
         lines.append(f"{'B, T, H':>14} {'in':>5} {'start':>5}   {'1 thread':>24}   {'2 threads':>24}")
-        points: dict[tuple, dict[int, dict]] = {}
-        for row in rows:
-            if row["what"] == what:
-                key = (row["B"], row["T"], row["H"], row["input_size"], row["start"])
-                points.setdefault(key, {})[row["threads"]] = row
-        for (b, t, h, i, start), by_threads in points.items():
-            cells = [
-                f"{r['us_per_step']:7.2f} / {r['nn_rnn_us_per_step']:7.2f} ({r['ratio']:4.1f}x)"
-                for _, r in sorted(by_threads.items())
-            ]
-            lines.append(f"{f'{b}, {t}, {h}':>14} {i:>5} {start:>5}   " + "   ".join(f"{c:>24}" for c in cells))
+        points: dict[tuple[str, int, str], dict[int, str]] = {}
+        for case, row in rows.items():
+            if case.mode == mode:
+                sizes = f"{case.batch}, {case.steps}, {case.hidden}"
+                text = f"{row[OURS].us:7.2f} / {row[PEER].us:7.2f} ({ratio(row):4.1f}x)"
+                points.setdefault((sizes, case.input_size or case.hidden, case.start), {})[case.threads] = text
+        for (sizes, inputs, start), texts in points.items():
+            lines.append(
+                f"{sizes:>14} {inputs:>5} {start:>5}   " + "   ".join(f"{texts[n]:>24}" for n in sorted(texts))
+            )
         lines.append("")
-    worst = min(rows, key=lambda row: row["ratio"])
+    worst = min(rows, key=lambda case: ratio(rows[case]))
     lines.append(
-        f"lowest ratio: {worst['ratio']:.2f}x ({worst['what']}, B={worst['B']} T={worst['T']} H={worst['H']}, "
-        f"{worst['threads']} thread(s), start {worst['start']})"
+        f"lowest ratio: {ratio(rows[worst]):.2f}x ({worst.mode}, B={worst.batch} T={worst.steps} H={worst.hidden}, "
+        f"{worst.threads} thread(s), start {worst.start})"
     )
     return "\n".join(lines)
 
 
-def render_calls(rows: list[dict[str, object]]) -> str:
-    """The points of test_streaming_cpu.py."""
+def render_calls(rows: Rows) -> str:
+    """The short calls."""
     lines = ["short calls, B = 1, 1 thread: us a call, RIN / nn.RNN or RINCell / nn.RNNCell (ratio)", ""]
     lines.append(f"{'what':>10} {'module':>8} {'T, H':>8} {'h_0':>5}")
-    for row in rows:
-        sizes, state = f"{row['T']}, {row['H']}", "given" if row["state"] else "none"
-        times = f"{row['us_per_call']:7.1f} / {row['torch_us_per_call']:7.1f} ({row['ratio']:5.2f}x)"
-        lines.append(f"{row['what']:>10} {row['module']:>8} {sizes:>8} {state:>5}   {times}")
+    for case, row in rows.items():
+        mine, peer = ((row[name].us or 0.0) * case.steps for name in (OURS, PEER))
+        sizes, state = f"{case.steps}, {case.hidden}", "given" if case.state else "none"
+        times = f"{mine:7.1f} / {peer:7.1f} ({ratio(row):5.2f}x)"
+        lines.append(f"{case.mode:>10} {case.module:>8} {sizes:>8} {state:>5}   {times}")
     return "\n".join(lines)
 
 
-def main(raw: str, results: str) -> None:
-    """`points` of the results file are those of test_cpu.py, `calls` those of test_streaming_cpu.py."""
-    rows = [entry["extra_info"] for entry in json.loads(Path(raw).read_text())["benchmarks"]]
-    points, calls = ([row for row in rows if ("us_per_call" in row) is short] for short in (False, True))
-    about = machine()
-    table = "\n\n".join(draw(part) for draw, part in ((render, points), (render_calls, calls)) if part)
-    Path(results).write_text(json.dumps({"machine": about, "points": points, "calls": calls}, indent=1) + "\n")
-    heading = (
+def page(results: Results) -> str:
+    """All of it, as Markdown."""
+    rows = results.by_case()
+    parts = [
+        draw({case: row for case, row in rows.items() if is_call(case) is short})
+        for draw, short in ((render, False), (render_calls, True))
+        if any(is_call(case) is short for case in rows)
+    ]
+    about = results.machine
+    head = (
         "# RIN against torch.nn.RNN(relu) on the CPU\n\nThe same function, the same weights, float32; `make bench-cpu`."
     )
-    sets = ", ".join(about["instruction_sets"])
-    where = (
-        f'{about["cpu"]} ({sets}), torch {about["torch"]}. `start` is the initialisation: "rnn" leaves about half of '
-    )
-    where += 'the states at 0, "rin" few.'
-    Path(results).with_suffix(".md").write_text(f"{heading}\n{where}\n\n```text\n{table}\n```\n")
-    print(table)
+    where = f"{about['cpu']} ({', '.join(about['instruction_sets'])}), torch {about['torch']}."
+    start = '`start` is the initialisation: "rnn" leaves about half of the states at 0, "rin" few.'
+    table = "\n\n".join(parts)
+    return f"{head}\n{where} {start}\n\n```text\n{table}\n```\n"
+
+
+def main(raw: str, out: str) -> None:
+    rows = [measurement(entry["extra_info"]) for entry in json.loads(Path(raw).read_text())["benchmarks"]]
+    results = Results(machine(), rows)
+    results.save(Path(out))
+    text = page(results)
+    Path(out).with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

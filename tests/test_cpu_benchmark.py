@@ -8,31 +8,55 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import table
+from benchmarks.cpu import OURS, calls, layers
+from benchmarks.harness import PEER, Case, Measurement, Results
 
 ROOT = Path(__file__).parent.parent
+CASES = [
+    Case("float32", 1, 64, "forward", threads=1),
+    Case("float32", 1, 64, "forward", 1, state=True, start="rnn", threads=1),
+    Case("float32", 1, 128, "training", 1, module="RINCell", state=True, start="rnn", threads=1),
+]
 
 
-def test_points_of_both_files_reach_results_and_table(tmp_path):
-    raw, results = tmp_path / "raw.json", tmp_path / "cpu.json"
+def test_cases_reach_results_and_table(tmp_path):
+    raw, out = tmp_path / "raw.json", tmp_path / "cpu.json"
     # Within a worker of pytest-xdist, pytest-benchmark measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    tests = [f"benchmarks/test_cpu.py::test_case[{case}-{name}]" for case in CASES for name in (OURS, PEER)]
     subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-enable", f"--benchmark-json={raw}",
-            "-k", "(inference-1-512-64-1-rin) or (streaming-RIN-1-64-True) or (training-RINCell)",
-        ],
+        [sys.executable, "-m", "pytest", *tests, "-q", "--benchmark-enable", "--benchmark-max-time=0.1",
+         f"--benchmark-json={raw}"],
         cwd=ROOT, check=True, capture_output=True, env=environment,
     )  # fmt: skip
-    table.main(str(raw), str(results))
-    written = json.loads(results.read_text())
-    assert set(written) == {"machine", "points", "calls"}
-    assert [(p["what"], p["B"], p["T"], p["H"]) for p in written["points"]] == [("inference", 1, 512, 64)]
-    kinds = [(c["what"], c["module"], c["T"], c["H"], c["state"]) for c in written["calls"]]
-    assert kinds == [("streaming", "RIN", 1, 64, True), ("training", "RINCell", 1, 128, True)]
-    for row in written["calls"]:
-        assert row["ratio"] == row["torch_us_per_call"] / row["us_per_call"] > 0.1
-    page = results.with_suffix(".md").read_text()
-    for row in written["calls"]:
-        assert f"{row['us_per_call']:7.1f} / {row['torch_us_per_call']:7.1f}" in page
-    assert "lowest ratio" in page
+    table.main(str(raw), str(out))
+    results = Results.load(out)
+    assert list(results.by_case()) == CASES
+    for row in results.rows:
+        assert 0 < row.us_low <= row.us <= row.us_high
+        assert (row.zero_states is None) == (row.case.mode == "training")
+    # What was timed is what pytest-benchmark has timed.
+    medians = [entry["stats"]["median"] for entry in json.loads(raw.read_text())["benchmarks"]]
+    timed = [median * 1e6 / row.case.steps for median, row in zip(medians, results.rows, strict=True)]
+    assert [row.us for row in results.rows] == pytest.approx(timed)
+    text = out.with_suffix(".md").read_text()
+    assert text == table.page(results)
+    (ours, theirs) = (row.us for row in results.rows[2:4])
+    assert f"{ours:7.1f} / {theirs:7.1f} ({theirs / ours:5.2f}x)" in text
+    assert "lowest ratio" in text
+
+
+def test_no_case_is_there_twice_and_results_are_read_as_they_were_written(tmp_path):
+    cases = [*layers(), *calls()]
+    assert len(set(map(str, cases))) == len(cases) == 84 + 22
+    results = Results({"cpu": "one"}, [Measurement(PEER, case, us=1.5, note="n") for case in cases])
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+
+
+def test_the_committed_table_is_of_the_committed_results():
+    folder = ROOT / "benchmarks" / "results"
+    assert (folder / "cpu.md").read_text() == table.page(Results.load(folder / "cpu.json"))

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import measure, report, run, stalls, steps
-from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, MODES, PEER, Case, Measurement, Results, cases, precisions
+from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, cases, precisions
+from benchmarks.harness import MODES, PEER, Case, Measurement, Results
 
 
 def made_up() -> Results:

@@ -1,66 +1,17 @@
-"""What is timed on a GPU, and the shape of the results: plain data, no GPU needed to read or to test it."""
+"""The grid that is timed on a GPU: one layer with input_size = hidden_size over STEPS steps."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-STEPS = 512
+from benchmarks.harness import MODES, Case
+
 DTYPES = ("bfloat16", "float16", "float32")
 BATCHES = (1, 4, 16, 64, 256)
 HIDDEN = (32, 64, 100, 128, 256, 384)
 WIDE_BATCHES, WIDE_HIDDEN = (1, 16, 64), (512, 1024, 2048)  # beyond one block: Triton against the peer
-MODES = ("forward", "training")  # training: forward and backward
-PEER = "torch.nn.RNN"  # cuDNN
 TF32 = " tf32"  # behind the name of an implementation: float32 whose products round their operands to TF32
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer with input_size = hidden_size = `hidden`, over STEPS steps."""
-
-    dtype: str
-    batch: int
-    hidden: int
-    mode: str
-
-
-@dataclass
-class Measurement:
-    """One implementation on one case. Times are microseconds per time step; None where it could not be measured."""
-
-    implementation: str  # "cuda", "triton" or PEER; with TF32 behind it where that is allowed
-    case: Case
-    us: float | None = None  # median over runs
-    us_low: float | None = None  # first and third quartile
-    us_high: float | None = None
-    us_graph: float | None = None  # median when replayed as a CUDA graph
-    kept_bytes: int | None = None  # memory held between forward and backward, the output included
-    note: str = ""  # why there is no number
-
-
-@dataclass
-class Results:
-    machine: dict[str, str]
-    rows: list[Measurement] = field(default_factory=list)
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"steps": STEPS, **asdict(self)}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        content = json.loads(path.read_text())
-        rows = [Measurement(**{**row, "case": Case(**row["case"])}) for row in content["rows"]]
-        return cls(content["machine"], rows)
-
-    def by_case(self) -> dict[Case, dict[str, Measurement]]:
-        table: dict[Case, dict[str, Measurement]] = {}
-        for row in self.rows:
-            table.setdefault(row.case, {})[row.implementation] = row
-        return table
 
 
 def precisions(implementations: list[str], case: Case) -> list[str]:

@@ -29,18 +29,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import (
-    PEER,
-    STEPS,
-    TF32,
-    Case,
-    Measurement,
-    Results,
-    cases,
-    important,
-    precisions,
-    wide_cases,
-)
+from benchmarks.gpu.cases import TF32, cases, important, precisions, wide_cases
+from benchmarks.harness import PEER, STEPS, Case, Measurement, Results, measurement
 
 PATIENCE = 60.0  # seconds without a word from the process that measures
 MOST_LOSSES = 3  # after so many lost processes an implementation is left out
@@ -264,7 +254,7 @@ def supervise(
             if "at" in message:
                 turn = message["at"]
             elif "rows" in message:
-                results.rows += [Measurement(**{**row, "case": case}) for row in message["rows"]]
+                results.rows += map(measurement, message["rows"])
             else:
                 process.end()
                 process = None

@@ -10,19 +10,8 @@ import itertools
 import math
 from pathlib import Path
 
-from benchmarks.gpu.cases import (
-    BATCHES,
-    DTYPES,
-    HIDDEN,
-    MODES,
-    PEER,
-    STEPS,
-    TF32,
-    WIDE_HIDDEN,
-    Case,
-    Measurement,
-    Results,
-)
+from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, TF32, WIDE_HIDDEN
+from benchmarks.harness import MODES, PEER, STEPS, Case, Measurement, Results
 
 SIZES = HIDDEN + WIDE_HIDDEN
 
