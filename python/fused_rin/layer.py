@@ -138,7 +138,10 @@ def forward(
         else:
             out, h_n = cpu.layer_forward(x, weights, h0, rows, rule, groups, batch_first)
     else:
-        out, h_n = _composed(x, weights, h0, rows, rule, groups, name, batch_first, u_name)
+        check_weights(weights, x.shape[-1], groups, x.device, u_name)
+        pre, u = _project(x, weights, groups)
+        h0 = None if h0 is None else h0.to(pre.dtype)
+        out, h_n = ops.recurrence(pre, u, h0, rows, rule, name, batch_first)
         h_n = h_n.flatten(1)
         if not rule.num_reversed:
             return out, torch.stack([h_n])
@@ -178,24 +181,12 @@ def bias(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
     return b_ih if b_ih is None or b_hh is None else torch.sub(b_ih, b_hh, alpha=-1)
 
 
-def _composed(
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor | None,
-    rows: Rows,
-    rule: Rule,
-    groups: int,
-    name: str,
-    batch_first: bool,
-    u_name: str,
-) -> tuple[Tensor, Tensor]:
-    """As a matrix product and the recurrence, by operators: any device, under compilers and autocast."""
-    check_weights(weights, x.shape[-1], groups, x.device, u_name)
+def _project(x: Tensor, weights: Weights, groups: int) -> tuple[Tensor, Tensor]:
+    """W x + b [T, B, G * D] and U [G, D, D] of its dtype, by operators: any device, under compilers and autocast."""
     w_ih, w_hh, b_ih, b_hh = weights
     watchers.check_memory(x, *weights)
     pre = F.linear(x, w_ih, bias(b_ih, b_hh))
     if w_hh.dtype != pre.dtype:  # under autocast
         w_hh = w_hh.to(pre.dtype)
     hidden = w_ih.shape[0] // groups
-    h0 = None if h0 is None else h0.to(pre.dtype)
-    return ops.recurrence(pre, w_hh.reshape(groups, hidden, hidden), h0, rows, rule, name, batch_first)
+    return pre, w_hh.reshape(groups, hidden, hidden)

@@ -73,7 +73,7 @@ def forward(
     if h0 is None:
         h0 = pre.new_zeros(pre.shape[1:])
     parts = [
-        _scan(_take(pre, 2, g), _take(weight, 0, g), _take(h0, 1, g), lengths, resets, rule, reverse)
+        _scan(_take(pre, 2, g), _take(weight, 0, g), _take(h0, 1, g), rows, rule, reverse)
         for g, reverse in directions(groups, rule.num_reversed)
     ]
     if not parts:
@@ -109,23 +109,21 @@ def _pad(rows: Tensor, row: Tensor) -> Tensor:
     return rows[row] if rows.shape[0] else rows.new_zeros(*row.shape, *rows.shape[1:])
 
 
-def _scan(
-    pre: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    rule: Rule,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    act, skip = ACTIVATIONS[rule.activation], rule.skip
+def _reset(h: Tensor, rows: Rows, start: int) -> Tensor:
+    """h [B, G, D] as it crosses the boundary before step `start`."""
+    lengths, _, resets = rows
+    if resets is None or start >= resets.shape[0]:
+        return h
+    crossed = resets[start] if lengths is None else resets[start] & (start < lengths)
+    return h.masked_fill(crossed[:, None, None], 0)
+
+
+def _scan(pre: Tensor, weight: Tensor, h: Tensor, rows: Rows, rule: Rule, reverse: bool) -> tuple[Tensor, Tensor]:
+    act, skip, lengths = ACTIVATIONS[rule.activation], rule.skip, rows.lengths
     steps = pre.shape[0]
     out = []
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
-        start = t + 1 if reverse else t  # the boundary that is crossed lies before this step
-        if resets is not None and start < steps:
-            crossed = resets[start] if lengths is None else resets[start] & (start < lengths)
-            h = h.masked_fill(crossed[:, None, None], 0)
+        h = _reset(h, rows, t + 1 if reverse else t)  # the boundary that is crossed lies before this step
         a = pre[t] + (h.transpose(0, 1) @ weight.transpose(1, 2)).transpose(0, 1)
         new = act(a + skip * h if skip else a)
         if lengths is None:
@@ -173,7 +171,7 @@ def backward(
     parts = [
         _scan_back(
             None if grad_out is None else _take(grad_out, 2, g), _take(grad_h_n, 1, g), _take(weight, 0, g),
-            _take(out, 2, g), lengths, resets, rule, reverse,
+            _take(out, 2, g), rows, rule, reverse,
         )
         for g, reverse in directions(groups, rule.num_reversed)
     ]  # fmt: skip
@@ -183,26 +181,16 @@ def backward(
 
 
 def _scan_back(
-    grad_out: Tensor | None,
-    c: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    rule: Rule,
-    reverse: bool,
+    grad_out: Tensor | None, c: Tensor, weight: Tensor, out: Tensor, rows: Rows, rule: Rule, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    slope, skip = SLOPES[rule.activation], rule.skip
+    slope, skip, lengths = SLOPES[rule.activation], rule.skip, rows.lengths
     steps = out.shape[0]
     grad_pre = []
     for t in range(steps) if reverse else range(steps - 1, -1, -1):
         x = slope(c if grad_out is None else grad_out[t] + c, out[t])
         carry = (x.transpose(0, 1) @ weight).transpose(0, 1)
         carry = carry + skip * x if skip else carry
-        start = t + 1 if reverse else t
-        if resets is not None and start < steps:
-            crossed = resets[start] if lengths is None else resets[start] & (start < lengths)
-            carry = carry.masked_fill(crossed[:, None, None], 0)
+        carry = _reset(carry, rows, t + 1 if reverse else t)
         if lengths is None:
             c = carry
         else:
