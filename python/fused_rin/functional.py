@@ -54,7 +54,7 @@ def recurrence(
         BackendError: a backend asked for by name cannot run this problem.
     """
     if watchers.may_be_passed_by(pre, weight, h0, lengths, batch_sizes, resets, reverse):
-        with torch._C.DisableTorchFunction():
+        with watchers.without_function_modes():
             return _recurrence(pre, weight, h0, skip, activation, lengths, batch_sizes, resets, reverse, backend)
     return _recurrence(pre, weight, h0, skip, activation, lengths, batch_sizes, resets, reverse, backend)
 

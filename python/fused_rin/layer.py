@@ -44,7 +44,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
         if watchers.may_be_passed_by(grad_out, grad_h_n):
-            with torch._C.DisableTorchFunction():
+            with watchers.without_function_modes():
                 return _layer_backward(ctx, grad_out, grad_h_n)
         return _layer_backward(ctx, grad_out, grad_h_n)
 

@@ -155,11 +155,17 @@ class RIN(SkipModule, torch.nn.RNNBase):
                 if direct is not None:
                     return direct
             if watchers.function_modes() and self._may_pass_modes_by(input, hx, lengths, resets):
-                with torch._C.DisableTorchFunction():
-                    return RIN.forward(self, input, hx, lengths=lengths, resets=resets)
+                with watchers.without_function_modes():
+                    return RIN._forward(self, input, hx, lengths, resets)
             leaf = None if isinstance(input, (Tensor, PackedSequence)) else watchers.fx_leaf(self, input, hx)
             if leaf is not None:
                 return leaf
+        return RIN._forward(self, input, hx, lengths, resets)
+
+    def _forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Any, resets: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """The checks of a call that is none of a few steps, and all its layers."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets)
         if input.dim() not in (2, 3):
@@ -241,9 +247,11 @@ class RIN(SkipModule, torch.nn.RNNBase):
     def _may_pass_modes_by(self, input: Any, hx: Any, lengths: Any, resets: Any) -> bool:
         """Whether the function modes that are on need not see this call: a default device, and plain tensors alone."""
         data = input.data if isinstance(input, PackedSequence) else input
-        own = [self._parameters.get(name, ...) for name in self._flat_weights_names]  # parametrized ones are not there
+        own = self._parameters
+        if not all(map(own.__contains__, self._flat_weights_names)):  # parametrized ones are not there
+            return False
         given = () if self._written_weights is None else self._written_weights.values()
-        return watchers.may_be_passed_by(data, hx, lengths, resets, *own, *given)
+        return watchers.may_be_passed_by(data, hx, lengths, resets, *own.values(), *given)
 
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
@@ -381,7 +389,7 @@ class RINCell(SkipModule, torch.nn.RNNCellBase):
                 return direct
             names = weights.weight_names(self) if watchers.function_modes() else ()
             if names and watchers.may_be_passed_by(input, hx, *(self._parameters.get(name, ...) for name in names)):
-                with torch._C.DisableTorchFunction():
+                with watchers.without_function_modes():
                     return RINCell.forward(self, input, hx)
             leaf = None if isinstance(input, Tensor) else watchers.fx_leaf(self, input, hx)
             if leaf is not None:

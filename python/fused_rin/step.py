@@ -35,6 +35,7 @@ MAX_ROW_STEPS = 16
 
 # Looked up once: together they would cost as much as the arithmetic of a step of 64 units.
 _unobserved = watchers.unobserved
+_without_modes = watchers.without_function_modes
 _grad_enabled, _num_threads = torch.is_grad_enabled, torch.get_num_threads
 _Parameter, _ANY_OFFSET = torch.nn.Parameter, watchers.ANY_OFFSET
 
@@ -100,7 +101,7 @@ def rin(module: Any, input: Any, hx: Tensor | None) -> tuple[Tensor, Tensor] | N
     if not _unobserved():
         if not watchers.only_a_default_device():
             return None
-        with torch._C.DisableTorchFunction():
+        with _without_modes():
             return rin(module, input, hx) if _unobserved() else None
     if type(input) is not Tensor or not _here(module.backend):
         return None
@@ -222,7 +223,7 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
     if not _unobserved():
         if not watchers.only_a_default_device():
             return None
-        with torch._C.DisableTorchFunction():
+        with _without_modes():
             return cell(module, input, hx) if _unobserved() else None
     if type(input) is not Tensor or not _here(module.backend):
         return None
