@@ -201,6 +201,8 @@ def test_a_program_without_python_gives_pythons_numbers(tmp_path):
     tools = Path(sys.executable).parent
     for step in (["-S", EXAMPLE, "-B", tmp_path / "build", *build], ["--build", tmp_path / "build"]):
         done = subprocess.run([tools / "cmake", *step], capture_output=True, text=True)
+        if "uses CUDA but I cannot find the CUDA" in " ".join(done.stderr.split()):
+            pytest.skip("a torch with CUDA links programs only where CUDA's libraries are: they are not here")
         assert done.returncode == 0, done.stdout + done.stderr
     model, x = _tagger(num_heads=2)
     torch.save(x, tmp_path / "input.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def _worker(folder: str, rank: int) -> None:
         loss /= WORLD
     if rank == 0:
         torch.save(losses, f"{folder}/losses.pt")
+    gc.collect()  # models hold the group, whose threads must not outlive the interpreter: see cli._leave_group
     dist.destroy_process_group()
 
 
