@@ -6,6 +6,8 @@
 #   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one, in two parts (PART=2); RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
+# PYTHON=python3.12 makes the environment of that Python. If it has a torch >= 2.6, that one is used; TORCH_INDEX=URL installs
+# the pinned one from there instead.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,13 +20,15 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
-$(VENV)/.deps: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
+BUILD_TOOLS := "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
+$(VENV)/.deps: pyproject.toml constraints.txt tools/environment.py
+	$(PYTHON) tools/environment.py $(VENV) $(TORCH_INDEX)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $(BUILD_TOOLS)
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(BIN)/python -m pip install -q tomli
-	$(BIN)/python -m pip install -q -c constraints.txt $$($(BIN)/python tools/extras.py experiments bench test lint)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $$($(BIN)/python tools/extras.py experiments bench test lint)
 	# Triton's interpreter and compiler need no GPU; it has wheels for Linux only. A CPU build of torch does not ask for it.
-	test "$$(uname)" != Linux || $(BIN)/python -m pip install -q --no-deps -c constraints.txt triton
+	test "$$(uname)" != Linux || $(BIN)/python -c "import triton" 2>/dev/null || \
+	    $(BIN)/python -m pip install -q --no-deps -c $(VENV)/constraints.txt triton
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
@@ -59,11 +63,11 @@ bench-cpu: setup
 
 # An environment of its own: these packages bring some hundred others, about 2 GB.
 COMPAT := build/compat
-$(COMPAT)/.deps: pyproject.toml constraints.txt
-	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install -q -c constraints.txt torch "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
+$(COMPAT)/.deps: pyproject.toml constraints.txt tools/environment.py
+	$(PYTHON) tools/environment.py $(COMPAT) $(TORCH_INDEX)
+	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt $(BUILD_TOOLS)
 	$(COMPAT)/bin/python -c "import tomllib" 2>/dev/null || $(COMPAT)/bin/python -m pip install -q tomli
-	$(COMPAT)/bin/python -m pip install -q -c constraints.txt $$($(COMPAT)/bin/python tools/extras.py real-models)
+	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt $$($(COMPAT)/bin/python tools/extras.py real-models)
 	touch $@
 
 compat: $(COMPAT)/.deps
