@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 HERE = pathlib.Path(__file__).parent
 
 
 def test_the_kernels_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this system, or was not installed")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", str(HERE), "-p", "no:cacheprovider", "-rfE"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
