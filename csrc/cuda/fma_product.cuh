@@ -68,6 +68,17 @@ class FmaProduct {
   static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }
 
   __device__ __forceinline__ void load(const uint2* weight, int hidden) {
+    // See mma_product.cuh.
+    constexpr int kShared = (kChunks - Config::kRegisterChunks) * (kOutputs / 2);
+#pragma unroll 4
+    for (int n = 0; n < kShared; ++n) {
+      const int chunk = Config::kRegisterChunks + n / (kOutputs / 2), r = n % (kOutputs / 2) * 2;
+      uint32_t block[2][4];
+      load_block(block, weight, hidden, chunk, r);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        shared_.store(slot(chunk, r + i), uint4{block[i][0], block[i][1], block[i][2], block[i][3]});
+    }
 #pragma unroll
     for (int chunk = 0; chunk < Config::kRegisterChunks; ++chunk) {
 #pragma unroll
@@ -79,18 +90,6 @@ class FmaProduct {
 #pragma unroll
           for (int j = 0; j < 4; ++j) w_[chunk][r + i][j] = device::as_float(block[i][j]);
         }
-      }
-    }
-    // Not unrolled: with all its loads in flight at once this spilled.
-#pragma unroll 1
-    for (int chunk = Config::kRegisterChunks; chunk < kChunks; ++chunk) {
-#pragma unroll 1
-      for (int r = 0; r < kOutputs; r += 2) {
-        uint32_t block[2][4];
-        load_block(block, weight, hidden, chunk, r);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          shared_.store(slot(chunk, r + i), uint4{block[i][0], block[i][1], block[i][2], block[i][3]});
       }
     }
   }
