@@ -113,6 +113,9 @@ def _address(tensor: Tensor | None) -> int:
     """Where the numbers of a contiguous tensor lie, 0 for none. RuntimeError where its memory was taken from it."""
     if tensor is None:
         return 0
+    address = tensor.data_ptr()
+    if address > watchers.ANY_OFFSET:  # as a rule
+        return address
     address = watchers.address(tensor)
     if not address and tensor.numel():
         raise RuntimeError(

@@ -227,7 +227,8 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
             return cell(module, input, hx) if _unobserved() else None
     if type(input) is not Tensor or not _here(module.backend):
         return None
-    if _grad_enabled():
+    grad = _grad_enabled()
+    if grad:
         first = module._parameters.get("weight_ih")
         if first is None or first.requires_grad:
             return _cell_in_training(module, input, hx)
@@ -243,7 +244,7 @@ def cell(module: Any, input: Tensor, hx: Tensor | None) -> Tensor | None:
         batch, features, state_shape = 1, shape[0], (hidden,)
     else:
         return None
-    code, grad = DTYPES.get(dtype), _grad_enabled()
+    code = DTYPES.get(dtype)
     if not 0 < batch <= MAX_ROWS or features != inputs or code is None:
         return None
     x, h = _address(input, dtype, shape, grad), 0

@@ -126,7 +126,7 @@ def is_plain(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool
             and tensor.is_cpu
             and type(tensor) in PLAIN
             and not tensor.is_neg()
-            and address(tensor) != 0
+            and (tensor.data_ptr() > ANY_OFFSET or address(tensor) != 0)  # as a rule the former, in half the time
         )
     except RuntimeError:
         return False
