@@ -4,6 +4,10 @@
 
 #include <thread>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "openmp.h"
 #include "team.h"
 
@@ -13,6 +17,31 @@ namespace {
 
 // Never destroyed: its threads sleep until the process ends.
 Pool* pool = nullptr;
+
+// How a thread rounds, and whether denormal numbers are zero to it (torch.set_flush_denormal). Every thread has a
+// setting of its own; for the time of a task it takes the caller's, so that no bit depends on who has which rows.
+using FloatMode = uint64_t;
+
+FloatMode float_mode() {
+#if defined(__x86_64__)
+  return _mm_getcsr() & ~uint64_t{_MM_EXCEPT_MASK};
+#elif defined(__aarch64__)
+  FloatMode mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+#else
+  return 0;
+#endif
+}
+
+void set_float_mode(FloatMode mode) {
+  if (mode == float_mode()) return;
+#if defined(__x86_64__)
+  _mm_setcsr(static_cast<unsigned>(mode));
+#elif defined(__aarch64__)
+  __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+}
 
 }  // namespace
 
@@ -28,17 +57,24 @@ Pool& Pool::instance() {
 bool Pool::try_run(int threads, int team, const std::function<void(int)>& task) {
   std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
   if (!use) return false;
-  if (run_on_torchs_threads(threads, team, task)) return true;
+  const FloatMode callers = float_mode();
+  const std::function<void(int)> alike = [&](int rank) {
+    const FloatMode own = float_mode();
+    set_float_mode(callers);
+    task(rank);
+    set_float_mode(own);
+  };
+  if (run_on_torchs_threads(threads, team, alike)) return true;
   while (workers_ < threads - 1) start_worker(workers_ + 1);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    task_ = &task;
+    task_ = &alike;
     threads_ = threads;
     running_.store(threads - 1, std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  task(0);
+  alike(0);
   wait_until([this] { return running_.load(std::memory_order_acquire) == 0; });
   return true;
 }
