@@ -101,14 +101,17 @@ inline U16 narrow(BFloat16, F32 value) {
   return __builtin_convertvector((is_nan & ((bits >> 16) | 0x40)) | (~is_nan & rounded), U16);
 }
 
-// float16: move the 15 bits to float32's place and rescale the exponent by 2^(127-15); a multiplication does it for
-// subnormals too. Exponent 31 (Inf, NaN) becomes 255.
+// float16: move the 15 bits to float32's place and add 127 - 15 to the exponent; Inf and NaN get 255. A subnormal
+// number is read off the last places of 0.5, which are 2^-24, float16's smallest number. (The moved bits times 2^112
+// would do for both, but they are a float32 subnormal then, which is 0 where such numbers are flushed.)
 inline F32 widen(Float16, U16 half) {
   const U32 bits = __builtin_convertvector(half, U32);
-  const U32 magnitude = (bits & 0x7fff) << 13;
-  const U32 scaled = bit_cast<U32>(bit_cast<F32>(magnitude) * 0x1p112f);
-  const U32 special = bit_cast<U32>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-  return bit_cast<F32>(scaled | special | ((bits & 0x8000) << 16));
+  const I32 magnitude = bit_cast<I32>(bits & 0x7fff);
+  const I32 normal = (magnitude << 13) + (112 << 23);
+  const I32 subnormal = bit_cast<I32>(bit_cast<F32>(magnitude | 0x3f000000) - 0.5f);
+  const I32 finite = magnitude < 0x400 ? subnormal : normal;
+  const I32 value = magnitude >= 0x7c00 ? normal | 0x7f800000 : finite;
+  return bit_cast<F32>(bit_cast<U32>(value) | ((bits & 0x8000) << 16));
 }
 
 // Round to nearest even in three ranges: Inf/NaN and overflow, subnormal results (adding 0.5f makes the float adder
