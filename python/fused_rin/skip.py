@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import torch
@@ -110,7 +111,10 @@ def check_skip(skip: float) -> float:
     if isinstance(skip, bool) or not isinstance(skip, (int, float)):
         raise TypeError(f"skip should be a number, got: {type(skip).__name__}")
     # As the mark of a state dict holds it; what that cannot hold, the module could not load its own state with.
-    mark = torch.tensor(skip, dtype=torch.float32, device="cpu").item()
+    try:
+        (mark,) = struct.unpack("f", struct.pack("f", skip))
+    except OverflowError:
+        mark = math.inf
     if not (math.isfinite(mark) and math.isclose(mark, skip, rel_tol=1e-2)):
         raise ValueError(f"skip must be a finite number of float32's range, got {skip}")
     return float(skip)
