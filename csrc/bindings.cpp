@@ -106,11 +106,15 @@ py::dict plan(const Sizes& sizes, int64_t inputs, int dtype, int max_threads, co
   Layer layer{};
   layer.inputs = inputs;
   const Kernels& kernels = cpu_kernels(isa);
-  const CpuPlan plan = plan_cpu(p, inputs ? &layer : nullptr, kernels, max_threads);
+  const Company company = company_of(max_threads);
+  const CpuPlan plan = plan_cpu(p, inputs ? &layer : nullptr, kernels, company);
   static constexpr const char* kSharing[] = {"nothing", "rows", "outputs"};
   py::dict result;
   result["isa"] = kernels.name;
   result["threads"] = plan.threads;
+  result["processors"] = company.threads;
+  result["crowded"] = company.crowded;
+  result["torchs"] = company.torchs != 0 && has_torchs_threads();
   result["sharing"] = kSharing[static_cast<int>(plan.sharing)];
   result["lanes"] = plan.layout.lanes;
   result["vectors"] = plan.layout.vecs;
@@ -138,5 +142,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(pointer<void>(memory), bytes); });
   m.def("has_torchs_threads", &has_torchs_threads);
   m.def("use_torchs_threads", &use_torchs_threads);
+  m.def("processor_quota", &processor_quota);
+  m.def("assume_processors", &assume_processors);
+  m.def("found_crowded", &found_crowded);
+  m.def("forget_crowds", &forget_crowds);
+  m.def("end_teams_at", &end_teams_at);
   m.def("isas", &isas, "Instruction sets built in and usable on this processor, best first.");
 }

@@ -144,12 +144,17 @@ def assert_within(
 
 @contextlib.contextmanager
 def use_threads(threads: int) -> Iterator[None]:
+    """So many, on processors that count as there and free."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    if cpu._native is not None:
+        cpu._native.assume_processors(threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        if cpu._native is not None:
+            cpu._native.assume_processors(0)
 
 
 def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int = 1) -> None:

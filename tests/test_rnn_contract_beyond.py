@@ -11,6 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.utils import rnn as rnn_utils
 
+from tests.conftest import use_threads
+
 MODES = [
     {},
     {"num_layers": 2, "bidirectional": True},
@@ -252,13 +254,9 @@ def test_the_sweep_gives_the_same_bits_on_any_number_of_threads():
     nn.init.normal_(module.weight_hh_l0, std=0.1)
     with torch.no_grad():
         module.weight_ih_l0.copy_(torch.eye(70))  # a product with I is exact in any order
-    x, threads = torch.randn(50, 5, 70), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    x, results = torch.randn(50, 5, 70), []
+    for count in (1, 2, 3):
+        with use_threads(count):
             results.append(module(x)[0])
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -10,6 +10,8 @@ import torch
 from fused_rin import RIN, RINCell, cpu, step, use_backend
 from torch import nn
 
+from tests.conftest import use_threads
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -215,13 +217,9 @@ def test_results_do_not_depend_on_threads(counted):
     module = _randomize(RIN(300, 1100))
     x, h = torch.rand(1, 1, 300), torch.rand(1, 1, 1100)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with use_threads(count):
             results.append(module(x, h)[0])
-    finally:
-        torch.set_num_threads(threads)
     assert len(counted) == 3
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -115,11 +115,9 @@ class WeightGradient {
         ascending_(is_ascending(p, part.group)),
         state_groups_(groups_of(p.hidden)),
         groups_(layer_.grad_w_hh ? state_groups_ + groups_of(layer_.inputs) : 0),
-        begin_(part.rank * groups_ / part.threads),
-        end_((part.rank + 1) * groups_ / part.threads),
         rows_(part.sources),
         entered_(rows_ + part.max_chunk_rows) {
-    for (int64_t i = begin_ * kLanes * l.padded(); i < end_ * kLanes * l.padded(); i += kLanes) {
+    for (int64_t i = first_group() * kLanes * l.padded(); i < end_group() * kLanes * l.padded(); i += kLanes) {
       store(sums() + i, Vec<T>{});
     }
     if (!layer_.grad_b_ih) return;
@@ -132,7 +130,7 @@ class WeightGradient {
   void add(const Chunk& chunk, const S* grad_pre) {
     find_rows(chunk);
     const int64_t rows = chunk.rows();
-    for (int64_t k = 0; k < rows && begin_ < end_; k += kOuterDepth) {
+    for (int64_t k = 0; k < rows && first_group() < end_group(); k += kOuterDepth) {
       add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, grad_pre + k * l_.padded());
     }
     if (layer_.grad_b_ih) add_bias(rows, grad_pre);
@@ -162,7 +160,9 @@ class WeightGradient {
 
   S* sums() const { return static_cast<S*>(part_.gradient); }
   S* bias(int64_t level) const { return sums() + (groups_ * kLanes + level) * l_.padded(); }
-  // This thread's share of the outputs.
+  // This thread's share of the groups, and of the outputs; all of them once it goes on alone.
+  int64_t first_group() const { return part_.rank * groups_ / part_.threads; }
+  int64_t end_group() const { return (part_.rank + 1) * groups_ / part_.threads; }
   int64_t first_vec() const { return part_.rank * l_.vecs / part_.threads; }
   int64_t end_vec() const { return (part_.rank + 1) * l_.vecs / part_.threads; }
 
@@ -214,8 +214,9 @@ class WeightGradient {
   // As many groups at a time as stay in the second-level cache while the panels of gradients pass by.
   void add_rows(int64_t first, int64_t rows, const S* grad_pre) {
     constexpr int64_t kAtATime = outer_groups(FUSED_RIN_VECTOR_BYTES);
-    for (int64_t begin = begin_; begin < end_; begin += kAtATime) {
-      const int64_t end = end_ - begin < kAtATime ? end_ : begin + kAtATime;
+    const int64_t all = end_group();
+    for (int64_t begin = first_group(); begin < all; begin += kAtATime) {
+      const int64_t end = all - begin < kAtATime ? all : begin + kAtATime;
       for (int64_t g = begin; g < end; ++g) gather(g, first, rows, gathered(g - begin));
       add_groups(begin, end, rows, grad_pre);
     }
@@ -318,7 +319,7 @@ class WeightGradient {
   const Part& part_;
   const Layer& layer_;
   const bool ascending_;
-  const int64_t state_groups_, groups_, begin_, end_;
+  const int64_t state_groups_, groups_;
   int64_t *rows_, *entered_;
   int64_t blocks_ = 0;  // of a bias's sum
 };

@@ -84,21 +84,29 @@ double product_cycles(const Problem& p, const Layer* layer, const Layout& l, dou
 constexpr double kMeetCycles =
     4000;  // a barrier and the misses on the state it exchanges: 1,300 (Zen 4) to 5,000 (Zen 3)
 constexpr double kWakeCycles = 40000;  // a sleeping thread, once per call
+constexpr double kLongCycles = 4e7;    // 10 ms
+// Some 0.3 ms: what is that short is divided only if it gains a good part of it.
+constexpr double kShortCycles = 1e6, kShortGain = 1.25;
 
 }  // namespace
 
-CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
+CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, const Company& company) {
   const double bytes = static_cast<double>(kernels.vector_bytes);
   const double rows = static_cast<double>(p.batch), groups = static_cast<double>(p.groups);
   const double steps = static_cast<double>(std::max<int64_t>(p.steps, 1));
   const Layout alone = make_layout(p, kernels, 1);
   const double sweep = groups * step_cycles(alone, bytes, rows, 1), products = product_cycles(p, layer, alone, bytes);
   CpuPlan best{1, Sharing::kNothing, alone, sweep + products};
+  const double by_one = best.cycles_per_step * steps;
+  // On a crowded machine a second thread may come a time slice late, 4 ms: worth it for long work alone, and not if
+  // they are to meet.
+  if (company.crowded && by_one < kLongCycles) return best;
+  const double gain = by_one < kShortCycles ? kShortGain : 1;
   const auto consider = [&](int64_t threads, Sharing sharing, const Layout& layout, double cycles) {
     cycles += kWakeCycles / steps;
-    if (cycles < best.cycles_per_step) best = {static_cast<int>(threads), sharing, layout, cycles};
+    if (cycles * gain < best.cycles_per_step) best = {static_cast<int>(threads), sharing, layout, cycles * gain};
   };
-  const int64_t most = std::min<int64_t>(max_threads, Team::kMaxThreads);
+  const int64_t most = std::min<int64_t>(company.threads, Team::kMaxThreads);
 
   const int64_t apart = std::min<int64_t>(most, p.batch * p.groups);
   if (apart > 1) {
@@ -108,7 +116,7 @@ CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, i
     consider(apart, Sharing::kRows, alone, parts * step_cycles(alone, bytes, share / parts, 1) + products / n);
   }
   const int64_t together = std::min<int64_t>(most, alone.vecs);
-  if (together > 1) {
+  if (together > 1 && !company.crowded) {
     const Layout shared = make_layout(p, kernels, together);
     const double n = static_cast<double>(together);
     consider(together, Sharing::kOutputs, shared,

@@ -8,12 +8,15 @@
 #include <xmmintrin.h>
 #endif
 
+#include "crowd.h"
 #include "openmp.h"
 #include "team.h"
 
 namespace fused_rin {
 
 namespace {
+
+constexpr int64_t kLateNs = 200000;  // waking up takes 10 to 50 us
 
 // Never destroyed: its threads sleep until the process ends.
 Pool* pool = nullptr;
@@ -54,29 +57,38 @@ Pool& Pool::instance() {
   return *pool;
 }
 
-bool Pool::try_run(int threads, int team, const std::function<void(int)>& task) {
+bool Pool::try_run(int threads, int torchs, const std::function<void(int)>& task) {
   std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
   if (!use) return false;
   const FloatMode callers = float_mode();
+  const int64_t began = now_ns();
+  int64_t own_end = began;
   const std::function<void(int)> alike = [&](int rank) {
     const FloatMode own = float_mode();
     set_float_mode(callers);
     task(rank);
     set_float_mode(own);
+    if (rank == 0) own_end = now_ns();
   };
-  if (run_on_torchs_threads(threads, team, alike)) return true;
+  run(threads, torchs, alike);
+  // Parts are about equal: who waited longer for the others than it worked had a processor, and they had none.
+  if (now_ns() - own_end > kLateNs + (own_end - began)) found_crowded();
+  return true;
+}
+
+void Pool::run(int threads, int torchs, const std::function<void(int)>& task) {
+  if (torchs && run_on_torchs_threads(threads, torchs, task)) return;
   while (workers_ < threads - 1) start_worker(workers_ + 1);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    task_ = &alike;
+    task_ = &task;
     threads_ = threads;
     running_.store(threads - 1, std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  alike(0);
+  task(0);
   wait_until([this] { return running_.load(std::memory_order_acquire) == 0; });
-  return true;
 }
 
 void Pool::start_worker(int rank) {

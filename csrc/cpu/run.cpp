@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "crowd.h"
 #include "pool.h"
 
 namespace fused_rin {
@@ -156,7 +157,10 @@ class Call {
   void run(int rank) {
     pack(rank);
     if (plan_.threads > 1) team_.meet(rank);
-    for (int64_t g = 0; g < p_.groups; ++g) run_group(g, rank);
+    for (int64_t g = 0; g < p_.groups; ++g) {
+      if (rank != 0 && team_.has_ended(rank)) return;
+      run_group(g, rank);
+    }
   }
 
  private:
@@ -247,7 +251,8 @@ class Call {
     if (rows.order.empty() && !layer_) return;  // in a layer's backward sweep there are gradients to share
     const Layout& l = plan_.layout;
     const Own& own = own_[rank];
-    const bool team = plan_.sharing == Sharing::kOutputs, with_lengths = p_.lengths != nullptr;
+    const bool ended = team_.has_ended(rank);  // rank 0 does this group alone
+    const bool team = plan_.sharing == Sharing::kOutputs && !ended, with_lengths = p_.lengths != nullptr;
     Part part{};
     part.group = group;
     part.rows = rows.list(with_lengths);
@@ -261,10 +266,10 @@ class Call {
     const int64_t slot = p_.lengths && plan_.sharing == Sharing::kRows ? first_slot(group, rank) : rows.position;
     for (int i = 0; i < 2; ++i) part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
     part.scratch = own.scratch;
-    part.team = plan_.threads > 1 ? &team_ : nullptr;
+    part.team = plan_.threads > 1 && !ended ? &team_ : nullptr;
     part.meets = team;
     part.rank = rank;
-    part.threads = plan_.threads;
+    part.threads = ended ? 1 : plan_.threads;
     if (layer_) add_layer(part, rows, rank);
     kernels_.sweep(p_, l, part);
   }
@@ -317,7 +322,7 @@ class Call {
   Team team_;
 };
 
-bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan, int max_threads) {
+bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan, int torchs) {
   Call call(p, layer, kernels, plan);
   const Workspace workspace(call.bytes());
   call.bind(workspace.data());
@@ -325,8 +330,9 @@ bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, cons
   if (plan.threads == 1) {
     call.run(0);
   } else {
-    call.team().start(plan.threads);
-    done = Pool::instance().try_run(plan.threads, max_threads, [&](int rank) { call.run(rank); });
+    call.team().start(plan.threads, plan.sharing == Sharing::kOutputs);
+    done = Pool::instance().try_run(plan.threads, torchs, [&](int rank) { call.run(rank); });
+    if (done && call.team().has_ended(0)) found_crowded();
   }
   return done;
 }
@@ -335,8 +341,9 @@ bool run_plan(const Problem& p, const Layer* layer, const Kernels& kernels, cons
 
 void sweep_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int max_threads) {
   if (p.batch == 0 || p.groups == 0 || p.hidden == 0) return;
-  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, max_threads), max_threads)) return;
-  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, 1), 1);  // the pool is another caller's just now
+  const Company company = company_of(max_threads);
+  if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, company), company.torchs)) return;
+  run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, Company{}), 0);  // the pool is another caller's just now
 }
 
 void prefer_huge_pages(void* memory, size_t bytes) {
@@ -357,14 +364,16 @@ void step_cpu(const Step& s, const Kernels& kernels, int max_threads) {
   // Waking a thread takes about 10 us, in which one core reads a few hundred KB of weights.
   const int64_t weight_bytes = outputs * (s.inputs + s.hidden) * scalar;
   const int64_t rows_bytes = weight_bytes * std::max<int64_t>(s.batch, 1);
-  const int threads = static_cast<int>(
-      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)}));
+  const int64_t worthwhile =
+      std::min<int64_t>({int64_t{max_threads}, int64_t{Team::kMaxThreads}, 1 + rows_bytes / (int64_t{2} << 20)});
+  const Company company = company_of(static_cast<int>(worthwhile));
+  const int threads = company.crowded ? 1 : company.threads;
   const auto first = [&](int rank) {
     const int64_t output = rank * outputs / threads;
     return output - output % s.hidden % kStepOutputs;
   };
   const auto part = [&](int rank) { kernels.step(s, first(rank), rank + 1 == threads ? outputs : first(rank + 1)); };
-  if (threads > 1 && Pool::instance().try_run(threads, max_threads, part)) return;
+  if (threads > 1 && Pool::instance().try_run(threads, company.torchs ? max_threads : 0, part)) return;
   kernels.step(s, 0, outputs);
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../problem.h"
+#include "crowd.h"
 #include "sweep.h"
 
 namespace fused_rin {
@@ -30,7 +31,7 @@ struct CpuPlan {
 };
 
 // `layer` is null for the bare recurrence.
-CpuPlan plan_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
+CpuPlan plan_cpu(const Problem&, const Layer* layer, const Kernels&, const Company&);
 
 void sweep_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
 // Asks the system to back fresh memory by huge pages: 20 page faults for 40 MB instead of 9,800, which took as long as

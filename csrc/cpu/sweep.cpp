@@ -31,7 +31,7 @@ class Sweep {
       : p_(p),
         l_(l),
         part_(part),
-        rows_(part.rows),
+        rows_(part_.rows),
         ascending_(is_ascending(p, part.group)),
         // From no state there is nothing to multiply, unless U holds an Inf or a NaN, which times zero is NaN.
         direct_(p.backward || (!p.state_in && part.finite)),
@@ -45,66 +45,82 @@ class Sweep {
     const int64_t started = rows_at(p_, rows_, 0);
     copy_unstarted(started);
     if (rows_.lengths && !p_.offsets) zero_padding();
-    if (!part_.layer) {
-      run_steps(0, p_.steps);
-    } else if (p_.backward) {
-      run_layer_backward();
-    } else {
-      run_layer();
-    }
-    leave(0, active_);
+    const bool mine = !part_.layer ? run_steps(0, p_.steps) : p_.backward ? run_layer_backward() : run_layer();
+    if (mine) leave(0, active_);
   }
 
  private:
   // ---- a layer: what is done before and after some steps ----
 
   S* chunk_rows(int64_t number) const { return static_cast<S*>(part_.chunk_rows[number % 2]); }
-  void meet() const {
-    if (part_.team) part_.team->meet(part_.rank);
+  // False if the team ends here and this thread is not the one that goes on.
+  bool meet() {
+    if (!part_.team || !part_.team->meet(part_.rank)) return true;
+    if (part_.rank != 0) return false;
+    go_on_alone();
+    return true;
   }
 
-  // Each thread makes the input product of its own rows and columns.
-  void run_layer() {
+  // All columns from here on, what the others have done lying in memory of all. In a layer the others have kept their
+  // columns of this chunk's input product to themselves; their sums of weight gradients end with the chunk before.
+  void go_on_alone() {
+    part_.team = nullptr;
+    part_.meets = false;
+    part_.threads = 1;
+    part_.block_begin = 0;
+    part_.block_end = l_.blocks;
+    first_column_ = 0;
+    end_column_ = l_.end_column(l_.blocks - 1);
+    if (input_) input_->run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
+  }
+
+  // Each thread makes the input product of its own rows and columns. As of the others here, false if the team ended and
+  // others do the rest.
+  bool run_layer() {
     const InputProduct<T> input(p_, part_);
+    input_ = &input;
     chunk_data_ = chunk_rows(0);
     while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
       input.run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
-      run_steps(chunk_.begin, chunk_.end);
+      if (!run_steps(chunk_.begin, chunk_.end)) return false;
     }
+    return true;
   }
 
   // The gradients of pre are kept for a chunk of steps of all threads' rows, in two places that take turns, so that
   // one meeting a chunk is enough.
-  void run_layer_backward() {
+  bool run_layer_backward() {
     WeightGradient<T> gradient(p_, l_, part_);
     for (int64_t number = 0; chunk_.advance(p_, part_.all, ascending_, kOuterDepth); ++number) {
       chunk_data_ = chunk_rows(number);
-      run_steps(chunk_.begin, chunk_.end);
+      if (!run_steps(chunk_.begin, chunk_.end)) return false;
       if (!part_.meets) meet();
       gradient.add(chunk_, chunk_data_);
     }
-    meet();
+    if (!meet()) return false;
     gradient.finish();
+    return true;
   }
 
   // ---- who runs when ----
 
-  void run_steps(int64_t begin, int64_t end) {
-    if (rows_.count == 0) return;
+  bool run_steps(int64_t begin, int64_t end) {
+    if (rows_.count == 0) return true;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = time_of(p_, ascending_, i);
       if (part_.layer) chunk_base_ = chunk_.base[i - chunk_.begin];
       const int64_t now = rows_at(p_, rows_, t);
       if (now < active_) leave(now, active_);
       const int64_t stay = now < active_ ? now : active_;
-      if (now > active_ && !direct_) enter(active_, now);
+      if (now > active_ && !direct_ && !enter(active_, now)) return false;
       multiply(0, direct_ ? stay : now, t);
       if (direct_) start_from_carry(stay, now, t);
       active_ = now;
       if (p_.resets) drop_states(active_, t);
-      if (part_.meets) meet();
+      if (part_.meets && !meet()) return false;
       swap_states();
     }
+    return true;
   }
 
   int64_t element(int64_t t, int64_t row) const {
@@ -235,12 +251,12 @@ class Sweep {
   }
 
   // Rows that begin with a product of h0.
-  void enter(int64_t begin, int64_t end) {
+  bool enter(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       load_state(row, state(row));
       if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_columns(state(row));
     }
-    if (part_.meets) meet();
+    return !part_.meets || meet();
   }
 
   // Rows that have run all their steps: h_n is the state, the gradient of h0 one more product.
@@ -288,13 +304,14 @@ class Sweep {
 
   const Problem& p_;
   const Layout& l_;
-  const Part& part_;
+  Part part_;  // changes where the team ends
   const RowList& rows_;
   const bool ascending_;  // in time, this sweep
   const bool direct_;     // sequences start from a carry, not from a state to be multiplied
-  const int64_t first_column_, end_column_;
-  S* state_[2];              // this step's and the next's
-  int64_t active_ = 0;       // rows that have begun and not ended
+  int64_t first_column_, end_column_;
+  S* state_[2];         // this step's and the next's
+  int64_t active_ = 0;  // rows that have begun and not ended
+  const InputProduct<T>* input_ = nullptr;
   Chunk chunk_;              // of a layer: the steps at hand,
   S* chunk_data_ = nullptr;  // their input products or gradients of pre,
   int64_t chunk_base_ = 0;   // and the first row of the step at hand

@@ -76,7 +76,7 @@ struct Part {
   void* scratch;       // [kMaxTileRows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
   int32_t* index;      // [D + kListSlack] likewise
   Team* team;          // null when there is one thread
-  bool meets;          // threads share these rows: they meet once a step
+  bool meets;          // threads share these rows: they meet once a step, until the team ends
   int rank, threads;
 
   // Of a layer.

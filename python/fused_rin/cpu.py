@@ -80,12 +80,16 @@ def describe(
     input_size: int = 0,
 ) -> str:
     """The plan for a problem, in words; with `input_size`, for the forward pass of a layer."""
-    plan = _native.plan((steps, batch, groups, hidden), input_size, DTYPES[dtype], torch.get_num_threads(), _isa)
-    whose = "of torch's " if _native.has_torchs_threads() else ""  # or of our own pool
+    asked = torch.get_num_threads()
+    plan = _native.plan((steps, batch, groups, hidden), input_size, DTYPES[dtype], asked, _isa)
+    whose = "of torch's " if plan["torchs"] else ""  # or of our own pool
     threads = f"{plan['threads']} {whose}threads"
+    if int(plan["processors"]) < asked:
+        threads += f" (torch has {asked}, affinity and quota leave {plan['processors']} processors)"
+    alone = "one thread" + (" for now, since others came late to a call just before" if plan["crowded"] else "")
     how = str(plan["sharing"])
     sharing = {
-        "nothing": "one thread",
+        "nothing": alone,
         "rows": f"{threads}, each with sequences of its own",
         "outputs": f"{threads} that share the outputs and meet once a step",
     }[how]

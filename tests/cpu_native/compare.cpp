@@ -3,10 +3,13 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/crowd.h"
 #include "../../csrc/cpu/run.h"
+#include "../../csrc/cpu/team.h"
 
 using namespace fused_rin;
 
@@ -158,20 +161,37 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
   return error <= allowed;
 }
 
+bool check_all(const Kernels& kernels) {
+  bool good = true;
+  for (const Shape& s : {Shape{5, 1, 1, 1, 0}, Shape{4, 3, 2, 5, 1}, Shape{3, 7, 1, 16, 0}, Shape{6, 1, 1, 129, 0},
+                         Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}}) {
+    good = check<float>(DType::kFloat32, s, kernels, 1e-5) && good;
+    good = check<double>(DType::kFloat64, s, kernels, 1e-13) && good;
+    if (s.groups > 1) continue;
+    for (const int64_t inputs : {1, 16, 21}) {
+      good = check_layer<float>(DType::kFloat32, s, inputs, kernels, 1e-5) && good;
+      good = check_layer<double>(DType::kFloat64, s, inputs, kernels, 1e-13) && good;
+    }
+  }
+  return good;
+}
+
 }  // namespace
 
-int main() {
+// With the name of an instruction set: that one alone. With "teams" after it: no more than threads that share outputs,
+// to the end or until one of them goes on alone.
+int main(int count, char** arguments) {
+  const bool teams = count > 2 && std::strcmp(arguments[2], "teams") == 0;
   bool good = true;
+  assume_processors(3);
   for (const Kernels* kernels : cpu_kernels()) {
-    for (const Shape& s : {Shape{5, 1, 1, 1, 0}, Shape{4, 3, 2, 5, 1}, Shape{3, 7, 1, 16, 0}, Shape{6, 1, 1, 129, 0},
-                           Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}}) {
-      good = check<float>(DType::kFloat32, s, *kernels, 1e-5) && good;
-      good = check<double>(DType::kFloat64, s, *kernels, 1e-13) && good;
-      if (s.groups > 1) continue;
-      for (const int64_t inputs : {1, 16, 21}) {
-        good = check_layer<float>(DType::kFloat32, s, inputs, *kernels, 1e-5) && good;
-        good = check_layer<double>(DType::kFloat64, s, inputs, *kernels, 1e-13) && good;
-      }
+    if (count > 1 && std::strcmp(arguments[1], kernels->name) != 0) continue;
+    if (!teams) good = check_all(*kernels) && good;
+    // When all have packed, at some step, with the first of two recurrences, and not at all.
+    for (const uint64_t end : {1, 2, 9, 12, 0}) {
+      end_teams_at(end);
+      good = check<float>(DType::kFloat32, {9, 1, 2, 1000, 1}, *kernels, 1e-5) && good;
+      good = check_layer<float>(DType::kFloat32, {30, 1, 1, 500, 0}, 16, *kernels, 1e-5) && good;
     }
   }
   std::puts(good ? "all within bounds" : "OUT OF BOUNDS");

@@ -12,6 +12,7 @@ from fused_rin import cpu
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
+    "csrc/cpu/crowd.cpp",
     "csrc/cpu/openmp.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/pool.cpp",
@@ -23,8 +24,8 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fno-math-errno", "-Wall", 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def run(program: Path, *before: str) -> str:
-    done = subprocess.run([*before, program], capture_output=True, text=True, timeout=300)
+def run(program: Path, *after: str, before: tuple[str, ...] = ()) -> str:
+    done = subprocess.run([*before, program, *after], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -45,7 +46,7 @@ def test_neon_under_an_emulator(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not (compiler and emulator):
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    output = run(build(compiler, {"neon": []}, tmp_path, "-static"), emulator)
+    output = run(build(compiler, {"neon": []}, tmp_path, "-static"), before=(emulator,))
     assert "neon" in output
 
 
@@ -58,6 +59,16 @@ def test_under_the_sanitizers(tmp_path, shapes):
 
     With vectors of 64 bytes and 32 registers too, the tiles of AVX-512, which need no such processor.
     """
+    assert under(SANITIZE, shapes, tmp_path)
+
+
+def test_under_the_thread_sanitizer(tmp_path):
+    """What one thread hands to another, in teams that stay together and in teams that one of them leaves."""
+    assert under(["-fsanitize=thread"], [], tmp_path, "teams")
+
+
+def under(sanitizer: list[str], shapes: list[str], folder: Path, *arguments: str) -> bool:
+    """Whether the program passes with the first set below that this processor has; the others only link."""
     if platform.machine() in ("aarch64", "arm64"):
         sets = {"neon": []}
     else:
@@ -68,7 +79,6 @@ def test_under_the_sanitizers(tmp_path, shapes):
         }
     checked = next(name for name in sets if name in cpu.instruction_sets())
     for name, flags in sets.items():
-        flags += [*SANITIZE, *shapes] if name == checked else ["-O0"]
+        flags += [*sanitizer, *shapes] if name == checked else ["-O0"]
     compiler = shutil.which("g++") or shutil.which("c++")
-    output = run(build(compiler, sets, tmp_path, *SANITIZE))
-    assert checked in output
+    return checked in run(build(compiler, sets, folder, *sanitizer), checked, *arguments)
