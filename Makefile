@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint fuzz bench-cpu compat gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz bench-cpu bench-crowd compat gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -60,6 +60,9 @@ bench-cpu: setup
 	    --benchmark-min-rounds=5 --benchmark-warmup=on --benchmark-warmup-iterations=2 \
 	    --benchmark-json=build/bench-cpu.json --benchmark-quiet -q
 	$(BIN)/python -m benchmarks.table build/bench-cpu.json $(or $(RESULTS),benchmarks/results/cpu.json)
+
+bench-crowd: setup
+	$(BIN)/python -m benchmarks.crowd $(RESULTS)
 
 # An environment of its own: these packages bring some hundred others, about 2 GB.
 COMPAT := build/compat

@@ -26,6 +26,8 @@ class Case:
     state: bool = False  # whether h_0 is given
     start: str = "rin"  # the first weights, see `cpu.pair`
     threads: int = 0  # of the CPU; 0: the GPU works
+    directions: int = 1
+    crowd: str = ""  # who else wants the processors, see `crowd.py`
 
     def __str__(self) -> str:
         return "-".join(map(str, _said(self).values()))

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks import crowd, table
 from benchmarks.cpu import OURS, calls, layers
-from benchmarks.harness import PEER, Case, Measurement, Results
+from benchmarks.harness import PEER, Case, Measurement, Results, measurement
 
 ROOT = Path(__file__).parent.parent
 CASES = [
@@ -57,6 +58,20 @@ def test_no_case_is_there_twice_and_results_are_read_as_they_were_written(tmp_pa
     assert Results.load(tmp_path / "results.json") == results
 
 
-def test_the_committed_table_is_of_the_committed_results():
+@pytest.mark.parametrize(("name", "draw"), [("cpu", table.page), ("crowd", crowd.table)], ids=["cpu", "crowd"])
+def test_the_committed_table_is_of_the_committed_results(name, draw):
     folder = ROOT / "benchmarks" / "results"
-    assert (folder / "cpu.md").read_text() == table.page(Results.load(folder / "cpu.json"))
+    assert (folder / f"{name}.md").read_text() == draw(Results.load(folder / f"{name}.json"))
+
+
+def test_a_row_of_the_crowd_is_measured_on_its_processors():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity")
+    (case,) = (c for c in crowd.cases() if c.crowd == "4 threads on one core" and c.batch == 1 and c.hidden == 256)
+    assert len(set(crowd.cases())) == len(crowd.CROWDS) * len(crowd.SHAPES)
+    job = json.dumps({"case": asdict(case), "processors": [min(os.sched_getaffinity(0))]})
+    code = "import sys; from benchmarks import crowd; crowd.SECONDS = 0.05; crowd.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--row", job], cwd=ROOT, capture_output=True, text=True)
+    rows = [measurement(row) for row in json.loads(done.stdout)]
+    assert [row.implementation for row in rows] == [crowd.OURS, PEER, crowd.ALONE]
+    assert all(row.case == case and 0 < row.us_low <= row.us <= row.us_high for row in rows)
