@@ -2,10 +2,14 @@
 # binary serves every release from 2.10 on. Built where the Python that builds has such a torch; older ones have the
 # operators from Python alone.
 
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -c
-          "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-  OUTPUT_VARIABLE torch_folder OUTPUT_STRIP_TRAILING_WHITESPACE)
+set(FUSED_RIN_TORCH "" CACHE PATH "Folder of the torch to build on, if not that of the Python that builds")
+set(torch_folder "${FUSED_RIN_TORCH}")
+if(NOT torch_folder)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c
+            "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    OUTPUT_VARIABLE torch_folder OUTPUT_STRIP_TRAILING_WHITESPACE)
+endif()
 set(torch_version "")
 if(EXISTS "${torch_folder}/include/torch/headeronly/version.h")
   file(STRINGS "${torch_folder}/include/torch/headeronly/version.h" numbers REGEX "define TORCH_VERSION_M(AJOR|INOR) ")
@@ -33,9 +37,11 @@ endfunction()
 
 add_operators(fused_rin_operators csrc/operators/cpu.cpp csrc/operators/sweep.cpp)
 target_link_libraries(fused_rin_operators PRIVATE ${cpu_objects})
+make_portable(fused_rin_operators cpu.cpp)
 
 if(TARGET cuda_kernels)
   add_operators(fused_rin_operators_cuda csrc/operators/cuda.cpp csrc/operators/sweep.cpp csrc/cuda/plan.cpp)
   target_include_directories(fused_rin_operators_cuda PRIVATE csrc/cuda)
   target_link_libraries(fused_rin_operators_cuda PRIVATE cuda_kernels CUDA::cudart_static ${CMAKE_DL_LIBS})
+  make_portable(fused_rin_operators_cuda cpu.cpp cudart.cpp)
 endif()
