@@ -17,6 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 CMAKE_OPTIONS = ("FUSED_RIN_CUDA", "FUSED_RIN_CUDA_ARCHS", "FUSED_RIN_TORCH")
@@ -33,8 +34,13 @@ def find_nvcc() -> str | None:
         return None
     named = os.environ.get("CUDACXX")
     folders = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [*([named] if named else []), *(f"{folder}/nvcc" for folder in folders), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, (shutil.which(place, path=build_path()) for place in places)), None)
+    places = [named, *(f"{folder}/nvcc" for folder in folders), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, (shutil.which(place, path=build_path()) for place in places if place)), None)
+
+
+def public_version() -> str:
+    source = (ROOT / "python/fused_rin/__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]
 
 
 def version() -> str:
@@ -43,7 +49,7 @@ def version() -> str:
     A build from an sdist has one only if FUSED_RIN_LOCAL_VERSION names it: an installer that found fused-rin 0.1.0 in
     an index refuses a build that says it is another version.
     """
-    public = re.search(r'^__version__ = "(.+)"$', (ROOT / "python/fused_rin/__init__.py").read_text(), re.MULTILINE)[1]
+    public = public_version()
     local = os.environ.get("FUSED_RIN_LOCAL_VERSION")
     if local is None and not (ROOT / "PKG-INFO").exists() and (nvcc := find_nvcc()):
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -63,12 +69,19 @@ def cmake_executable() -> str:
     return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
 
 
+class PlainSdist(sdist):
+    """Sources have no local version, whatever compilers are beside them."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.distribution.metadata.version = public_version()
+
+
 class FreshBuild(build):
     """What an earlier build left is not packed: files that are no longer there, a CUDA module not asked for now."""
 
     def run(self) -> None:
-        if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+        shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
 
@@ -116,5 +129,5 @@ setup(
         Extension("fused_rin.libfused_rin_operators", sources=[], optional=True),
         Extension("fused_rin.libfused_rin_operators_cuda", sources=[], optional=True),
     ],
-    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild, "sdist": PlainSdist},
 )
