@@ -3,6 +3,7 @@
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/, and PyTorch's examples
 #   make fuzz SECONDS=600  random calls against the reference, see tests/fuzz; RESULTS=FILE writes what was run
+#   make wheel  an sdist and from it manylinux_2_28 wheels under dist/, each tried without a compiler; docs/packaging.md
 #   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one, in two parts (PART=2); RESULTS=DIR says where to
 # FUSED_RIN_CUDA=auto|on|off: with auto, the CUDA part is built where nvcc is found.
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint fuzz bench-cpu bench-crowd compat gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz bench-cpu bench-crowd compat wheel gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -76,6 +77,10 @@ $(COMPAT)/.deps: pyproject.toml constraints.txt tools/environment.py
 compat: $(COMPAT)/.deps
 	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
 	$(COMPAT)/bin/python -m pytest compat -rs
+
+# PYTHONS="3.11 3.12" and TORCHS="2.10.0+cpu 2.13.0+cpu": for which Pythons, and with which torch they are tried.
+wheel: $(VENV)/.deps
+	$(BIN)/python -m tools.wheel $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(TORCHS),--torch $(TORCHS))
 
 # On a machine with a GPU, with the Python that has its torch, five minutes each: PART=1 build, CUDA tests, steps, benchmark,
 # table, plot; PART=2 all Triton tests, sanitizer, training loop.

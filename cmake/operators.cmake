@@ -29,7 +29,8 @@ function(add_operators name)
   target_include_directories(${name} SYSTEM PRIVATE "${torch_folder}/include")
   target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)  # 2.10
   # torch keeps the names of source files with the operators.
-  target_compile_options(${name} PRIVATE -O2 ${warnings} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+  target_compile_options(${name} PRIVATE -O2 ${warnings} "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/="
+                         "-ffile-prefix-map=${torch_folder}/=")
   target_link_libraries(${name} PRIVATE "${torch_cpu}")
   set_target_properties(${name} PROPERTIES SKIP_BUILD_RPATH TRUE SUFFIX .so)
   install(TARGETS ${name} LIBRARY DESTINATION fused_rin)

@@ -1,5 +1,5 @@
-// What the CPU modules take from glibc and libstdc++ that is newer than a manylinux_2_28 system has. cmake/portable.cmake
-// reads the names from the lines that start with OLD or NEW.
+// What the CPU modules take from glibc and libstdc++ that is newer than a manylinux_2_28 system has.
+// cmake/portable.cmake reads the names from the lines that start with OLD or NEW.
 
 #include <ios>
 #include <new>
@@ -36,8 +36,8 @@ asm(".pushsection .rodata\n.globl __libc_single_threaded\n.hidden __libc_single_
 
 // exception_ptr's counting, GCC 11: before, its copy constructor and destructor, which did the same, were functions of
 // the library, and they still are.
-extern "C" void exception_ptr_copy(void* memory, const void* other) asm(
-    "_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
+extern "C" void exception_ptr_copy(void* memory,
+                                   const void* other) asm("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
 extern "C" void exception_ptr_destroy(void*) asm("_ZNSt15__exception_ptr13exception_ptrD1Ev");
 
 NEW(_ZNSt15__exception_ptr13exception_ptr9_M_addrefEv)(void* counted) {

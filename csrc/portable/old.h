@@ -21,6 +21,6 @@
       ", %function\n__wrap_" #name ":\n" FUSED_RIN_JUMP " " target FUSED_RIN_PLT "\n.popsection\n");
 
 // Calls of `name` go to its older `version`.
-#define OLD(name, version)                                   \
+#define OLD(name, version)                          \
   asm(".symver old_" #name ", " #name "@" version); \
   FUSED_RIN_WRAP(name, "old_" #name)
