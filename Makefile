@@ -79,8 +79,9 @@ compat: $(COMPAT)/.deps
 	$(COMPAT)/bin/python -m pytest compat -rs
 
 # PYTHONS="3.11 3.12" and TORCHS="2.10.0+cpu 2.13.0+cpu": for which Pythons, and with which torch they are tried.
-wheel: $(VENV)/.deps
-	$(BIN)/python -m tools.wheel $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(TORCHS),--torch $(TORCHS))
+# In environments of its own, under build/wheel.
+wheel:
+	$(PYTHON) -m tools.wheel $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(TORCHS),--torch $(TORCHS))
 
 # On a machine with a GPU, with the Python that has its torch, five minutes each: PART=1 build, CUDA tests, steps, benchmark,
 # table, plot; PART=2 all Triton tests, sanitizer, training loop.
@@ -102,4 +103,4 @@ test-triton: setup
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest tests/triton_kernels tests/triton_aot
 
 clean:
-	rm -rf build demo $(VENV) *.egg-info python/*.egg-info python/fused_rin/*.so
+	rm -rf build demo dist $(VENV) *.egg-info python/*.egg-info python/fused_rin/*.so

@@ -78,6 +78,7 @@ def whole(version: str, variant: str) -> None:
         from fused_rin import _cuda
 
         assert _cuda.architectures
+        assert _cuda.versions()  # asks the CUDA runtime, which looks for a driver
     else:
         assert not list(folder.glob("*cuda*.so"))
     print(f"the wheel works with torch {torch.__version__}")
