@@ -1,6 +1,7 @@
 // The inner loops: rows of states times a panel of U, sums in registers. Compiled once per instruction set (vec.h).
 #pragma once
 
+#include "factor.h"
 #include "sweep.h"
 #include "vec.h"
 
@@ -13,31 +14,31 @@ namespace {
 constexpr int kNarrow = FUSED_RIN_VECTOR_REGISTERS == 32 ? 4 : 2;
 constexpr int kWide = 8;
 
-// A sum of this many terms is closed and the next one begun. One sum over 1,024 terms would be off by 4 times what a
+// A sum of this many units is closed and the next one begun. One sum over 1,024 terms would be off by 4 times what a
 // library's blocked product is off by; this costs one load, addition and store per 128 multiply-adds.
-constexpr int64_t kTerms = 128;
+constexpr int64_t kUnits = 128;
 
 // acc[r * acc_stride + v] = sum over k of x[r][k] * panel[k][v], in C interleaved partial sums that are added up last.
-template <class S, int R, int V, int C>
-void dot(const S* __restrict x, int64_t x_stride, const S* __restrict panel, int64_t depth, S* __restrict acc,
+// Depth and strides of x and panel in units.
+template <class F, int R, int V, int C>
+void dot(const F* __restrict x, int64_t x_stride, const F* __restrict panel, int64_t depth, Sum<F>* __restrict acc,
          int64_t acc_stride) {
-  using Vec = typename VecOf<S>::Vec;
-  constexpr int kLanes = VecOf<S>::kLanes;
+  constexpr int kLanes = VecOf<F>::kLanes;
   int64_t k = 0;
   do {
-    const int64_t begin = k, end = depth - k < kTerms ? depth : k + kTerms;
-    Vec sum[C][R][V] = {};
+    const int64_t begin = k, end = depth - k < kUnits ? depth : k + kUnits;
+    SumVec<F> sum[C][R][V] = {};
     for (; k + C <= end; k += C) {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        Vec u[V];
+        typename VecOf<F>::Vec u[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) u[v] = load(panel + ((k + c) * V + v) * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const S xk = x[r * x_stride + k + c];
+          const F xk = x[r * x_stride + k + c];
 #pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) sum[c][r][v] += u[v] * xk;
+          for (int v = 0; v < V; ++v) multiply_add<F>(sum[c][r][v], u[v], xk);
         }
       }
     }
@@ -45,17 +46,19 @@ void dot(const S* __restrict x, int64_t x_stride, const S* __restrict panel, int
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sum[0][r][v] += load(panel + (k * V + v) * kLanes) * x[r * x_stride + k];
+        for (int v = 0; v < V; ++v) {
+          multiply_add<F>(sum[0][r][v], load(panel + (k * V + v) * kLanes), x[r * x_stride + k]);
+        }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        Vec total = sum[0][r][v];
+        SumVec<F> total = sum[0][r][v];
         if constexpr (C == 2) total += sum[1][r][v];
         if constexpr (C == 4) total = (total + sum[1][r][v]) + (sum[2][r][v] + sum[3][r][v]);
-        S* const to = acc + r * acc_stride + v * kLanes;
+        Sum<F>* const to = acc + r * acc_stride + v * kLanes;
         store(to, begin ? load(to) + total : total);
       }
     }
@@ -75,10 +78,10 @@ struct LanesOf {
 };
 constexpr LanesOf kLanesOf;
 
-// Lists the k in [begin, end) with x[k] != 0 and returns how many they are; writes up to kListSlack places more. Eight
-// at a time, without a branch: one at a time this was 15 percent of a step at D = 128.
-template <class S>
-int64_t list_nonzero(const S* x, int64_t begin, int64_t end, int32_t* to) {
+// Lists the units k in [begin, end) of x that are not zero and returns how many they are; writes up to kListSlack
+// places more. Eight at a time, without a branch: one at a time this was 15 percent of a step at D = 128.
+template <class F>
+int64_t list_nonzero(const F* x, int64_t begin, int64_t end, int32_t* to) {
   typedef uint16_t Lanes __attribute__((vector_size(8 * sizeof(uint16_t))));
   typedef int32_t Index __attribute__((vector_size(8 * sizeof(int32_t))));
   static_assert(kListSlack >= 8, "eight are written at a time");
@@ -93,7 +96,7 @@ int64_t list_nonzero(const S* x, int64_t begin, int64_t end, int32_t* to) {
   }
   for (; k < end; ++k) {
     to[count] = static_cast<int32_t>(k);
-    count += x[k] != 0;
+    count += is_nonzero(x[k]);
   }
   return count;
 }
@@ -104,8 +107,8 @@ struct Nonzero {
   int64_t begin[kMaxSlices + 1];
   bool worthwhile;  // enough zeros to be worth skipping
 
-  template <class S>
-  void find(const S* x, const Layout& l) {
+  template <class F>
+  void find(const F* x, const Layout& l) {
     begin[0] = 0;
     for (int64_t slice = 0; slice < l.slices; ++slice) {
       begin[slice + 1] =
@@ -116,16 +119,16 @@ struct Nonzero {
 };
 
 // dot for one row over listed states only. Adding 0 * u leaves a sum as it is, so the bits are those of dot, up to
-// kTerms terms.
-template <class S, int V>
-void dot_listed(const S* x, const int32_t* index, int64_t count, const S* __restrict panel, S* __restrict acc) {
-  constexpr int kLanes = VecOf<S>::kLanes;
-  typename VecOf<S>::Vec sum[V] = {};
+// kUnits units.
+template <class F, int V>
+void dot_listed(const F* x, const int32_t* index, int64_t count, const F* __restrict panel, Sum<F>* __restrict acc) {
+  constexpr int kLanes = VecOf<F>::kLanes;
+  SumVec<F> sum[V] = {};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t k = index[i];
-    const S xk = x[k];
+    const F xk = x[k];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[v] += load(panel + (k * V + v) * kLanes) * xk;
+    for (int v = 0; v < V; ++v) multiply_add<F>(sum[v], load(panel + (k * V + v) * kLanes), xk);
   }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) store(acc + v * kLanes, sum[v]);
@@ -138,57 +141,57 @@ void dot_listed(const S* x, const int32_t* index, int64_t count, const S* __rest
 //   step walks it backwards and finds the last 30 KB or so where they were left: the depth is cut into slices with sums
 //   of their own, taken in either order and added up in one order, so that the direction does not show in the result.
 // `parts` holds the slices' sums meanwhile.
-template <class S, int V>
-void dot_sliced(const S* __restrict x, const S* __restrict panel, const Layout& l, const Nonzero* nonzero,
-                bool descending, S* __restrict parts, S* __restrict acc) {
-  constexpr int kWidth = V * VecOf<S>::kLanes;
+template <class F, int V>
+void dot_sliced(const F* __restrict x, const F* __restrict panel, const Layout& l, const Nonzero* nonzero,
+                bool descending, Sum<F>* __restrict parts, Sum<F>* __restrict acc) {
+  constexpr int kWidth = V * VecOf<F>::kLanes;
   for (int64_t i = 0; i < l.slices; ++i) {
     const int64_t slice = descending ? l.slices - 1 - i : i;
     if (nonzero) {
       const int64_t begin = nonzero->begin[slice], count = nonzero->begin[slice + 1] - begin;
-      dot_listed<S, V>(x, nonzero->index + begin, count, panel, parts + slice * kWidth);
+      dot_listed<F, V>(x, nonzero->index + begin, count, panel, parts + slice * kWidth);
     } else {
       const int64_t k = l.slice_begin(slice), depth = l.slice_begin(slice + 1) - k;
-      dot<S, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, parts + slice * kWidth, 0);
+      dot<F, 1, V, 1>(x + k, 0, panel + k * kWidth, depth, parts + slice * kWidth, 0);
     }
   }
-  for (int64_t i = 0; i < kWidth; i += VecOf<S>::kLanes) {
+  for (int64_t i = 0; i < kWidth; i += VecOf<F>::kLanes) {
     auto total = load(parts + i);
     for (int64_t slice = 1; slice < l.slices; ++slice) total += load(parts + slice * kWidth + i);
     store(acc + i, total);
   }
 }
 
-template <class S>
-using DotSliced = void (*)(const S*, const S*, const Layout&, const Nonzero*, bool, S*, S*);
-template <class S>
-constexpr DotSliced<S> kDotSliced[8] = {dot_sliced<S, 1>, dot_sliced<S, 2>, dot_sliced<S, 3>, dot_sliced<S, 4>,
-                                        dot_sliced<S, 5>, dot_sliced<S, 6>, dot_sliced<S, 7>, dot_sliced<S, 8>};
+template <class F>
+using DotSliced = void (*)(const F*, const F*, const Layout&, const Nonzero*, bool, Sum<F>*, Sum<F>*);
+template <class F>
+constexpr DotSliced<F> kDotSliced[8] = {dot_sliced<F, 1>, dot_sliced<F, 2>, dot_sliced<F, 3>, dot_sliced<F, 4>,
+                                        dot_sliced<F, 5>, dot_sliced<F, 6>, dot_sliced<F, 7>, dot_sliced<F, 8>};
 
-template <class S>
-using Dot = void (*)(const S*, int64_t, const S*, int64_t, S*, int64_t);
+template <class F>
+using Dot = void (*)(const F*, int64_t, const F*, int64_t, Sum<F>*, int64_t);
 
 // The instances a layout can ask for: [rows - 1][vectors - 1].
-template <class S, int C>
-Dot<S> find_dot(int64_t rows, int64_t vecs) {
+template <class F, int C>
+Dot<F> find_dot(int64_t rows, int64_t vecs) {
   constexpr int kN = kNarrow < 4 ? 2 : 4;
-  static constexpr Dot<S> kOne[8] = {dot<S, 1, 1, C>,
-                                     dot<S, 1, 2, C>,
-                                     dot<S, 1, 3, C>,
-                                     dot<S, 1, 4, C>,
-                                     C == 1 ? dot<S, 1, 5, 1> : nullptr,
-                                     C == 1 ? dot<S, 1, 6, 1> : nullptr,
-                                     C == 1 ? dot<S, 1, 7, 1> : nullptr,
-                                     C == 1 ? dot<S, 1, 8, 1> : nullptr};
+  static constexpr Dot<F> kOne[8] = {dot<F, 1, 1, C>,
+                                     dot<F, 1, 2, C>,
+                                     dot<F, 1, 3, C>,
+                                     dot<F, 1, 4, C>,
+                                     C == 1 ? dot<F, 1, 5, 1> : nullptr,
+                                     C == 1 ? dot<F, 1, 6, 1> : nullptr,
+                                     C == 1 ? dot<F, 1, 7, 1> : nullptr,
+                                     C == 1 ? dot<F, 1, 8, 1> : nullptr};
 #define ROW(R)                                                                                   \
   {                                                                                              \
-    dot<S, R, 1, C>, dot<S, R, 2, C>, dot < S, R, kN<4 ? 1 : 3, C>, dot < S, R, kN<4 ? 1 : 4, C> \
+    dot<F, R, 1, C>, dot<F, R, 2, C>, dot < F, R, kN<4 ? 1 : 3, C>, dot < F, R, kN<4 ? 1 : 4, C> \
   }
-  static constexpr Dot<S> kFew[2][4] = {ROW(2), ROW(3)};
+  static constexpr Dot<F> kFew[2][4] = {ROW(2), ROW(3)};
   if (rows == 1) return kOne[vecs - 1];
   if (rows <= 3) return kFew[rows - 2][vecs - 1];
   if constexpr (C == 1) {
-    static constexpr Dot<S> kMany[3][4] = {ROW(4), ROW(5), ROW(6)};
+    static constexpr Dot<F> kMany[3][4] = {ROW(4), ROW(5), ROW(6)};
     return kMany[rows - 4][vecs - 1];
   } else {
     return nullptr;
@@ -196,11 +199,11 @@ Dot<S> find_dot(int64_t rows, int64_t vecs) {
 #undef ROW
 }
 
-template <class S>
-Dot<S> find_dot(const Layout& l, int64_t rows, int64_t vecs) {
-  return l.chains == 1   ? find_dot<S, 1>(rows, vecs)
-         : l.chains == 2 ? find_dot<S, 2>(rows, vecs)
-                         : find_dot<S, 4>(rows, vecs);
+template <class F>
+Dot<F> find_dot(const Layout& l, int64_t rows, int64_t vecs) {
+  return l.chains == 1   ? find_dot<F, 1>(rows, vecs)
+         : l.chains == 2 ? find_dot<F, 2>(rows, vecs)
+                         : find_dot<F, 4>(rows, vecs);
 }
 
 // Several partial sums per output leave registers for half the rows.

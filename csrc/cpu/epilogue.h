@@ -1,6 +1,7 @@
 // What happens to a sum once it is complete: skip, input, activation. Compiled once per instruction set (vec.h).
 #pragma once
 
+#include "factor.h"
 #include "sweep.h"
 #include "vec.h"
 
@@ -20,6 +21,8 @@ struct Columns {
   T* out;                // the result; null: not wanted
   Scalar<T>* next;       // the result, unrounded; null: not wanted
   Scalar<T>* kept;       // and once more
+  // The result as a product takes it, where that is not as it is (factor.h), for the next step and to be kept.
+  FactorRow<T>*factor, *kept_factor;
   int64_t count;
 
   // `op(vector of carry + skip * x + in, vector of saved)` over all columns. The last vector overlaps the one before
@@ -41,16 +44,25 @@ struct Columns {
       a = op(a, fetch(saved, i));
       if (next) store(next + i, a);
       if (kept) store(kept + i, a);
-      if (!out) return;
-      if (whole) {
-        store(out + i, a);
-      } else {
-        store_first(out, a, count);
+      put(out, i, a, whole);
+      if constexpr (kPaired<T>) {
+        put(factor, i, a, whole);
+        put(kept_factor, i, a, whole);
       }
     };
     const Vec<T> last_in = fetch(in, last);
     for (int64_t i = 0; i < last; i += kLanes) finish(i, fetch(in, i));
     finish(last, last_in);
+  }
+
+  template <class To>
+  void put(To* to, int64_t i, Vec<T> value, bool whole) const {
+    if (!to) return;
+    if (whole) {
+      store(to + i, value);
+    } else {
+      store_first(to, value, count);
+    }
   }
 };
 

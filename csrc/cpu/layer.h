@@ -7,6 +7,7 @@
 #pragma once
 
 #include "dot.h"
+#include "factor.h"
 #include "outer.h"
 #include "rows.h"
 #include "sweep.h"
@@ -16,13 +17,19 @@ namespace fused_rin {
 namespace FUSED_RIN_ISA {
 namespace {
 
-// `count` values, converted.
+// `terms` numbers as whole units, the missing one of a pair zero.
 template <class T>
-void copy_row(const T* from, Scalar<T>* to, int64_t count) {
-  constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+void copy_row(const T* from, Factor<T>* to, int64_t terms) {
+  if constexpr (kPaired<T>) {
+    const BFloat16 zero{};
+    memcpy(to, from, static_cast<size_t>(terms) * sizeof(T));
+    if (terms % 2) memcpy(reinterpret_cast<T*>(to) + terms, &zero, sizeof(zero));
+  } else {
+    constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
+    int64_t i = 0;
+    for (; i + kLanes <= terms; i += kLanes) store(to + i, load(from + i));
+    if (i < terms) store_first(to + i, load_first(from + i, terms - i), terms - i);
+  }
 }
 
 // body(first row, rows) over tiles of rows for `dot`.
@@ -35,6 +42,7 @@ void for_row_tiles(int64_t begin, int64_t end, Body body) {
 template <class T>
 class InputProduct {
   using S = Scalar<T>;
+  using F = Factor<T>;
 
  public:
   InputProduct(const Problem& p, const Part& part) : p_(p), part_(part), layer_(*part.layer), l_(*part.input) {
@@ -53,14 +61,14 @@ class InputProduct {
   // For a chunk of `rows`, columns [first_column, end_column), into to[row of the chunk][padded].
   void run(const RowList& rows, const Chunk& chunk, bool ascending, int64_t first_column, int64_t end_column,
            S* to) const {
-    const S* const x = input_rows(rows, chunk, ascending);
+    const F* const x = input_rows(rows, chunk, ascending);
     for (int64_t block = 0; block < l_.blocks; ++block) {
       if (l_.end_column(block) <= first_column || l_.first_column(block) >= end_column) continue;
       const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
-      const S* panel = static_cast<const S*>(part_.input_panels) + column * l_.depth;
+      const F* panel = static_cast<const F*>(part_.input_panels) + column * l_.depth;
       for_row_tiles(0, chunk.rows(), [&](int64_t row, int64_t count) {
         S* const sums = to + row * l_.padded() + column;
-        find_dot<S, 1>(count, vecs)(x + row * l_.depth, l_.depth, panel, l_.depth, sums, l_.padded());
+        find_dot<F, 1>(count, vecs)(x + row * l_.depth, l_.depth, panel, l_.depth, sums, l_.padded());
         add_bias(count, column, vecs, sums);
       });
     }
@@ -74,21 +82,24 @@ class InputProduct {
     }
   }
 
-  // The input of a chunk, [rows][depth]: where it lies, if all its rows follow each other there, or a copy.
-  const S* input_rows(const RowList& rows, const Chunk& chunk, bool ascending) const {
+  // The input of a chunk, [rows][depth]: where it lies, if all its rows follow each other there in whole units, or a
+  // copy.
+  const F* input_rows(const RowList& rows, const Chunk& chunk, bool ascending) const {
     const T* x = static_cast<const T*>(layer_.x);
-    if constexpr (sizeof(T) == sizeof(S)) {
-      if (ascending && !rows.lengths && rows.count == p_.batch) return x + chunk.begin * p_.batch * l_.depth;
+    if constexpr (sizeof(T) * UnitOf<F>::kTerms == sizeof(F)) {
+      if (ascending && !rows.lengths && rows.count == p_.batch && l_.depth * UnitOf<F>::kTerms == l_.terms) {
+        return reinterpret_cast<const F*>(x + chunk.begin * p_.batch * l_.terms);
+      }
     }
-    S* to = static_cast<S*>(part_.gathered);
+    F* to = static_cast<F*>(part_.gathered);
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
       const int64_t t = time_of(p_, ascending, i),
                     count = chunk.base[i + 1 - chunk.begin] - chunk.base[i - chunk.begin];
       for (int64_t r = 0; r < count; ++r, to += l_.depth) {
-        copy_row(x + row_of(p_, t, rows.order[r]) * l_.depth, to, l_.depth);
+        copy_row(x + row_of(p_, t, rows.order[r]) * l_.terms, to, l_.terms);
       }
     }
-    return static_cast<const S*>(part_.gathered);
+    return static_cast<const F*>(part_.gathered);
   }
 
   const Problem& p_;
@@ -104,7 +115,9 @@ class InputProduct {
 template <class T>
 class WeightGradient {
   using S = Scalar<T>;
-  static constexpr int64_t kLanes = VecOf<S>::kLanes;
+  using F = Factor<T>;
+  using Row = FactorRow<T>;
+  static constexpr int64_t kLanes = VecOf<S>::kLanes, kTerms = UnitOf<F>::kTerms;
 
  public:
   WeightGradient(const Problem& p, const Layout& l, const Part& part)
@@ -126,16 +139,16 @@ class WeightGradient {
     }
   }
 
-  // The gradients of pre in the rows of a chunk, [rows][padded].
-  void add(const Chunk& chunk, const S* grad_pre) {
+  // The gradients of pre in the rows of a chunk, [rows][padded], and the same as factors, [rows][stride].
+  void add(const Chunk& chunk, const S* grad_pre, const Row* factors, int64_t stride) {
     find_rows(chunk);
     const int64_t rows = chunk.rows();
     for (int64_t k = 0; k < rows && first_group() < end_group(); k += kOuterDepth) {
-      add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, grad_pre + k * l_.padded());
+      add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, factors + k * stride, stride);
     }
     if (layer_.grad_b_ih) add_bias(rows, grad_pre);
     const int64_t rank = part_.rank, n = part_.threads;
-    if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, grad_pre);
+    if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, factors, stride);
   }
 
   // Writes what all threads have added up: this one's share of the outputs, rows of each gradient.
@@ -190,7 +203,7 @@ class WeightGradient {
     }
   }
   static void add_to(S* sum, Vec<T> value) { store(sum, load(sum) + value); }
-  S* gathered(int64_t group) const { return static_cast<S*>(part_.gathered) + group * kOuterDepth * kLanes; }
+  F* gathered(int64_t group) const { return static_cast<F*>(part_.gathered) + group * (kOuterDepth / kTerms) * kLanes; }
 
   // For every row of the chunk, its own place and that of the state that entered it.
   void find_rows(const Chunk& chunk) {
@@ -212,30 +225,36 @@ class WeightGradient {
   }
 
   // As many groups at a time as stay in the second-level cache while the panels of gradients pass by.
-  void add_rows(int64_t first, int64_t rows, const S* grad_pre) {
-    constexpr int64_t kAtATime = outer_groups(FUSED_RIN_VECTOR_BYTES);
+  void add_rows(int64_t first, int64_t rows, const Row* factors, int64_t stride) {
+    constexpr int64_t kAtATime = outer_groups(FUSED_RIN_VECTOR_BYTES, kTerms);
     const int64_t all = end_group();
     for (int64_t begin = first_group(); begin < all; begin += kAtATime) {
       const int64_t end = all - begin < kAtATime ? all : begin + kAtATime;
       for (int64_t g = begin; g < end; ++g) gather(g, first, rows, gathered(g - begin));
-      add_groups(begin, end, rows, grad_pre);
+      add_groups(begin, end, rows, factors, stride);
     }
   }
 
-  void add_groups(int64_t begin, int64_t end, int64_t rows, const S* grad_pre) {
+  void add_groups(int64_t begin, int64_t end, int64_t rows, const Row* factors, int64_t stride) {
     const int64_t vecs = l_.vecs, blocks = (vecs + kOuterVecs - 1) / kOuterVecs;
-    S* const panel = static_cast<S*>(part_.panel);
+    const int64_t depth = (rows + kTerms - 1) / kTerms;
+    F* const panel = static_cast<F*>(part_.panel);
+    constexpr int64_t kNear = 768 * 1024 / sizeof(S);
+    const bool far = (end_group() - first_group()) * kLanes * l_.padded() > kNear;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t vec = block * vecs / blocks, width = (block + 1) * vecs / blocks - vec;
-      for (int64_t k = 0; k < rows; ++k) {
-        for (int64_t v = 0; v < width; ++v) {
-          store(panel + (k * width + v) * kLanes, load(grad_pre + k * l_.padded() + (vec + v) * kLanes));
+      for (int64_t k = 0; k < depth; ++k) {
+        const Row* from = factors + k * kTerms * stride + vec * kLanes;
+        const bool whole = (k + 1) * kTerms <= rows;
+        for (int64_t v = 0; v < width; ++v, from += kLanes) {
+          store(panel + (k * width + v) * kLanes, load_across(from, whole ? from + stride : nullptr, kLanes));
         }
       }
       for (int64_t g = begin; g < end; ++g) {
-        const S* a = gathered(g - begin);
-        for (int64_t r = 0; r < columns_in(g); r += kOuterRows<S>) {
-          outer(width, a + r, panel, rows, sums() + (g * kLanes + r) * l_.padded() + vec * kLanes, l_.padded());
+        const F* a = gathered(g - begin);
+        for (int64_t r = 0; r < columns_in(g); r += kOuterRows<F>) {
+          S* const to = sums() + (g * kLanes + r) * l_.padded() + vec * kLanes;
+          outer(width, a + r, panel, depth, to, l_.padded(), far);
         }
       }
     }
@@ -247,40 +266,33 @@ class WeightGradient {
     return left < kLanes ? left : kLanes;
   }
 
-  // One group of columns of the left factor: [rows][lanes].
-  void gather(int64_t group, int64_t first, int64_t rows, S* to) const {
-    if (group < state_groups_) {
-      const int64_t column = group * kLanes, count = columns_in(group);
-      const T* out = static_cast<const T*>(p_.saved) + column;
-      const T* h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t row = entered_[first + k];
-        Vec<T> state{};
-        if (row != kZero) {
-          const T* from = row >= 0 ? out + row * p_.hidden : h0 + (kInitial - row) * p_.hidden;
-          state = count == kLanes ? load(from) : load_first(from, count);
-        }
-        store(to + k * kLanes, state);
-      }
-      return;
-    }
-    const int64_t column = (group - state_groups_) * kLanes, count = columns_in(group);
-    const T* x = static_cast<const T*>(layer_.x) + column;
-    for (int64_t k = 0; k < rows; ++k) {
-      const T* from = x + rows_[first + k] * layer_.inputs;
-      store(to + k * kLanes, count == kLanes ? load(from) : load_first(from, count));
+  // One group of columns of the left factor: [rows, in units][lanes].
+  void gather(int64_t group, int64_t first, int64_t rows, F* to) const {
+    const bool states = group < state_groups_;
+    const int64_t column = (states ? group : group - state_groups_) * kLanes, count = columns_in(group);
+    const T* const out = static_cast<const T*>(p_.saved) + column;
+    const T* const h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
+    const T* const x = static_cast<const T*>(layer_.x) + column;
+    const auto source = [&](int64_t k) -> const T* {
+      if (!states) return x + rows_[first + k] * layer_.inputs;
+      const int64_t row = entered_[first + k];
+      return row == kZero ? nullptr : row >= 0 ? out + row * p_.hidden : h0 + (kInitial - row) * p_.hidden;
+    };
+    for (int64_t k = 0; k < rows; k += kTerms, to += kLanes) {
+      store(to, load_across(source(k), k + kTerms <= rows ? source(k + kTerms - 1) : nullptr, count));
     }
   }
 
-  void input_gradient(int64_t begin, int64_t end, const S* grad_pre) const {
+  void input_gradient(int64_t begin, int64_t end, const Row* factors, int64_t stride) const {
     const Panels& l = *part_.input;
     S* const sum = static_cast<S*>(part_.scratch);
     for (int64_t block = 0; block < l.blocks; ++block) {
       const int64_t column = l.first_column(block), count = l.end_column(block) - column;
       const int64_t vecs = l.first_vec(block + 1) - l.first_vec(block);
-      const S* panel = static_cast<const S*>(part_.input_panels) + column * l.depth;
+      const F* panel = static_cast<const F*>(part_.input_panels) + column * l.depth;
       for_row_tiles(begin, end, [&](int64_t row, int64_t rows) {
-        find_dot<S, 1>(rows, vecs)(grad_pre + row * l_.padded(), l_.padded(), panel, l.depth, sum, l.padded());
+        const F* from = reinterpret_cast<const F*>(factors + row * stride);
+        find_dot<F, 1>(rows, vecs)(from, stride / kTerms, panel, l.depth, sum, l.padded());
         for (int64_t r = 0; r < rows; ++r) {
           T* to = static_cast<T*>(layer_.grad_x) + rows_[row + r] * layer_.inputs + column;
           for (int64_t i = 0; i < count; i += kLanes) {

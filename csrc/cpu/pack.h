@@ -1,6 +1,7 @@
 // A matrix as torch has it -> panels for `dot`. Compiled once per instruction set (vec.h).
 #pragma once
 
+#include "factor.h"
 #include "sweep.h"
 #include "vec.h"
 
@@ -8,42 +9,48 @@ namespace fused_rin {
 namespace FUSED_RIN_ISA {
 namespace {
 
-// Panel [k][i] from a matrix [depth, outputs]: rows are copied.
+// Panel [k][i] from a matrix [terms, outputs]: rows are copied, in pairs two of them side by side.
 template <class T>
-void pack_transposed(const T* m, const Panels& l, int64_t block, Scalar<T>* panel) {
+void pack_transposed(const T* m, const Panels& l, int64_t block, Factor<T>* panel) {
+  constexpr int64_t kTerms = UnitOf<Factor<T>>::kTerms;
   const int64_t column = l.first_column(block), width = l.first_column(block + 1) - column;
   const int64_t valid = l.end_column(block) - column;
   for (int64_t k = 0; k < l.depth; ++k) {
-    const T* from = m + k * l.outputs + column;
-    Scalar<T>* to = panel + k * width;
+    const T* first = m + k * kTerms * l.outputs + column;
+    const T* second = k * kTerms + 1 < l.terms ? first + l.outputs : nullptr;
+    Factor<T>* to = panel + k * width;
     for (int64_t i = 0; i < width; i += l.lanes) {
-      store(to + i, i + l.lanes <= valid ? load(from + i) : load_first(from + i, valid > i ? valid - i : int64_t{0}));
+      const int64_t count = valid > i ? valid - i : int64_t{0};
+      store(to + i, load_across(first + i, second ? second + i : nullptr, count));
     }
   }
 }
 
-// From a matrix [outputs, depth], by squares of `lanes` outputs and `lanes` of the depth.
+// From a matrix [outputs, terms], by squares of `lanes` outputs and `lanes` units of the depth.
 template <class T>
-void pack_straight(const T* m, const Panels& l, int64_t block, Scalar<T>* panel) {
-  constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
+void pack_straight(const T* m, const Panels& l, int64_t block, Factor<T>* panel) {
+  using Units = typename VecOf<Factor<T>>::Vec;
+  constexpr int64_t kLanes = VecOf<Factor<T>>::kLanes, kTerms = UnitOf<Factor<T>>::kTerms;
   const int64_t column = l.first_column(block), width = l.first_column(block + 1) - column;
   const int64_t valid = l.end_column(block) - column;
   for (int64_t i = 0; i < width; i += kLanes) {
     for (int64_t k = 0; k < l.depth; k += kLanes) {
       const int64_t depth = k + kLanes <= l.depth ? kLanes : l.depth - k;
-      const T* from = m + (column + i) * l.depth + k;
-      Scalar<T>* to = panel + k * width + i;
-      Vec<T> square[kLanes] = {};
-      if (depth == kLanes && i + kLanes <= valid) {  // in registers, not by way of an array
+      const int64_t terms = l.terms - k * kTerms;
+      const T* from = m + (column + i) * l.terms + k * kTerms;
+      Factor<T>* to = panel + k * width + i;
+      Units square[kLanes] = {};
+      if (terms >= kLanes * kTerms && i + kLanes <= valid) {  // in registers, not by way of an array
 #pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) square[r] = load(from + r * l.depth);
-        transpose<Scalar<T>>(square);
+        for (int r = 0; r < kLanes; ++r) square[r] = load_units(from + r * l.terms);
+        transpose<Factor<T>>(square);
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) store(to + j * width, square[j]);
         continue;
       }
-      for (int64_t r = 0; r < kLanes && i + r < valid; ++r) square[r] = load_first(from + r * l.depth, depth);
-      transpose<Scalar<T>>(square);
+      const int64_t count = terms < kLanes * kTerms ? terms : kLanes * kTerms;
+      for (int64_t r = 0; r < kLanes && i + r < valid; ++r) square[r] = load_units_first(from + r * l.terms, count);
+      transpose<Factor<T>>(square);
       for (int64_t j = 0; j < depth; ++j) store(to + j * width, square[j]);
     }
   }
@@ -51,18 +58,18 @@ void pack_straight(const T* m, const Panels& l, int64_t block, Scalar<T>* panel)
 
 template <class T>
 bool pack(const void* matrix, bool transposed, const Panels& l, int64_t begin, int64_t end, void* panels) {
-  using S = Scalar<T>;
+  using F = Factor<T>;
   const T* m = static_cast<const T*>(matrix);
   Vec<T> zero{};  // sum of 0 * u: NaN where a u is not finite
   for (int64_t block = begin; block < end; ++block) {
-    S* panel = static_cast<S*>(panels) + l.first_column(block) * l.depth;
+    F* panel = static_cast<F*>(panels) + l.first_column(block) * l.depth;
     if (transposed) {
       pack_transposed(m, l, block, panel);
     } else {
       pack_straight(m, l, block, panel);
     }
-    const int64_t scalars = (l.first_column(block + 1) - l.first_column(block)) * l.depth;
-    for (int64_t i = 0; i < scalars; i += l.lanes) zero += load(panel + i) * 0;
+    const int64_t units = (l.first_column(block + 1) - l.first_column(block)) * l.depth;
+    for (int64_t i = 0; i < units; i += l.lanes) zero += zero_if_finite(load(panel + i));
   }
   for (int64_t lane = 0; lane < l.lanes; ++lane) {
     if (zero[lane] != 0) return false;

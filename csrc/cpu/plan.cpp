@@ -13,6 +13,9 @@ const std::vector<const Kernels*>& cpu_kernels() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#if FUSED_RIN_WITH_AVX512_BF16
+      if (__builtin_cpu_supports("avx512bf16")) sets.push_back(kernels_avx512_bf16());
+#endif
       sets.push_back(kernels_avx512());
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(kernels_avx2());
@@ -42,7 +45,9 @@ int64_t scalar_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks) {
   Layout l{};
-  l.depth = l.outputs = p.hidden;
+  const int64_t unit = kernels.unit_terms(p.dtype);
+  l.terms = l.outputs = p.hidden;
+  l.depth = (l.terms + unit - 1) / unit;
   l.lanes = kernels.vector_bytes / scalar_bytes(p.dtype);
   l.vecs = (p.hidden + l.lanes - 1) / l.lanes;
   // A sum needs several chains to hide the latency of its multiply-adds when a row has few vectors.
@@ -70,7 +75,7 @@ double step_cycles(const Layout& l, double vector_bytes, double rows, double sha
 }
 
 // And of the products a layer has before or after the step.
-double product_cycles(const Problem& p, const Layer* layer, const Layout& l, double vector_bytes) {
+double product_cycles(const Problem& p, const Layer* layer, const Layout& l, const Kernels& kernels) {
   if (!layer) return 0;
   const double inputs = static_cast<double>(layer->inputs), hidden = static_cast<double>(p.hidden);
   const double vecs = static_cast<double>(l.vecs), lanes = static_cast<double>(l.lanes);
@@ -78,7 +83,9 @@ double product_cycles(const Problem& p, const Layer* layer, const Layout& l, dou
   if (!p.backward) multiply_adds += inputs * vecs;
   if (layer->grad_w_hh) multiply_adds += (hidden + inputs) * vecs;
   if (layer->grad_x) multiply_adds += hidden * inputs / lanes;
-  return static_cast<double>(p.batch * p.groups) * multiply_adds * multiply_add_cycles(vector_bytes);
+  return static_cast<double>(p.batch * p.groups) * multiply_adds *
+         multiply_add_cycles(static_cast<double>(kernels.vector_bytes)) /
+         static_cast<double>(kernels.unit_terms(p.dtype));
 }
 
 constexpr double kMeetCycles =
@@ -95,7 +102,7 @@ CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, c
   const double rows = static_cast<double>(p.batch), groups = static_cast<double>(p.groups);
   const double steps = static_cast<double>(std::max<int64_t>(p.steps, 1));
   const Layout alone = make_layout(p, kernels, 1);
-  const double sweep = groups * step_cycles(alone, bytes, rows, 1), products = product_cycles(p, layer, alone, bytes);
+  const double sweep = groups * step_cycles(alone, bytes, rows, 1), products = product_cycles(p, layer, alone, kernels);
   CpuPlan best{1, Sharing::kNothing, alone, sweep + products};
   const double by_one = best.cycles_per_step * steps;
   // On a crowded machine a second thread may come a time slice late, 4 ms: worth it for long work alone, and not if

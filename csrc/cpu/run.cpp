@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <numeric>
@@ -114,9 +115,12 @@ class Carver {
   size_t used_ = 0;
 };
 
-Panels make_panels(int64_t depth, int64_t outputs, int64_t lanes, int64_t width) {
+constexpr int64_t kHalf = 2;  // bytes of a number of 16 bits
+
+Panels make_panels(int64_t terms, int64_t unit, int64_t outputs, int64_t lanes, int64_t width) {
   Panels l{};
-  l.depth = depth;
+  l.terms = terms;
+  l.depth = (terms + unit - 1) / unit;
   l.outputs = outputs;
   l.lanes = lanes;
   l.vecs = (outputs + lanes - 1) / lanes;
@@ -136,7 +140,12 @@ struct Rows {
 class Call {
  public:
   Call(const Problem& p, const Layer* layer, const Kernels& kernels, const CpuPlan& plan)
-      : p_(p), layer_(layer), kernels_(kernels), plan_(plan), scalar_(kernels.vector_bytes / plan.layout.lanes) {
+      : p_(p),
+        layer_(layer),
+        kernels_(kernels),
+        plan_(plan),
+        scalar_(kernels.vector_bytes / plan.layout.lanes),
+        unit_(kernels.unit_terms(p.dtype)) {
     std::vector<int64_t> order(static_cast<size_t>(p.batch));
     std::iota(order.begin(), order.end(), int64_t{0});
     if (p.lengths) {
@@ -145,8 +154,8 @@ class Call {
     for (const int64_t b : order) add(all_, b);
     if (layer) {
       const int64_t lanes = plan.layout.lanes;
-      input_ = p.backward ? make_panels(p.hidden, layer->inputs, lanes, kernels.narrow_block)
-                          : make_panels(layer->inputs, p.hidden, lanes, kernels.narrow_block);
+      const int64_t terms = p.backward ? p.hidden : layer->inputs, outputs = p.backward ? layer->inputs : p.hidden;
+      input_ = make_panels(terms, unit_, outputs, lanes, kernels.narrow_block);
     }
   }
 
@@ -155,6 +164,7 @@ class Call {
   Team& team() { return team_; }
 
   void run(int rank) {
+    if (rank == 0 && plan_.layout.terms % unit_) clear_odd();
     pack(rank);
     if (plan_.threads > 1) team_.meet(rank);
     for (int64_t g = 0; g < p_.groups; ++g) {
@@ -178,16 +188,24 @@ class Call {
   size_t carve(Carver carver) {
     const auto scalars = [&](int64_t count) { return carver.take(count * scalar_); };
     panels_ = static_cast<char*>(scalars(p_.groups * plan_.layout.scalars()));
-    for (int i = 0; i < 2; ++i) states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
+    const auto factors = [&](int64_t rows) {
+      return static_cast<char*>(carver.take(unit_ > 1 ? rows * plan_.layout.halves() * kHalf : 0));
+    };
+    for (int i = 0; i < 2; ++i) {
+      states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
+      factors_[i] = factors(p_.groups * p_.batch);
+    }
     if (needs_input()) input_panels_ = static_cast<char*>(scalars(p_.groups * input_.scalars()));
     const int64_t padded = plan_.layout.padded(), lanes = plan_.layout.lanes, rows = max_chunk_rows();
     // Gradients of pre are shared by all threads; an input product is its thread's own.
     if (layer_) {
       for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
+      for (int i = 0; i < (p_.backward ? 2 : 0); ++i) chunk_factors_[i] = factors(rows);
       const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes - 1) / lanes;
       if (p_.backward) gradient_ = scalars((groups * lanes + kBiasLevels) * padded);
-      gathered_ = p_.backward ? std::min(groups, outer_groups(kernels_.vector_bytes)) * kOuterDepth * lanes
-                              : rows * layer_->inputs;
+      gathered_ = p_.backward
+                      ? std::min(groups, outer_groups(kernels_.vector_bytes, unit_)) * (kOuterDepth / unit_) * lanes
+                      : rows * layer_->inputs;
     }
     for (int i = 0; i < plan_.threads; ++i) {
       Own& own = own_[i];
@@ -205,6 +223,18 @@ class Call {
     return carver.used();
   }
 
+  // What fills up the last unit of a row of factors is multiplied by zeros of the matrix, and must not be a NaN.
+  void clear_odd() {
+    const int64_t stride = plan_.layout.halves(), last = plan_.layout.terms;
+    const auto clear = [&](char* rows, int64_t count) {
+      for (int64_t row = 0; rows && row < count; ++row) {
+        std::memset(rows + (row * stride + last) * kHalf, 0, static_cast<size_t>(kHalf));
+      }
+    };
+    for (char* rows : factors_) clear(rows, p_.groups * p_.batch);
+    for (char* rows : chunk_factors_) clear(rows, max_chunk_rows());
+  }
+
   // Calls body(recurrence, first block, end block) for this thread's share of the panels of all recurrences.
   template <class Body>
   void for_blocks(int rank, int64_t blocks, Body body) const {
@@ -215,7 +245,7 @@ class Call {
   void pack(int rank) {
     const int64_t scalar = p_.dtype == DType::kFloat64 ? 8 : p_.dtype == DType::kFloat32 ? 4 : 2;
     const auto matrix = [&](const void* all, int64_t group, const Panels& l) {
-      return static_cast<const char*>(all) + group * l.depth * l.outputs * scalar;
+      return static_cast<const char*>(all) + group * l.terms * l.outputs * scalar;
     };
     for_blocks(rank, plan_.layout.blocks, [&](int64_t group, int64_t block) {
       const void* u = matrix(p_.weight, group, plan_.layout);
@@ -264,7 +294,10 @@ class Call {
     // Rows of different threads never overlap in state memory: a run of rows starts at its batch index, and rows dealt
     // in turn are placed by rank.
     const int64_t slot = p_.lengths && plan_.sharing == Sharing::kRows ? first_slot(group, rank) : rows.position;
-    for (int i = 0; i < 2; ++i) part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
+    for (int i = 0; i < 2; ++i) {
+      part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
+      if (unit_ > 1) part.factors[i] = factors_[i] + (group * p_.batch + slot) * l.halves() * kHalf;
+    }
     part.scratch = own.scratch;
     part.team = plan_.threads > 1 && !ended ? &team_ : nullptr;
     part.meets = team;
@@ -284,7 +317,10 @@ class Call {
     part.input_panels = needs_input() ? input_panels_ + part.group * input_bytes() : nullptr;
     part.bias = own.bias;
     part.gathered = own.gathered;
-    for (int i = 0; i < 2; ++i) part.chunk_rows[i] = chunk_rows_[p_.backward ? i : rank];
+    for (int i = 0; i < 2; ++i) {
+      part.chunk_rows[i] = chunk_rows_[p_.backward ? i : rank];
+      part.chunk_factors[i] = chunk_factors_[i];
+    }
     part.panel = own.panel;
     part.gradient = gradient_;
     part.sources = own.sources;
@@ -310,11 +346,13 @@ class Call {
   const Kernels& kernels_;
   const CpuPlan& plan_;
   const int64_t scalar_;  // bytes
+  const int64_t unit_;    // terms in a unit of a product
   Rows all_;
   Panels input_{};
   char *panels_ = nullptr, *input_panels_ = nullptr;
-  char* states_[2] = {};
+  char *states_[2] = {}, *factors_[2] = {};
   void* chunk_rows_[Team::kMaxThreads] = {};
+  char* chunk_factors_[2] = {};
   void* gradient_ = nullptr;
   int64_t gathered_ = 0;
   Own own_[Team::kMaxThreads] = {};

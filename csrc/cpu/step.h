@@ -5,6 +5,7 @@
 // and a row of U, as they lie, with the input and the state. Nothing is kept between calls, so nothing can go stale.
 #pragma once
 
+#include "factor.h"
 #include "sweep.h"
 #include "vec.h"
 
@@ -25,40 +26,42 @@ S horizontal_sum(typename VecOf<S>::Vec v) {
   return lanes[0];
 }
 
-// The last, incomplete vector of a row. It is loaded whole, ending where the row ends, with the lanes that were
+// The last, incomplete vector of a row. It is loaded whole, ending where the row ends, with the numbers that were
 // counted already set to zero; bits are cleared, since 0 * Inf would be NaN.
 template <class T>
 struct Tail {
-  using S = Scalar<T>;
-  static constexpr int64_t kLanes = VecOf<S>::kLanes;
+  using Units = typename VecOf<Factor<T>>::Vec;
+  static constexpr int64_t kTerms = VecOf<Factor<T>>::kLanes * UnitOf<Factor<T>>::kTerms;  // in a vector
 
-  explicit Tail(int64_t depth) : depth(depth), count(depth % kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) keep[i] = i >= kLanes - count ? -1 : 0;
+  explicit Tail(int64_t depth) : depth(depth), count(depth % kTerms) {
+    constexpr int64_t kBytes = FUSED_RIN_VECTOR_BYTES / kTerms;
+    for (int64_t i = 0; i < FUSED_RIN_VECTOR_BYTES; ++i) keep[i] = i / kBytes >= kTerms - count ? -1 : 0;
   }
-  Vec<T> load_masked(const T* row) const {
-    if (depth < kLanes) return load_first(row, depth);
-    return bit_cast<Vec<T>>(bit_cast<typename VecOf<S>::Bits>(load(row + depth - kLanes)) & keep);
+  Units load_masked(const T* row) const {
+    if (depth < kTerms) return load_units_first(row, depth);
+    return bit_cast<Units>(bit_cast<Bytes>(load_units(row + depth - kTerms)) & keep);
   }
 
+  typedef int8_t Bytes __attribute__((vector_size(FUSED_RIN_VECTOR_BYTES)));
   int64_t depth, count;
-  typename VecOf<S>::Bits keep;
+  Bytes keep;
 };
 
 // sum[o] += row o of the matrix times x, for N rows.
 template <class T, int N>
 inline void add_products(const T* __restrict rows, const T* __restrict x, const Tail<T>& tail, Vec<T>* sum) {
-  constexpr int64_t kLanes = Tail<T>::kLanes;
+  constexpr int64_t kTerms = Tail<T>::kTerms;
   const int64_t depth = tail.depth;
   int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
-    const Vec<T> xs = load(x + k);
+  for (; k + kTerms <= depth; k += kTerms) {
+    const auto xs = load_units(x + k);
 #pragma GCC unroll 8
-    for (int o = 0; o < N; ++o) sum[o] += load(rows + o * depth + k) * xs;
+    for (int o = 0; o < N; ++o) multiply_add(sum[o], load_units(rows + o * depth + k), xs);
   }
   if (tail.count) {
-    const Vec<T> xs = tail.load_masked(x);
+    const auto xs = tail.load_masked(x);
 #pragma GCC unroll 8
-    for (int o = 0; o < N; ++o) sum[o] += tail.load_masked(rows + o * depth) * xs;
+    for (int o = 0; o < N; ++o) multiply_add(sum[o], tail.load_masked(rows + o * depth), xs);
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include "dot.h"
 #include "epilogue.h"
+#include "factor.h"
 #include "layer.h"
 #include "pack.h"
 #include "rows.h"
@@ -25,6 +26,8 @@ namespace {
 template <class T>
 class Sweep {
   using S = Scalar<T>;
+  using F = Factor<T>;
+  using Row = FactorRow<T>;
 
  public:
   Sweep(const Problem& p, const Layout& l, const Part& part)
@@ -37,7 +40,8 @@ class Sweep {
         direct_(p.backward || (!p.state_in && part.finite)),
         first_column_(l.first_column(part.block_begin)),
         end_column_(l.end_column(part.block_end - 1)),
-        state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])} {
+        state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])},
+        factors_{static_cast<Row*>(part.factors[0]), static_cast<Row*>(part.factors[1])} {
     nonzero_.index = part.index;
   }
 
@@ -52,7 +56,10 @@ class Sweep {
  private:
   // ---- a layer: what is done before and after some steps ----
 
-  S* chunk_rows(int64_t number) const { return static_cast<S*>(part_.chunk_rows[number % 2]); }
+  void use_chunk(int64_t number) {
+    chunk_data_ = static_cast<S*>(part_.chunk_rows[number % 2]);
+    chunk_factors_ = static_cast<Row*>(part_.chunk_factors[number % 2]);
+  }
   // False if the team ends here and this thread is not the one that goes on.
   bool meet() {
     if (!part_.team || !part_.team->meet(part_.rank)) return true;
@@ -79,7 +86,7 @@ class Sweep {
   bool run_layer() {
     const InputProduct<T> input(p_, part_);
     input_ = &input;
-    chunk_data_ = chunk_rows(0);
+    use_chunk(0);
     while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
       input.run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
       if (!run_steps(chunk_.begin, chunk_.end)) return false;
@@ -92,10 +99,14 @@ class Sweep {
   bool run_layer_backward() {
     WeightGradient<T> gradient(p_, l_, part_);
     for (int64_t number = 0; chunk_.advance(p_, part_.all, ascending_, kOuterDepth); ++number) {
-      chunk_data_ = chunk_rows(number);
+      use_chunk(number);
       if (!run_steps(chunk_.begin, chunk_.end)) return false;
       if (!part_.meets) meet();
-      gradient.add(chunk_, chunk_data_);
+      if constexpr (kPaired<T>) {
+        gradient.add(chunk_, chunk_data_, chunk_factors_, l_.halves());
+      } else {
+        gradient.add(chunk_, chunk_data_, chunk_data_, l_.padded());
+      }
     }
     if (!meet()) return false;
     gradient.finish();
@@ -131,23 +142,35 @@ class Sweep {
   S* state(int64_t row) const { return state_[0] + row * l_.padded(); }
   S* next_state(int64_t row) const { return state_[1] + row * l_.padded(); }
   void swap_states() {
-    S* const other = state_[0];
-    state_[0] = state_[1];
-    state_[1] = other;
+    swap(state_[0], state_[1]);
+    swap(factors_[0], factors_[1]);
   }
+  template <class P>
+  static void swap(P*& a, P*& b) {
+    P* const other = a;
+    a = b;
+    b = other;
+  }
+
+  // A state as the product takes it: in a row of its own, if it has to be rounded.
+  Row* factor_row(int number, int64_t row) const { return factors_[number] + row * l_.halves(); }
+  const F* factors(int64_t row) const {
+    return kPaired<T> ? reinterpret_cast<const F*>(factor_row(0, row)) : reinterpret_cast<const F*>(state(row));
+  }
+  int64_t factor_stride() const { return kPaired<T> ? l_.halves() / UnitOf<F>::kTerms : l_.padded(); }
 
   // ---- a step ----
 
   // A block of the product for a tile of rows, into its columns of scratch.
   void dot_block(int64_t row, int64_t rows, int64_t block) {
     const int64_t vec = l_.first_vec(block), vecs = l_.first_vec(block + 1) - vec;
-    const S* panel = static_cast<const S*>(part_.panels) + vec * l_.lanes * l_.depth;
+    const F* panel = static_cast<const F*>(part_.panels) + vec * l_.lanes * l_.depth;
     S* const to = sums(0) + vec * l_.lanes;
     if (l_.slices > 1) {
       const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
-      kDotSliced<S>[vecs - 1](state(row), panel, l_, nonzero, descending_, sums(1), to);
+      kDotSliced<F>[vecs - 1](factors(row), panel, l_, nonzero, descending_, sums(1), to);
     } else {
-      find_dot<S>(l_, rows, vecs)(state(row), l_.padded(), panel, l_.depth, to, l_.padded());
+      find_dot<F>(l_, rows, vecs)(factors(row), factor_stride(), panel, l_.depth, to, l_.padded());
     }
   }
   S* sums(int64_t row) const { return static_cast<S*>(part_.scratch) + row * l_.padded(); }
@@ -173,11 +196,13 @@ class Sweep {
     if (p_.backward) c.saved = static_cast<const T*>(p_.saved) + at;
     if (p_.out) c.out = static_cast<T*>(p_.out) + at;
     c.next = next_state(row) + first_column_;
+    if constexpr (kPaired<T>) c.factor = factor_row(1, row) + first_column_;
     c.count = end_column_ - first_column_;
     if (part_.layer) {
       if (p_.backward) {
         const int64_t place = chunk_base_ + part_.position + row * part_.stride;
         c.kept = chunk_data_ + place * l_.padded() + first_column_;
+        if constexpr (kPaired<T>) c.kept_factor = chunk_factors_ + place * l_.halves() + first_column_;
       } else {
         c.pre = chunk_data_ + (chunk_base_ + row) * l_.padded() + first_column_;
       }
@@ -189,7 +214,7 @@ class Sweep {
   template <class Body>
   void product(int64_t begin, int64_t end, Body body) {
     for_tiles(begin, end, [&](int64_t row, int64_t rows) {
-      if (l_.slices > 1) nonzero_.find(state(row), l_);
+      if (l_.slices > 1) nonzero_.find(factors(row), l_);
       for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
         dot_block(row, rows, descending_ ? part_.block_begin + part_.block_end - 1 - i : i);
       }
@@ -210,7 +235,7 @@ class Sweep {
   // The first step of a sequence whose carry is given (the gradient of h_n) or zero (no h0): no product.
   void start_from_carry(int64_t begin, int64_t end, int64_t t) {
     for (int64_t row = begin; row < end; ++row) {
-      load_state(row, state(row));
+      load_state(row);
       Columns<T> c = columns(row, t);
       c.carry = state(row) + first_column_;
       epilogue(p_, c);
@@ -223,20 +248,28 @@ class Sweep {
     const bool into_h0 = !ascending_ && t == 0;
     if (into_h0 && !p_.backward) return;  // a reversed recurrence ends here; h_n is no crossing
     for (int64_t row = 0; row < active; ++row) {
-      if (start < length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) zero_columns(next_state(row));
+      if (start < length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) zero_state(1, row);
     }
   }
-  void zero_columns(S* row) const {
-    memset(row + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(S));
+  // This part's columns of a state, 0: this step's, 1: the next's.
+  void zero_state(int number, int64_t row) const {
+    const size_t count = static_cast<size_t>(end_column_ - first_column_);
+    memset(state_[number] + row * l_.padded() + first_column_, 0, count * sizeof(S));
+    if constexpr (kPaired<T>) memset(factor_row(number, row) + first_column_, 0, count * sizeof(Row));
   }
 
   // ---- the ends of a sequence ----
 
-  void load_state(int64_t row, S* to) const {
-    if (!p_.state_in) return zero_columns(to);
+  void load_state(int64_t row) const {
+    if (!p_.state_in) return zero_state(0, row);
     const T* from = static_cast<const T*>(p_.state_in) + state_element(row);
+    S* const to = state(row);
     for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
       store(to + i, i + l_.lanes <= end_column_ ? load(from + i) : load_first(from + i, end_column_ - i));
+    }
+    if constexpr (kPaired<T>) {
+      memcpy(factor_row(0, row) + first_column_, from + first_column_,
+             static_cast<size_t>(end_column_ - first_column_) * sizeof(Row));
     }
   }
   void store_state(int64_t row, const S* from) const {
@@ -253,8 +286,8 @@ class Sweep {
   // Rows that begin with a product of h0.
   bool enter(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      load_state(row, state(row));
-      if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_columns(state(row));
+      load_state(row);
+      if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_state(0, row);
     }
     return !part_.meets || meet();
   }
@@ -281,7 +314,7 @@ class Sweep {
   void copy_unstarted(int64_t started) {
     if (!p_.state_out) return;
     for (int64_t row = started; row < rows_.count; ++row) {
-      load_state(row, state(row));
+      load_state(row);
       store_state(row, state(row));
     }
   }
@@ -309,12 +342,14 @@ class Sweep {
   const bool ascending_;  // in time, this sweep
   const bool direct_;     // sequences start from a carry, not from a state to be multiplied
   int64_t first_column_, end_column_;
-  S* state_[2];         // this step's and the next's
+  S* state_[2];         // this step's and the next's,
+  Row* factors_[2];     // and as a product takes them (kPaired)
   int64_t active_ = 0;  // rows that have begun and not ended
   const InputProduct<T>* input_ = nullptr;
   Chunk chunk_;              // of a layer: the steps at hand,
   S* chunk_data_ = nullptr;  // their input products or gradients of pre,
-  int64_t chunk_base_ = 0;   // and the first row of the step at hand
+  Row* chunk_factors_ = nullptr;
+  int64_t chunk_base_ = 0;  // and the first row of the step at hand
   Nonzero nonzero_;
   bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
@@ -354,8 +389,14 @@ void sweep_any(const Problem& p, const Layout& l, const Part& part) {
 
 #define FUSED_RIN_STRING_(x) #x
 #define FUSED_RIN_STRING(x) FUSED_RIN_STRING_(x)
-const Kernels kKernels = {
-    FUSED_RIN_STRING(FUSED_RIN_ISA), FUSED_RIN_VECTOR_BYTES, kNarrow, kWide, pack_any, sweep_any, step_any};
+const Kernels kKernels = {FUSED_RIN_STRING(FUSED_RIN_ISA),
+                          FUSED_RIN_VECTOR_BYTES,
+                          UnitOf<Factor<BFloat16>>::kTerms,
+                          kNarrow,
+                          kWide,
+                          pack_any,
+                          sweep_any,
+                          step_any};
 
 }  // namespace
 }  // namespace FUSED_RIN_ISA

@@ -11,7 +11,8 @@ namespace fused_rin {
 // How a matrix lies in memory for `dot`: cut into blocks of a few vectors of outputs, each block a panel
 // [k][outputs of the block], so that the inner loop reads it front to back, and padded to whole vectors.
 struct Panels {
-  int64_t depth;    // terms of each sum, k
+  int64_t terms;    // of each sum
+  int64_t depth;    // units of them, one or two terms (factor.h), k
   int64_t outputs;  // sums
   int64_t lanes;    // scalars in a vector
   int64_t vecs;     // vectors that hold the outputs
@@ -23,6 +24,8 @@ struct Panels {
     wider = vecs % into;
   }
   int64_t padded() const { return vecs * lanes; }
+  // Numbers from one row of such a matrix's outputs, rounded to 16 bits, to the next: a multiple of 64 bytes.
+  int64_t halves() const { return (padded() + 31) / 32 * 32; }
   int64_t scalars() const { return padded() * depth; }
   // No division: a step asks a dozen times, and at D = 128 divisions were 5 percent of it.
   int64_t first_vec(int64_t block) const { return block * width + (block < wider ? block : wider); }
@@ -33,7 +36,7 @@ struct Panels {
   }
 };
 
-// U's panels (depth = outputs = D), and how sums over it are made.
+// U's panels (terms = outputs = D), and how sums over it are made.
 struct Layout : Panels {
   int64_t chains;  // independent sums per output; depends on D alone, so that no result depends on the batch
   // Parts of the depth with sums of their own, of `slice_depth` but for the last; more than one only for a batch of one
@@ -73,6 +76,7 @@ struct Part {
   const void* panels;  // packed U of this recurrence
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
   void* state[2];      // each [rows, padded], scalars; shared by a team
+  void* factors[2];    // each [rows, halves], the states as a product takes them, if that is not as they are (factor.h)
   void* scratch;       // [kMaxTileRows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
   int32_t* index;      // [D + kListSlack] likewise
   Team* team;          // null when there is one thread
@@ -88,9 +92,10 @@ struct Part {
   void* bias;                // [padded] scalars of this thread's own
   void* gathered;            // this thread's own: input of a chunk; backward: what entered its steps (WeightGradient)
   void* chunk_rows[2];       // [max_chunk_rows, padded] scalars: input products, or gradients of them
-  void* panel;               // backward: [kOuterDepth, kOuterVecs vectors] of this thread's own
-  void* gradient;            // backward: sums of all weight gradients
-  int64_t* sources;          // backward: [2, max_chunk_rows] of this thread's own
+  void* chunk_factors[2];  // [max_chunk_rows, halves], backward: those gradients as a product takes them, like factors
+  void* panel;             // backward: [kOuterDepth, kOuterVecs vectors] of this thread's own
+  void* gradient;          // backward: sums of all weight gradients
+  int64_t* sources;        // backward: [2, max_chunk_rows] of this thread's own
   int64_t max_chunk_rows;
 };
 
@@ -115,14 +120,16 @@ constexpr int64_t kMaxStepRows = 4;
 struct Kernels {
   const char* name;
   int64_t vector_bytes;
-  int64_t narrow_block;  // vectors in a block when several rows share a tile
-  int64_t wide_block;    // vectors in a block for a single row
+  int64_t bfloat16_terms;  // in a unit of a product of bfloat16 (factor.h)
+  int64_t narrow_block;    // vectors in a block when several rows share a tile
+  int64_t wide_block;      // vectors in a block for a single row
   // Writes panels [block_begin, block_end); returns whether all they hold is finite. The matrix is [outputs, depth], or
   // [depth, outputs] if `transposed`.
   bool (*pack)(DType, const void* matrix, bool transposed, const Panels&, int64_t block_begin, int64_t block_end,
                void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
   void (*step)(const Step&, int64_t output_begin, int64_t output_end);
+  int64_t unit_terms(DType dtype) const { return dtype == DType::kBFloat16 ? bfloat16_terms : 1; }
 };
 
 constexpr int64_t kMaxTileRows = 6;
@@ -140,8 +147,11 @@ constexpr int64_t kOuterVecs = 3;
 // level, so that 10^6 rows go through five sums of 16, not one of 10^6 whose error grows with the rows.
 constexpr int64_t kBiasBlock = 16;
 constexpr int64_t kBiasLevels = 5;
-// Groups of columns of the left factor of those sums, kOuterDepth vectors each, that make 256 KB.
-constexpr int64_t outer_groups(int64_t vector_bytes) { return (int64_t{256} << 10) / (kOuterDepth * vector_bytes); }
+// Groups of columns of the left factor of those sums, kOuterDepth rows each, a vector for every one or two, that make
+// 256 KB.
+constexpr int64_t outer_groups(int64_t vector_bytes, int64_t terms) {
+  return (int64_t{256} << 10) * terms / (kOuterDepth * vector_bytes);
+}
 constexpr int64_t kMaxChunkSteps = 256;
 
 // One per build of sweep.cpp; which of them there are, CMakeLists.txt knows by the processor's family.
@@ -149,5 +159,6 @@ const Kernels* kernels_neon();
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
 
 }  // namespace fused_rin

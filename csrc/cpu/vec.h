@@ -174,33 +174,6 @@ inline void store_first(Storage* to, Vec<Storage> value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// ---- sets of lanes ----
-
-// Bit i: from[i] is not zero. The one place that names an instruction: compilers do not find it by themselves.
-inline unsigned nonzero_of_eight(const float* from) {
-#if defined(__AVX__)
-  typedef float Eight __attribute__((vector_size(32)));
-  Eight eight;
-  memcpy(&eight, from, sizeof(eight));
-  return static_cast<unsigned>(__builtin_ia32_movmskps256(bit_cast<Eight>(eight != 0)));
-#elif defined(__SSE2__)
-  typedef float Four __attribute__((vector_size(16)));
-  Four four[2];
-  memcpy(four, from, sizeof(four));
-  return static_cast<unsigned>(__builtin_ia32_movmskps(bit_cast<Four>(four[0] != 0)) |
-                               __builtin_ia32_movmskps(bit_cast<Four>(four[1] != 0)) << 4);
-#else
-  unsigned set = 0;
-  for (int i = 0; i < 8; ++i) set |= static_cast<unsigned>(from[i] != 0) << i;
-  return set;
-#endif
-}
-inline unsigned nonzero_of_eight(const double* from) {
-  unsigned set = 0;
-  for (int i = 0; i < 8; ++i) set |= static_cast<unsigned>(from[i] != 0) << i;
-  return set;
-}
-
 // ---- transposition ----
 
 // Lane i of the result is lane i of a where `kStride` is not in i, else that of b; the lanes in question of a, or of b,

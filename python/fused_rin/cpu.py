@@ -94,11 +94,13 @@ def describe(
         "outputs": f"{threads} that share the outputs and meet once a step",
     }[how]
     scalar = "float64" if dtype == torch.float64 else "float32"
+    # As the unit for bfloat16 takes them, with the state rounded to it for the product.
+    factors = "pairs of bfloat16" if plan["terms"] == 2 else scalar
     # Several recurrences have their gradients from products over all steps (see layer.py).
     products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
     return (
         f"{plan['isa']}, {sharing}{products}; U packed once per call as {plan['blocks']} panel(s) over "
-        f"{plan['vectors']} vector(s) of {plan['lanes']} {scalar}, sums and carried state in {scalar}"
+        f"{plan['vectors']} vector(s) of {plan['lanes']} {factors}, sums and carried state in {scalar}"
     )
 
 

@@ -15,11 +15,31 @@ using namespace fused_rin;
 
 namespace {
 
+// As the kernels store it; arithmetic goes through float.
+struct BFloat16 {
+  BFloat16() = default;
+  BFloat16(double value) {
+    const float f = static_cast<float>(value);
+    uint32_t b;
+    std::memcpy(&b, &f, sizeof(b));
+    bits = static_cast<uint16_t>(std::isnan(f) ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16);
+  }
+  operator float() const {
+    const uint32_t b = uint32_t{bits} << 16;
+    float f;
+    std::memcpy(&f, &b, sizeof(f));
+    return f;
+  }
+  uint16_t bits;
+};
+
 struct Shape {
   int64_t steps, batch, groups, hidden, num_reversed;
 };
 
-// One direction of one recurrence, as problem.h states it; every sequence has all steps.
+// One direction of one recurrence, as problem.h states it; every sequence has all steps. Products take the state as T,
+// the sums and the state that is carried are double.
+template <class T>
 void plain(const Shape& s, bool backward, double skip, const std::vector<double>& u, const std::vector<double>& in,
            const std::vector<double>& saved, const std::vector<double>& state_in, std::vector<double>& out,
            std::vector<double>& state_out) {
@@ -29,7 +49,8 @@ void plain(const Shape& s, bool backward, double skip, const std::vector<double>
     auto times_matrix = [&](const std::vector<double>& x) {
       std::vector<double> c(d);
       for (int64_t i = 0; i < d; ++i) {
-        for (int64_t k = 0; k < d; ++k) c[i] += x[k] * u[(g * d + (backward ? k : i)) * d + (backward ? i : k)];
+        for (int64_t k = 0; k < d; ++k)
+          c[i] += double{static_cast<T>(x[k])} * u[(g * d + (backward ? k : i)) * d + (backward ? i : k)];
         c[i] += skip * x[i];
       }
       return c;
@@ -87,7 +108,7 @@ bool check(DType dtype, const Shape& s, const Kernels& kernels, double allowed) 
     p.weight = u.data(), p.in = backward ? grad.data() : pre.data(), p.saved = h.data(), p.state_in = state.data();
     p.out = out.data(), p.state_out = end.data();
     sweep_cpu(p, nullptr, kernels, 2);
-    plain(s, backward, p.skip, wide(u), wide(backward ? grad : pre), wide(h), wide(state), want, want_end);
+    plain<T>(s, backward, p.skip, wide(u), wide(backward ? grad : pre), wide(h), wide(state), want, want_end);
     const double error = std::fmax(worst(out, want), worst(end, want_end));
     good = good && error <= allowed;
     std::printf("%s T=%d B=%d G=%d D=%d %s: %.2g\n", kernels.name, static_cast<int>(s.steps), static_cast<int>(s.batch),
@@ -129,7 +150,7 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
       for (int64_t k = 0; k < width; ++k) pre[r * d + i] += double{x[r * width + k]} * w[i * width + k];
     }
   }
-  plain(s, false, p.skip, wide(u), pre, {}, wide(h0), want, want_end);
+  plain<T>(s, false, p.skip, wide(u), pre, {}, wide(h0), want, want_end);
   double error = std::fmax(worst(out, want), worst(end, want_end));
 
   std::vector<T> dx = fresh(rows * width), dw = fresh(d * width), du = fresh(d * d), db = fresh(d), db_too = fresh(d),
@@ -140,14 +161,14 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
   layer.grad_b_ih = db.data();
   layer.grad_b_hh = db_too.data();
   sweep_cpu(p, &layer, kernels, 3);
-  plain(s, true, p.skip, wide(u), wide(grad), wide(out), wide(grad_end), want, want_end);
+  plain<T>(s, true, p.skip, wide(u), wide(grad), wide(out), wide(grad_end), want, want_end);
   std::vector<double> want_dx(rows * width), want_dw(d * width), want_du(d * d), want_db(d);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = r / s.batch, before = s.num_reversed ? t + 1 : t - 1;
     const T* h = before < 0 || before == s.steps ? &h0[r % s.batch * d] : &out[(before * s.batch + r % s.batch) * d];
     for (int64_t i = 0; i < d; ++i) {
-      const double g = want[r * d + i];
-      want_db[i] += g;
+      want_db[i] += want[r * d + i];
+      const double g = static_cast<T>(want[r * d + i]);
       for (int64_t k = 0; k < width; ++k) want_dw[i * width + k] += g * x[r * width + k];
       for (int64_t k = 0; k < width; ++k) want_dx[r * width + k] += g * w[i * width + k];
       for (int64_t j = 0; j < d; ++j) want_du[i * d + j] += g * h[j];
@@ -161,16 +182,22 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
   return error <= allowed;
 }
 
+// Of the largest number: what the last rounding leaves (2^-9), and states on the other side of a rounding.
+constexpr double kBFloat16Error = 0x1.8p-8;
+
 bool check_all(const Kernels& kernels) {
+  const bool pairs = kernels.unit_terms(DType::kBFloat16) == 2;  // other products take states unrounded
   bool good = true;
   for (const Shape& s : {Shape{5, 1, 1, 1, 0}, Shape{4, 3, 2, 5, 1}, Shape{3, 7, 1, 16, 0}, Shape{6, 1, 1, 129, 0},
                          Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}}) {
     good = check<float>(DType::kFloat32, s, kernels, 1e-5) && good;
     good = check<double>(DType::kFloat64, s, kernels, 1e-13) && good;
+    if (pairs) good = check<BFloat16>(DType::kBFloat16, s, kernels, kBFloat16Error) && good;
     if (s.groups > 1) continue;
     for (const int64_t inputs : {1, 16, 21}) {
       good = check_layer<float>(DType::kFloat32, s, inputs, kernels, 1e-5) && good;
       good = check_layer<double>(DType::kFloat64, s, inputs, kernels, 1e-13) && good;
+      if (pairs) good = check_layer<BFloat16>(DType::kBFloat16, s, inputs, kernels, kBFloat16Error) && good;
     }
   }
   return good;

@@ -51,15 +51,26 @@ def test_neon_under_an_emulator(tmp_path):
 
 
 AVX512_SHAPES = ["-DFUSED_RIN_VECTOR_BYTES=64", "-DFUSED_RIN_VECTOR_REGISTERS=32", "-Wno-psabi"]
+PAIRS = ["-DFUSED_RIN_PAIRS=1"]
 
 
-@pytest.mark.parametrize("shapes", [[], AVX512_SHAPES], ids=["own", "of AVX-512"])
+@pytest.mark.parametrize("shapes", [PAIRS, AVX512_SHAPES + PAIRS], ids=["own", "of AVX-512"])
 def test_under_the_sanitizers(tmp_path, shapes):
     """Addresses and undefined behaviour, in the first set below that this processor has; the others only link.
 
-    With vectors of 64 bytes and 32 registers too, the tiles of AVX-512, which need no such processor.
+    With vectors of 64 bytes and 32 registers too, the tiles of AVX-512, which need no such processor, and with products
+    of pairs of bfloat16, by what stands in for the instruction.
     """
     assert under(SANITIZE, shapes, tmp_path)
+
+
+def test_the_unit_for_bfloat16_does_what_stands_in_for_it(tmp_path):
+    if "avx512_bf16" not in cpu.instruction_sets():
+        pytest.skip("needs a processor with AVX512-BF16, and a build for it")
+    program, flags = tmp_path / "units", ["-O2", "-mavx512f", "-mavx512bf16", "-mfma"]
+    command = [shutil.which("g++") or shutil.which("c++"), "-std=c++17", *flags, "tests/cpu_native/units.cpp"]
+    subprocess.run([*command, "-o", program], cwd=ROOT, check=True)
+    assert run(program).startswith("0 different")
 
 
 def test_under_the_thread_sanitizer(tmp_path):
