@@ -118,6 +118,7 @@ py::dict plan(const Sizes& sizes, int64_t inputs, int dtype, int max_threads, co
   result["sharing"] = kSharing[static_cast<int>(plan.sharing)];
   result["lanes"] = plan.layout.lanes;
   result["terms"] = kernels.unit_terms(p.dtype);
+  result["tiles"] = plan.layout.tiles;
   result["vectors"] = plan.layout.vecs;
   result["blocks"] = plan.layout.blocks;
   result["chains"] = plan.layout.chains;

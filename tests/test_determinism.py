@@ -168,9 +168,9 @@ def threads_recurrence() -> Pairs:
     for dtype in every_set():
         with use_threads(2):  # both ways to share the work, and the rows of several recurrences
             assert "share the outputs" in cpu.describe(50, 1, 1, 700, dtype)
-            assert "each with sequences" in cpu.describe(200, 9, 1, 70, dtype)
+            assert "each with sequences" in cpu.describe(200, 33, 1, 70, dtype)
             assert "each with sequences" in cpu.describe(200, 5, 3, 70, dtype)
-        for case in (problem(50, 1, 1, 700, dtype), problem(200, 9, 1, 70, dtype), problem(200, 5, 3, 70, dtype)):
+        for case in (problem(50, 1, 1, 700, dtype), problem(200, 33, 1, 70, dtype), problem(200, 5, 3, 70, dtype)):
             yield from over_threads(lambda case=case: run_recurrence(*case)[:4])
 
 

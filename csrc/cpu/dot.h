@@ -3,6 +3,7 @@
 
 #include "factor.h"
 #include "sweep.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace fused_rin {
@@ -199,15 +200,21 @@ Dot<F> find_dot(int64_t rows, int64_t vecs) {
 #undef ROW
 }
 
+// Rows of x times a block of the matrix, by tiles if it lies so, else with so many chains.
 template <class F>
-Dot<F> find_dot(const Layout& l, int64_t rows, int64_t vecs) {
-  return l.chains == 1   ? find_dot<F, 1>(rows, vecs)
-         : l.chains == 2 ? find_dot<F, 2>(rows, vecs)
-                         : find_dot<F, 4>(rows, vecs);
+void multiply_block(Tiles& tiles, const Panels& l, int64_t chains, const F* x, int64_t x_stride, int64_t rows,
+                    const F* panel, int64_t vecs, Sum<F>* acc, int64_t acc_stride) {
+  if constexpr (kHasTiles && UnitOf<F>::kTerms == 2) {
+    if (l.tiles) return tiles.dot(x, x_stride, rows, panel, vecs, l.depth, acc, acc_stride);
+  }
+  const Dot<F> dot = chains == 1   ? find_dot<F, 1>(rows, vecs)
+                     : chains == 2 ? find_dot<F, 2>(rows, vecs)
+                                   : find_dot<F, 4>(rows, vecs);
+  dot(x, x_stride, panel, l.depth, acc, acc_stride);
 }
 
 // Several partial sums per output leave registers for half the rows.
-int64_t max_tile_rows(const Layout& l) { return l.chains == 1 ? kMaxTileRows : kMaxTileRows / 2; }
+int64_t rows_at_a_time(const Layout& l) { return l.chains == 1 || l.tiles ? max_tile_rows(l) : max_tile_rows(l) / 2; }
 
 }  // namespace
 }  // namespace FUSED_RIN_ISA

@@ -17,26 +17,25 @@ namespace fused_rin {
 namespace FUSED_RIN_ISA {
 namespace {
 
-// `terms` numbers as whole units, the missing one of a pair zero.
+// A row of numbers as whole units, what is missing zero.
 template <class T>
-void copy_row(const T* from, Factor<T>* to, int64_t terms) {
+void copy_row(const T* from, Factor<T>* to, const Panels& l) {
   if constexpr (kPaired<T>) {
-    const BFloat16 zero{};
-    memcpy(to, from, static_cast<size_t>(terms) * sizeof(T));
-    if (terms % 2) memcpy(reinterpret_cast<T*>(to) + terms, &zero, sizeof(zero));
+    memcpy(to, from, static_cast<size_t>(l.terms) * sizeof(T));
+    memset(reinterpret_cast<T*>(to) + l.terms, 0, static_cast<size_t>(2 * l.depth - l.terms) * sizeof(T));
   } else {
     constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
     int64_t i = 0;
-    for (; i + kLanes <= terms; i += kLanes) store(to + i, load(from + i));
-    if (i < terms) store_first(to + i, load_first(from + i, terms - i), terms - i);
+    for (; i + kLanes <= l.terms; i += kLanes) store(to + i, load(from + i));
+    if (i < l.terms) store_first(to + i, load_first(from + i, l.terms - i), l.terms - i);
   }
 }
 
-// body(first row, rows) over tiles of rows for `dot`.
+// body(first row, rows) over tiles of rows for `multiply_block`.
 template <class Body>
-void for_row_tiles(int64_t begin, int64_t end, Body body) {
-  for (int64_t row = begin; row < end; row += kMaxTileRows)
-    body(row, end - row < kMaxTileRows ? end - row : kMaxTileRows);
+void for_row_tiles(const Panels& l, int64_t begin, int64_t end, Body body) {
+  const int64_t most = max_tile_rows(l);
+  for (int64_t row = begin; row < end; row += most) body(row, end - row < most ? end - row : most);
 }
 
 template <class T>
@@ -45,7 +44,8 @@ class InputProduct {
   using F = Factor<T>;
 
  public:
-  InputProduct(const Problem& p, const Part& part) : p_(p), part_(part), layer_(*part.layer), l_(*part.input) {
+  InputProduct(const Problem& p, const Part& part, Tiles& tiles)
+      : p_(p), part_(part), layer_(*part.layer), l_(*part.input), tiles_(tiles) {
     S* const bias = static_cast<S*>(part.bias);
     for (int64_t i = 0; i < l_.padded(); i += l_.lanes) {
       Vec<T> sum{};
@@ -66,9 +66,9 @@ class InputProduct {
       if (l_.end_column(block) <= first_column || l_.first_column(block) >= end_column) continue;
       const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
       const F* panel = static_cast<const F*>(part_.input_panels) + column * l_.depth;
-      for_row_tiles(0, chunk.rows(), [&](int64_t row, int64_t count) {
+      for_row_tiles(l_, 0, chunk.rows(), [&](int64_t row, int64_t count) {
         S* const sums = to + row * l_.padded() + column;
-        find_dot<F, 1>(count, vecs)(x + row * l_.depth, l_.depth, panel, l_.depth, sums, l_.padded());
+        multiply_block(tiles_, l_, 1, x + row * l_.depth, l_.depth, count, panel, vecs, sums, l_.padded());
         add_bias(count, column, vecs, sums);
       });
     }
@@ -96,7 +96,7 @@ class InputProduct {
       const int64_t t = time_of(p_, ascending, i),
                     count = chunk.base[i + 1 - chunk.begin] - chunk.base[i - chunk.begin];
       for (int64_t r = 0; r < count; ++r, to += l_.depth) {
-        copy_row(x + row_of(p_, t, rows.order[r]) * l_.terms, to, l_.terms);
+        copy_row(x + row_of(p_, t, rows.order[r]) * l_.terms, to, l_);
       }
     }
     return static_cast<const F*>(part_.gathered);
@@ -106,6 +106,7 @@ class InputProduct {
   const Part& part_;
   const Layer& layer_;
   const Panels& l_;
+  Tiles& tiles_;
 };
 
 // Gradients of U and W, one product: the sum over rows of [h that entered, x] x [gradient of pre]. Its left factor lies
@@ -118,12 +119,15 @@ class WeightGradient {
   using F = Factor<T>;
   using Row = FactorRow<T>;
   static constexpr int64_t kLanes = VecOf<S>::kLanes, kTerms = UnitOf<F>::kTerms;
+  static constexpr bool kByTiles = kHasTiles && kPaired<T>;
+  static constexpr int64_t kVecs = kByTiles ? 2 : kOuterVecs;  // of a panel
 
  public:
-  WeightGradient(const Problem& p, const Layout& l, const Part& part)
+  WeightGradient(const Problem& p, const Layout& l, const Part& part, Tiles& tiles)
       : p_(p),
         l_(l),
         part_(part),
+        tiles_(tiles),
         layer_(*part.layer),
         ascending_(is_ascending(p, part.group)),
         state_groups_(groups_of(p.hidden)),
@@ -236,8 +240,7 @@ class WeightGradient {
   }
 
   void add_groups(int64_t begin, int64_t end, int64_t rows, const Row* factors, int64_t stride) {
-    const int64_t vecs = l_.vecs, blocks = (vecs + kOuterVecs - 1) / kOuterVecs;
-    const int64_t depth = (rows + kTerms - 1) / kTerms;
+    const int64_t vecs = l_.vecs, blocks = (vecs + kVecs - 1) / kVecs, depth = depth_of(rows);
     F* const panel = static_cast<F*>(part_.panel);
     constexpr int64_t kNear = 768 * 1024 / sizeof(S);
     const bool far = (end_group() - first_group()) * kLanes * l_.padded() > kNear;
@@ -245,28 +248,40 @@ class WeightGradient {
       const int64_t vec = block * vecs / blocks, width = (block + 1) * vecs / blocks - vec;
       for (int64_t k = 0; k < depth; ++k) {
         const Row* from = factors + k * kTerms * stride + vec * kLanes;
-        const bool whole = (k + 1) * kTerms <= rows;
+        const int64_t left = rows - k * kTerms;
         for (int64_t v = 0; v < width; ++v, from += kLanes) {
-          store(panel + (k * width + v) * kLanes, load_across(from, whole ? from + stride : nullptr, kLanes));
+          const Row *first = left > 0 ? from : nullptr, *second = left > 1 ? from + stride : nullptr;
+          store(panel + (k * width + v) * kLanes, load_across(first, second, kLanes));
         }
       }
-      for (int64_t g = begin; g < end; ++g) {
-        const F* a = gathered(g - begin);
-        for (int64_t r = 0; r < columns_in(g); r += kOuterRows<F>) {
-          S* const to = sums() + (g * kLanes + r) * l_.padded() + vec * kLanes;
-          outer(width, a + r, panel, depth, to, l_.padded(), far);
+      S* const to = sums() + vec * kLanes;
+      if constexpr (kByTiles) {
+        for (int64_t g = begin; g < end; g += 2) {
+          tiles_.outer(gathered(g - begin), kOuterDepth / kTerms, end - g < 2 ? 1 : 2, panel, width, depth,
+                       to + g * kLanes * l_.padded(), l_.padded());
+        }
+      } else {
+        for (int64_t g = begin; g < end; ++g) {
+          for (int64_t r = 0; r < columns_in(g); r += kOuterRows<F>) {
+            S* const tile = to + (g * kLanes + r) * l_.padded();
+            outer(width, gathered(g - begin) + r, panel, depth, tile, l_.padded(), far);
+          }
         }
       }
     }
   }
 
+  static int64_t depth_of(int64_t rows) {
+    constexpr int64_t kWhole = kByTiles ? kTerms * kTileUnits : kTerms;
+    return (rows + kWhole - 1) / kWhole * kWhole / kTerms;
+  }
   int64_t columns_in(int64_t group) const {
     const int64_t left =
         group < state_groups_ ? p_.hidden - group * kLanes : layer_.inputs - (group - state_groups_) * kLanes;
     return left < kLanes ? left : kLanes;
   }
 
-  // One group of columns of the left factor: [rows, in units][lanes].
+  // One group of columns of the left factor: [rows, in units][lanes], for tiles [lanes][kOuterDepth, in units].
   void gather(int64_t group, int64_t first, int64_t rows, F* to) const {
     const bool states = group < state_groups_;
     const int64_t column = (states ? group : group - state_groups_) * kLanes, count = columns_in(group);
@@ -274,12 +289,21 @@ class WeightGradient {
     const T* const h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
     const T* const x = static_cast<const T*>(layer_.x) + column;
     const auto source = [&](int64_t k) -> const T* {
+      if (k >= rows) return nullptr;
       if (!states) return x + rows_[first + k] * layer_.inputs;
       const int64_t row = entered_[first + k];
       return row == kZero ? nullptr : row >= 0 ? out + row * p_.hidden : h0 + (kInitial - row) * p_.hidden;
     };
-    for (int64_t k = 0; k < rows; k += kTerms, to += kLanes) {
-      store(to, load_across(source(k), k + kTerms <= rows ? source(k + kTerms - 1) : nullptr, count));
+    const auto units = [&](int64_t k) { return load_across(source(k * kTerms), source((k + 1) * kTerms - 1), count); };
+    for (int64_t k = 0, depth = depth_of(rows); k < depth; k += kByTiles ? kLanes : 1) {
+      if constexpr (kByTiles) {
+        typename VecOf<F>::Vec square[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) square[i] = units(k + i);
+        transpose<F>(square);
+        for (int64_t i = 0; i < kLanes; ++i) store(to + i * (kOuterDepth / kTerms) + k, square[i]);
+      } else {
+        store(to + k * kLanes, units(k));
+      }
     }
   }
 
@@ -290,9 +314,9 @@ class WeightGradient {
       const int64_t column = l.first_column(block), count = l.end_column(block) - column;
       const int64_t vecs = l.first_vec(block + 1) - l.first_vec(block);
       const F* panel = static_cast<const F*>(part_.input_panels) + column * l.depth;
-      for_row_tiles(begin, end, [&](int64_t row, int64_t rows) {
+      for_row_tiles(l, begin, end, [&](int64_t row, int64_t rows) {
         const F* from = reinterpret_cast<const F*>(factors + row * stride);
-        find_dot<F, 1>(rows, vecs)(from, stride / kTerms, panel, l.depth, sum, l.padded());
+        multiply_block(tiles_, l, 1, from, stride / kTerms, rows, panel, vecs, sum, l.padded());
         for (int64_t r = 0; r < rows; ++r) {
           T* to = static_cast<T*>(layer_.grad_x) + rows_[row + r] * layer_.inputs + column;
           for (int64_t i = 0; i < count; i += kLanes) {
@@ -329,6 +353,7 @@ class WeightGradient {
   const Problem& p_;
   const Layout& l_;
   const Part& part_;
+  Tiles& tiles_;
   const Layer& layer_;
   const bool ascending_;
   const int64_t state_groups_, groups_;

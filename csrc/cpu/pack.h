@@ -16,12 +16,12 @@ void pack_transposed(const T* m, const Panels& l, int64_t block, Factor<T>* pane
   const int64_t column = l.first_column(block), width = l.first_column(block + 1) - column;
   const int64_t valid = l.end_column(block) - column;
   for (int64_t k = 0; k < l.depth; ++k) {
-    const T* first = m + k * kTerms * l.outputs + column;
-    const T* second = k * kTerms + 1 < l.terms ? first + l.outputs : nullptr;
+    const T* const from = m + k * kTerms * l.outputs + column;
+    const int64_t left = l.terms - k * kTerms;
     Factor<T>* to = panel + k * width;
     for (int64_t i = 0; i < width; i += l.lanes) {
-      const int64_t count = valid > i ? valid - i : int64_t{0};
-      store(to + i, load_across(first + i, second ? second + i : nullptr, count));
+      const T *first = left > 0 ? from + i : nullptr, *second = left > 1 ? from + i + l.outputs : nullptr;
+      store(to + i, load_across(first, second, valid > i ? valid - i : int64_t{0}));
     }
   }
 }
@@ -36,7 +36,7 @@ void pack_straight(const T* m, const Panels& l, int64_t block, Factor<T>* panel)
   for (int64_t i = 0; i < width; i += kLanes) {
     for (int64_t k = 0; k < l.depth; k += kLanes) {
       const int64_t depth = k + kLanes <= l.depth ? kLanes : l.depth - k;
-      const int64_t terms = l.terms - k * kTerms;
+      const int64_t left = l.terms - k * kTerms, terms = left > 0 ? left : 0;
       const T* from = m + (column + i) * l.terms + k * kTerms;
       Factor<T>* to = panel + k * width + i;
       Units square[kLanes] = {};

@@ -13,6 +13,9 @@ const std::vector<const Kernels*>& cpu_kernels() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#if FUSED_RIN_WITH_AMX
+      if (__builtin_cpu_supports("avx512bf16") && has_amx() && kernels_amx()->tiles()) sets.push_back(kernels_amx());
+#endif
 #if FUSED_RIN_WITH_AVX512_BF16
       if (__builtin_cpu_supports("avx512bf16")) sets.push_back(kernels_avx512_bf16());
 #endif
@@ -45,9 +48,9 @@ int64_t scalar_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks) {
   Layout l{};
-  const int64_t unit = kernels.unit_terms(p.dtype);
-  l.terms = l.outputs = p.hidden;
-  l.depth = (l.terms + unit - 1) / unit;
+  l.outputs = p.hidden;
+  // A single row goes by vectors, which pass over zeros; two and more by tiles, so that none depends on the batch.
+  l.set_depth(p.hidden, kernels.unit_terms(p.dtype), p.batch > 1 && kernels.takes_tiles(p.dtype, p.hidden));
   l.lanes = kernels.vector_bytes / scalar_bytes(p.dtype);
   l.vecs = (p.hidden + l.lanes - 1) / l.lanes;
   // A sum needs several chains to hide the latency of its multiply-adds when a row has few vectors.
@@ -67,10 +70,11 @@ double multiply_add_cycles(double vector_bytes) { return vector_bytes / 64; }
 // holds it, once per tile of rows, whichever is longer. The constants are a Zen 4 core's, rounded; only the order of
 // the candidates hangs on them.
 double step_cycles(const Layout& l, double vector_bytes, double rows, double share) {
-  const double multiply_adds = rows * static_cast<double>(l.vecs * l.depth) * share * multiply_add_cycles(vector_bytes);
+  const double each = multiply_add_cycles(vector_bytes) / (l.tiles ? 16 : 1);
+  const double multiply_adds = rows * static_cast<double>(l.vecs * l.depth) * share * each;
   const double bytes = static_cast<double>(l.vecs * l.depth) * vector_bytes * share;
   const double bytes_per_cycle = bytes < 24e3 ? 64 : bytes < 700e3 ? 28 : 12;
-  const double tiles = std::max(1.0, rows / kMaxTileRows);
+  const double tiles = std::max(1.0, rows / static_cast<double>(max_tile_rows(l)));
   return 50 + 30 * rows + std::max(multiply_adds, tiles * bytes / bytes_per_cycle);
 }
 

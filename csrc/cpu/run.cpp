@@ -117,14 +117,13 @@ class Carver {
 
 constexpr int64_t kHalf = 2;  // bytes of a number of 16 bits
 
-Panels make_panels(int64_t terms, int64_t unit, int64_t outputs, int64_t lanes, int64_t width) {
+Panels make_panels(int64_t terms, int64_t outputs, int64_t lanes, DType dtype, const Kernels& kernels) {
   Panels l{};
-  l.terms = terms;
-  l.depth = (terms + unit - 1) / unit;
+  l.set_depth(terms, kernels.unit_terms(dtype), kernels.takes_tiles(dtype, terms));
   l.outputs = outputs;
   l.lanes = lanes;
   l.vecs = (outputs + lanes - 1) / lanes;
-  l.cut((l.vecs + width - 1) / width);
+  l.cut((l.vecs + kernels.narrow_block - 1) / kernels.narrow_block);
   return l;
 }
 
@@ -155,7 +154,7 @@ class Call {
     if (layer) {
       const int64_t lanes = plan.layout.lanes;
       const int64_t terms = p.backward ? p.hidden : layer->inputs, outputs = p.backward ? layer->inputs : p.hidden;
-      input_ = make_panels(terms, unit_, outputs, lanes, kernels.narrow_block);
+      input_ = make_panels(terms, outputs, lanes, p.dtype, kernels);
     }
   }
 
@@ -164,7 +163,7 @@ class Call {
   Team& team() { return team_; }
 
   void run(int rank) {
-    if (rank == 0 && plan_.layout.terms % unit_) clear_odd();
+    if (rank == 0 && unit_ > 1) clear_ends();
     pack(rank);
     if (plan_.threads > 1) team_.meet(rank);
     for (int64_t g = 0; g < p_.groups; ++g) {
@@ -205,11 +204,12 @@ class Call {
       if (p_.backward) gradient_ = scalars((groups * lanes + kBiasLevels) * padded);
       gathered_ = p_.backward
                       ? std::min(groups, outer_groups(kernels_.vector_bytes, unit_)) * (kOuterDepth / unit_) * lanes
-                      : rows * layer_->inputs;
+                      : rows * input_.depth;
     }
+    const int64_t most = std::max(max_tile_rows(plan_.layout), max_tile_rows(input_));
     for (int i = 0; i < plan_.threads; ++i) {
       Own& own = own_[i];
-      own.scratch = scalars(kMaxTileRows * std::max(padded, input_.padded()) + kSliceScalars);
+      own.scratch = scalars(most * std::max(padded, input_.padded()) + kSliceScalars);
       own.index = static_cast<int32_t*>(carver.take((p_.hidden + kListSlack) * static_cast<int64_t>(sizeof(int32_t))));
       if (!layer_) continue;
       own.gathered = scalars(gathered_);
@@ -223,12 +223,12 @@ class Call {
     return carver.used();
   }
 
-  // What fills up the last unit of a row of factors is multiplied by zeros of the matrix, and must not be a NaN.
-  void clear_odd() {
-    const int64_t stride = plan_.layout.halves(), last = plan_.layout.terms;
+  // What fills up a row of factors is multiplied by zeros of the matrix, and must not be a NaN.
+  void clear_ends() {
+    const int64_t stride = plan_.layout.halves(), begin = plan_.layout.terms;
     const auto clear = [&](char* rows, int64_t count) {
-      for (int64_t row = 0; rows && row < count; ++row) {
-        std::memset(rows + (row * stride + last) * kHalf, 0, static_cast<size_t>(kHalf));
+      for (int64_t row = 0; rows && begin < stride && row < count; ++row) {
+        std::memset(rows + (row * stride + begin) * kHalf, 0, static_cast<size_t>((stride - begin) * kHalf));
       }
     };
     for (char* rows : factors_) clear(rows, p_.groups * p_.batch);

@@ -84,7 +84,7 @@ class Sweep {
   // Each thread makes the input product of its own rows and columns. As of the others here, false if the team ended and
   // others do the rest.
   bool run_layer() {
-    const InputProduct<T> input(p_, part_);
+    const InputProduct<T> input(p_, part_, tiles_);
     input_ = &input;
     use_chunk(0);
     while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
@@ -97,7 +97,7 @@ class Sweep {
   // The gradients of pre are kept for a chunk of steps of all threads' rows, in two places that take turns, so that
   // one meeting a chunk is enough.
   bool run_layer_backward() {
-    WeightGradient<T> gradient(p_, l_, part_);
+    WeightGradient<T> gradient(p_, l_, part_, tiles_);
     for (int64_t number = 0; chunk_.advance(p_, part_.all, ascending_, kOuterDepth); ++number) {
       use_chunk(number);
       if (!run_steps(chunk_.begin, chunk_.end)) return false;
@@ -170,7 +170,7 @@ class Sweep {
       const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
       kDotSliced<F>[vecs - 1](factors(row), panel, l_, nonzero, descending_, sums(1), to);
     } else {
-      find_dot<F>(l_, rows, vecs)(factors(row), factor_stride(), panel, l_.depth, to, l_.padded());
+      multiply_block(tiles_, l_, l_.chains, factors(row), factor_stride(), rows, panel, vecs, to, l_.padded());
     }
   }
   S* sums(int64_t row) const { return static_cast<S*>(part_.scratch) + row * l_.padded(); }
@@ -180,7 +180,7 @@ class Sweep {
   void for_tiles(int64_t begin, int64_t end, Body body) const {
     const int64_t rows = end - begin;
     if (rows == 1) return body(begin, 1);
-    const int64_t tiles = (rows + max_tile_rows(l_) - 1) / max_tile_rows(l_);
+    const int64_t tiles = (rows + rows_at_a_time(l_) - 1) / rows_at_a_time(l_);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = begin + i * rows / tiles;
       body(first, begin + (i + 1) * rows / tiles - first);
@@ -351,6 +351,7 @@ class Sweep {
   Row* chunk_factors_ = nullptr;
   int64_t chunk_base_ = 0;  // and the first row of the step at hand
   Nonzero nonzero_;
+  Tiles tiles_;
   bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
 
@@ -396,7 +397,8 @@ const Kernels kKernels = {FUSED_RIN_STRING(FUSED_RIN_ISA),
                           kWide,
                           pack_any,
                           sweep_any,
-                          step_any};
+                          step_any,
+                          kCheckTiles};
 
 }  // namespace
 }  // namespace FUSED_RIN_ISA

@@ -8,11 +8,15 @@
 
 namespace fused_rin {
 
+// Rows of a tile of AMX, and units in one of them.
+constexpr int64_t kTileUnits = 16;
+
 // How a matrix lies in memory for `dot`: cut into blocks of a few vectors of outputs, each block a panel
 // [k][outputs of the block], so that the inner loop reads it front to back, and padded to whole vectors.
 struct Panels {
   int64_t terms;    // of each sum
-  int64_t depth;    // units of them, one or two terms (factor.h), k
+  int64_t depth;    // units of them, one or two terms (factor.h), k; for tiles filled up with zeros
+  bool tiles;       // laid out for products by tiles (tiles.h)
   int64_t outputs;  // sums
   int64_t lanes;    // scalars in a vector
   int64_t vecs;     // vectors that hold the outputs
@@ -26,6 +30,12 @@ struct Panels {
   int64_t padded() const { return vecs * lanes; }
   // Numbers from one row of such a matrix's outputs, rounded to 16 bits, to the next: a multiple of 64 bytes.
   int64_t halves() const { return (padded() + 31) / 32 * 32; }
+  void set_depth(int64_t numbers, int64_t unit, bool by_tiles) {
+    terms = numbers;
+    tiles = by_tiles;
+    depth = (terms + unit - 1) / unit;
+    if (tiles) depth = (depth + kTileUnits - 1) / kTileUnits * kTileUnits;
+  }
   int64_t scalars() const { return padded() * depth; }
   // No division: a step asks a dozen times, and at D = 128 divisions were 5 percent of it.
   int64_t first_vec(int64_t block) const { return block * width + (block < wider ? block : wider); }
@@ -77,7 +87,7 @@ struct Part {
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
   void* state[2];      // each [rows, padded], scalars; shared by a team
   void* factors[2];    // each [rows, halves], the states as a product takes them, if that is not as they are (factor.h)
-  void* scratch;       // [kMaxTileRows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
+  void* scratch;       // [max_tile_rows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
   int32_t* index;      // [D + kListSlack] likewise
   Team* team;          // null when there is one thread
   bool meets;          // threads share these rows: they meet once a step, until the team ends
@@ -129,10 +139,18 @@ struct Kernels {
                void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
   void (*step)(const Step&, int64_t output_begin, int64_t output_end);
+  // Null, or whether its tiles give the sums that they should: no processor that has them was at hand.
+  bool (*tiles)();
   int64_t unit_terms(DType dtype) const { return dtype == DType::kBFloat16 ? bfloat16_terms : 1; }
+  // A product of few terms is not worth filling up.
+  bool takes_tiles(DType dtype, int64_t terms) const {
+    return tiles && dtype == DType::kBFloat16 && terms >= 2 * kTileUnits;
+  }
 };
 
 constexpr int64_t kMaxTileRows = 6;
+constexpr int64_t kMaxRowsByTiles = 32;
+constexpr int64_t max_tile_rows(const Panels& l) { return l.tiles ? kMaxRowsByTiles : kMaxTileRows; }
 constexpr int64_t kMaxSlices = 8;
 constexpr int64_t kListSlack = 8;                       // entries that may be written after a list of nonzero states
 constexpr int64_t kSliceScalars = kMaxSlices * 8 * 16;  // slices x widest block x most lanes
@@ -160,5 +178,9 @@ const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();
+
+// Whether processor and system have AMX for bfloat16; asks the system for leave to use it (amx.cpp).
+bool has_amx();
 
 }  // namespace fused_rin

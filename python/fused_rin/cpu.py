@@ -96,6 +96,7 @@ def describe(
     scalar = "float64" if dtype == torch.float64 else "float32"
     # As the unit for bfloat16 takes them, with the state rounded to it for the product.
     factors = "pairs of bfloat16" if plan["terms"] == 2 else scalar
+    factors += " for AMX's tiles" if plan["tiles"] else ""
     # Several recurrences have their gradients from products over all steps (see layer.py).
     products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""
     return (

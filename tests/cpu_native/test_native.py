@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from fused_rin import cpu
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
+    "csrc/cpu/amx.cpp",
     "csrc/cpu/crowd.cpp",
     "csrc/cpu/openmp.cpp",
     "csrc/cpu/plan.cpp",
@@ -30,15 +31,15 @@ def run(program: Path, *after: str, before: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-def build(compiler: str, sets: dict[str, list[str]], folder: Path, *options: str) -> Path:
-    objects = []
-    for name, flags in sets.items():
-        objects.append(str(folder / f"{name}.o"))
-        define = f"-DFUSED_RIN_ISA={name}"
-        command = [compiler, *FLAGS, *flags, define, "-c", "csrc/cpu/sweep.cpp", "-o", objects[-1]]
-        subprocess.run(command, cwd=ROOT, check=True)
-    program = folder / "compare"
-    subprocess.run([compiler, *FLAGS, *SOURCES, *objects, "-pthread", *options, "-o", program], cwd=ROOT, check=True)
+def build(compiler: str, name: str, flags: list[str], folder: Path, *options: str, without: Sequence[str] = ()) -> Path:
+    """The program with one instruction set, and for the others what has their names and nothing else."""
+    kernels, absent, program = folder / "kernels.o", folder / "absent.cpp", folder / "compare"
+    command = [compiler, *FLAGS, *flags, f"-DFUSED_RIN_ISA={name}", "-c", "csrc/cpu/sweep.cpp", "-o", kernels]
+    subprocess.run(command, cwd=ROOT, check=True)
+    stub = "namespace fused_rin {{ const Kernels* kernels_{}() {{ static const Kernels k{{}}; return &k; }} }}\n"
+    absent.write_text(f'#include "{ROOT}/csrc/cpu/sweep.h"\n' + "".join(stub.format(other) for other in without))
+    command = [compiler, *FLAGS, *SOURCES, kernels, absent, "-pthread", *options, "-o", program]
+    subprocess.run(command, cwd=ROOT, check=True)
     return program
 
 
@@ -46,22 +47,25 @@ def test_neon_under_an_emulator(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not (compiler and emulator):
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    output = run(build(compiler, {"neon": []}, tmp_path, "-static"), before=(emulator,))
+    output = run(build(compiler, "neon", [], tmp_path, "-static"), before=(emulator,))
     assert "neon" in output
 
 
-AVX512_SHAPES = ["-DFUSED_RIN_VECTOR_BYTES=64", "-DFUSED_RIN_VECTOR_REGISTERS=32", "-Wno-psabi"]
 PAIRS = ["-DFUSED_RIN_PAIRS=1"]
+AVX512 = ["-DFUSED_RIN_VECTOR_BYTES=64", "-DFUSED_RIN_VECTOR_REGISTERS=32", "-Wno-psabi"]
+TILES = ["-DFUSED_RIN_TILES=2"]
 
 
-@pytest.mark.parametrize("shapes", [PAIRS, AVX512_SHAPES + PAIRS], ids=["own", "of AVX-512"])
-def test_under_the_sanitizers(tmp_path, shapes):
-    """Addresses and undefined behaviour, in the first set below that this processor has; the others only link.
+@pytest.mark.parametrize(
+    ("shapes", "words"), [(PAIRS, "within"), (AVX512 + PAIRS + TILES, " by tiles")], ids=["own", "of AVX-512 and AMX"]
+)
+def test_under_the_sanitizers(tmp_path, shapes, words):
+    """Addresses and undefined behaviour, in the best set below that this processor has.
 
-    With vectors of 64 bytes and 32 registers too, the tiles of AVX-512, which need no such processor, and with products
-    of pairs of bfloat16, by what stands in for the instruction.
+    With products of pairs of bfloat16, with the vectors and registers of AVX-512, and with the tiles of AMX, which need
+    no such processor: by what stands in for the instructions.
     """
-    assert under(SANITIZE, shapes, tmp_path)
+    assert words in under(SANITIZE, shapes, tmp_path)
 
 
 def test_the_unit_for_bfloat16_does_what_stands_in_for_it(tmp_path):
@@ -75,21 +79,17 @@ def test_the_unit_for_bfloat16_does_what_stands_in_for_it(tmp_path):
 
 def test_under_the_thread_sanitizer(tmp_path):
     """What one thread hands to another, in teams that stay together and in teams that one of them leaves."""
-    assert under(["-fsanitize=thread"], [], tmp_path, "teams")
+    under(["-fsanitize=thread"], [], tmp_path, "teams")
 
 
-def under(sanitizer: list[str], shapes: list[str], folder: Path, *arguments: str) -> bool:
-    """Whether the program passes with the first set below that this processor has; the others only link."""
-    if platform.machine() in ("aarch64", "arm64"):
-        sets = {"neon": []}
-    else:
-        sets = {
-            "avx2": ["-mavx2", "-mfma"],
-            "baseline": [],
-            "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-        }
-    checked = next(name for name in sets if name in cpu.instruction_sets())
-    for name, flags in sets.items():
-        flags += [*sanitizer, *shapes] if name == checked else ["-O0"]
+def under(sanitizer: list[str], shapes: list[str], folder: Path, *arguments: str) -> str:
+    """What the program says of the best of AVX2, the baseline and NEON that this processor has."""
+    flags = {"avx2": ["-mavx2", "-mfma"]}
+    name = next(name for name in ("avx2", "baseline", "neon") if name in cpu.instruction_sets())
+    others = [] if name == "neon" else [other for other in ("avx512", "avx2", "baseline") if other != name]
     compiler = shutil.which("g++") or shutil.which("c++")
-    return checked in run(build(compiler, sets, folder, *sanitizer), checked, *arguments)
+    options = [*flags.get(name, []), *sanitizer, *shapes]
+    program = build(compiler, name, options, folder, *sanitizer, without=others)
+    said = run(program, name, *arguments)
+    assert name in said
+    return said

@@ -1,0 +1,279 @@
+// Products of bfloat16 by AMX: tiles of 16 rows by 64 bytes, one instruction for 16 rows x 16 outputs x 16 pairs, sums
+// in float32. Compiled once per instruction set (vec.h).
+//
+// A tile of states is read from rows of factors as they lie, a tile of the matrix from the panels that vdpbf16ps takes
+// (factor.h), and both must be whole: the depth of a product by tiles is a multiple of 16 units, filled up with zeros.
+// Eight tiles make 2 x 2 tiles of sums, so every one that is loaded is used twice: up to 32 rows by two vectors.
+#pragma once
+
+#include "factor.h"
+#include "sweep.h"
+
+// FUSED_RIN_TILES: 1 uses the instructions, 2 what they do, in plain C++, for tests on other processors.
+#if !defined(FUSED_RIN_TILES)
+#define FUSED_RIN_TILES 0
+#endif
+
+namespace fused_rin {
+namespace FUSED_RIN_ISA {
+
+constexpr bool kHasTiles = FUSED_RIN_TILES != 0;
+
+#if FUSED_RIN_TILES
+
+static_assert(FUSED_RIN_VECTOR_BYTES == 64, "a row of a tile is a vector");
+constexpr int64_t kTile = kTileUnits;  // rows of a tile, and units in a row
+
+// The shapes of all eight tiles, as the instruction reads them.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+#if FUSED_RIN_TILES == 1
+
+inline void use_shapes(const TileShapes* shapes) { asm volatile("ldtilecfg %0" ::"m"(*shapes)); }
+inline void release_tiles() { asm volatile("tilerelease"); }
+template <int to>
+inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(to));
+}
+template <int to>
+inline void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(to) : "memory");
+}
+template <int from>
+inline void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(from) : "memory");
+}
+// sum[m][n] += a[m][k] . b[k][n] over the pairs k
+template <int sum, int a, int b>
+inline void tile_multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+}
+
+#else
+
+struct TileUnit {
+  TileShapes shapes;
+  char data[8][kTile][64];
+};
+inline TileUnit& tile_unit() {
+  static thread_local TileUnit unit;
+  return unit;
+}
+inline void use_shapes(const TileShapes* shapes) {
+  tile_unit().shapes = *shapes;
+  memset(tile_unit().data, 0, sizeof(tile_unit().data));
+}
+inline void release_tiles() { tile_unit().shapes = TileShapes{}; }  // tiles of no rows: what is loaded then is lost
+template <int to>
+inline void tile_zero() {
+  memset(tile_unit().data[to], 0, sizeof(tile_unit().data[to]));
+}
+template <int to>
+inline void tile_load(const void* from, int64_t stride) {
+  tile_zero<to>();
+  const TileShapes& s = tile_unit().shapes;
+  for (int r = 0; r < s.rows[to]; ++r) {
+    memcpy(tile_unit().data[to][r], static_cast<const char*>(from) + r * stride, s.row_bytes[to]);
+  }
+}
+template <int from>
+inline void tile_store(void* to, int64_t stride) {
+  const TileShapes& s = tile_unit().shapes;
+  for (int r = 0; r < s.rows[from]; ++r) {
+    memcpy(static_cast<char*>(to) + r * stride, tile_unit().data[from][r], s.row_bytes[from]);
+  }
+}
+// The lower numbers of all pairs make one sum and the upper ones another; both together are added to what is there.
+template <int sum, int a, int b>
+inline void tile_multiply_add() {
+  TileUnit& t = tile_unit();
+  const auto number = [&](int tile, int row, int at) {
+    uint16_t half;
+    memcpy(&half, t.data[tile][row] + at * 2, sizeof(half));
+    return bit_cast<float>(uint32_t{half} << 16);
+  };
+  for (int m = 0; m < t.shapes.rows[sum]; ++m) {
+    for (int n = 0; n < t.shapes.row_bytes[sum] / 4; ++n) {
+      float low = 0, high = 0, total;
+      for (int k = 0; k < t.shapes.row_bytes[a] / 4; ++k) {
+        low += number(a, m, 2 * k) * number(b, k, 2 * n);
+        high += number(a, m, 2 * k + 1) * number(b, k, 2 * n + 1);
+      }
+      memcpy(&total, t.data[sum][m] + n * 4, sizeof(total));
+      total += low + high;
+      memcpy(t.data[sum][m] + n * 4, &total, sizeof(total));
+    }
+  }
+}
+
+#endif
+
+// The tiles of one thread, for as long as it multiplies: 0 to 3 are sums, 4 and 5 rows, 6 and 7 of a matrix. Setting
+// their shapes takes a hundred cycles, so it is done when they change.
+class Tiles {
+ public:
+  Tiles() = default;
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles() {
+    if (rows_) release_tiles();
+  }
+
+  // acc[r][v] = sum over k of x[r][k] * panel[k][v]; strides in units and numbers.
+  void dot(const Pair* x, int64_t x_stride, int64_t rows, const Pair* panel, int64_t vecs, int64_t depth, float* acc,
+           int64_t acc_stride) {
+    const int64_t first = rows > kTile ? (rows + 1) / 2 : rows;
+    use(first, rows - first);
+    const Operand a{x, x_stride, first};
+    for (int64_t v = 0; v < vecs; v += 2) {
+      const Operand b{panel + v * kTile, vecs * kTile, 0};
+      float* const to = acc + v * kTile;
+      if (rows > kTile) {
+        v + 1 < vecs ? product<true, true, false>(a, b, depth, to, acc_stride)
+                     : product<true, false, false>(a, b, depth, to, acc_stride);
+      } else {
+        v + 1 < vecs ? product<false, true, false>(a, b, depth, to, acc_stride)
+                     : product<false, false, false>(a, b, depth, to, acc_stride);
+      }
+    }
+  }
+
+  // c[i][j] += sum over k of a[i][k] * b[k][j] for `groups` (1 or 2) of 16 rows of a, which lie one after the other.
+  void outer(const Pair* a, int64_t a_stride, int64_t groups, const Pair* panel, int64_t vecs, int64_t depth, float* c,
+             int64_t c_stride) {
+    use(kTile, kTile);
+    const Operand rows{a, a_stride, kTile};
+    for (int64_t v = 0; v < vecs; v += 2) {
+      const Operand b{panel + v * kTile, vecs * kTile, 0};
+      float* const to = c + v * kTile;
+      if (groups == 2) {
+        v + 1 < vecs ? product<true, true, true>(rows, b, depth, to, c_stride)
+                     : product<true, false, true>(rows, b, depth, to, c_stride);
+      } else {
+        v + 1 < vecs ? product<false, true, true>(rows, b, depth, to, c_stride)
+                     : product<false, false, true>(rows, b, depth, to, c_stride);
+      }
+    }
+  }
+
+ private:
+  struct Operand {
+    const Pair* data;
+    int64_t stride;  // units
+    int64_t second;  // rows from the first tile to the second
+  };
+
+  void use(int64_t first, int64_t second) {
+    const int64_t rows = first * 32 + second;
+    if (rows == rows_) return;
+    rows_ = rows;
+    TileShapes shapes;
+    const int64_t of[8] = {first, first, second, second, first, second, kTile, kTile};
+    for (int i = 0; i < 8; ++i) {
+      shapes.rows[i] = static_cast<uint8_t>(of[i]);
+      shapes.row_bytes[i] = of[i] ? 64 : 0;
+    }
+    use_shapes(&shapes);
+  }
+
+  template <bool two_rows, bool two_vecs, bool add>
+  static void product(const Operand& a, const Operand& b, int64_t depth, float* to, int64_t to_stride) {
+    const int64_t bytes = to_stride * 4;
+    float* const below = to + a.second * to_stride;
+    if constexpr (add) {
+      tile_load<0>(to, bytes);
+      if constexpr (two_vecs) tile_load<1>(to + kTile, bytes);
+      if constexpr (two_rows) tile_load<2>(below, bytes);
+      if constexpr (two_rows && two_vecs) tile_load<3>(below + kTile, bytes);
+    } else {
+      tile_zero<0>();
+      if constexpr (two_vecs) tile_zero<1>();
+      if constexpr (two_rows) tile_zero<2>();
+      if constexpr (two_rows && two_vecs) tile_zero<3>();
+    }
+    for (int64_t k = 0; k < depth; k += kTile) {
+      const Pair* const matrix = b.data + k * b.stride;
+      tile_load<6>(matrix, b.stride * 4);
+      tile_load<4>(a.data + k, a.stride * 4);
+      tile_multiply_add<0, 4, 6>();
+      if constexpr (two_vecs) {
+        tile_load<7>(matrix + kTile, b.stride * 4);
+        tile_multiply_add<1, 4, 7>();
+      }
+      if constexpr (two_rows) {
+        tile_load<5>(a.data + a.second * a.stride + k, a.stride * 4);
+        tile_multiply_add<2, 5, 6>();
+      }
+      if constexpr (two_rows && two_vecs) tile_multiply_add<3, 5, 7>();
+    }
+    tile_store<0>(to, bytes);
+    if constexpr (two_vecs) tile_store<1>(to + kTile, bytes);
+    if constexpr (two_rows) tile_store<2>(below, bytes);
+    if constexpr (two_rows && two_vecs) tile_store<3>(below + kTile, bytes);
+  }
+
+  int64_t rows_ = 0;
+};
+
+// Sums of small integers, exact in any order, of every shape that products have: whether they come out right.
+bool check_tiles() {
+  constexpr int64_t kRows = 32, kDepth = 2 * kTile, kVecs = 3, kWidth = kVecs * kTile, kStride = kDepth + 16;
+  static const uint16_t kNumbers[] = {0, 0x3f80, 0x4000, 0x4040, 0xbf80, 0xc000};  // 0, 1, 2, 3, -1, -2
+  static const int kValues[] = {0, 1, 2, 3, -1, -2};
+  const auto pick = [](int64_t i) { return (i * i + i / 7) % 6; };
+  const auto a = [&](int64_t row, int64_t term) { return pick(row * 131 + term * 3); };
+  const auto b = [&](int64_t term, int64_t column) { return pick(term * 57 + column * 5 + 1); };
+  Pair rows[kRows * kStride], panel[kDepth * kWidth];
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t k = 0; k < kDepth; ++k) {
+      rows[r * kStride + k].bits = kNumbers[a(r, 2 * k)] | uint32_t{kNumbers[a(r, 2 * k + 1)]} << 16;
+    }
+  }
+  for (int64_t k = 0; k < kDepth; ++k) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      panel[k * kWidth + i].bits = kNumbers[b(2 * k, i)] | uint32_t{kNumbers[b(2 * k + 1, i)]} << 16;
+    }
+  }
+  Tiles tiles;
+  float sums[kRows * kWidth];
+  const auto right = [&](int64_t count, int times) {
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < kWidth; ++i) {
+        int want = 0;
+        for (int64_t k = 0; k < 2 * kDepth; ++k) want += times * kValues[a(r, k)] * kValues[b(k, i)];
+        if (sums[r * kWidth + i] != static_cast<float>(want)) return false;
+      }
+    }
+    return true;
+  };
+  for (const int64_t count : {1, 15, 16, 17, 31, 32}) {
+    tiles.dot(rows, kStride, count, panel, kVecs, kDepth, sums, kWidth);
+    if (!right(count, 1)) return false;
+  }
+  for (const int64_t groups : {1, 2}) {
+    tiles.dot(rows, kStride, groups * kTile, panel, kVecs, kDepth, sums, kWidth);
+    tiles.outer(rows, kStride, groups, panel, kVecs, kDepth, sums, kWidth);
+    if (!right(groups * kTile, 2)) return false;
+  }
+  return true;
+}
+constexpr bool (*kCheckTiles)() = check_tiles;
+
+#else
+
+// Where there are none, nothing asks for them.
+class Tiles {
+ public:
+  void dot(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t) {}
+  void outer(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t) {}
+};
+constexpr bool (*kCheckTiles)() = nullptr;
+
+#endif
+
+}  // namespace FUSED_RIN_ISA
+}  // namespace fused_rin
