@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fused_rin.experiments.cli import main
 
 # MNIST and bAbI: where the environment says, else beside the checkout.
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -22,6 +23,13 @@ def metrics(folder):
     """The metrics of a run without the clock times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def called(*arguments):
+    """The exit code of the command line, in this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
 
 
 def fused_rin(*arguments, **options):

@@ -42,8 +42,8 @@ def test_fails_when_rin_does_not_reach_what_is_demanded(small, tmp_path, capsys,
     monkeypatch.setattr(module, "ProcessPoolExecutor", InThisProcess)
     assert run(tmp_path / "demo") == 1
     printed = capsys.readouterr()
-    assert "FAILED: adding T=10, RIN has to reach loss < 0.01" in printed.err
-    assert "FAILED: sequential digits, RIN has to reach accuracy >= 93%" in printed.err
+    assert "FAILED: adding, RIN has to reach loss < 0.01" in printed.err
+    assert "FAILED: digits, RIN has to reach accuracy >= 93%" in printed.err
     assert "loss < 0.01: NO" in printed.out
 
 

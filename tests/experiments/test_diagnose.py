@@ -8,7 +8,7 @@ import torch
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.diagnose import FORMAT, VERSION, draw
 from fused_rin.experiments.files import read_results
-from fused_rin.experiments.training.checkpoints import read_checkpoint
+from fused_rin.experiments.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 from fused_rin.experiments.training.settings import Settings
 from fused_rin.experiments.training.trainer import Trainer
 
@@ -101,7 +101,7 @@ def test_several_networks_are_compared_and_drawn_again(trained, tmp_path, capsys
 def edit(checkpoint, change):
     content = read_checkpoint(checkpoint)
     change(content)
-    torch.save(content, checkpoint)
+    AtomicCheckpointIO().save_checkpoint(content, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def edit(checkpoint, change):
         (lambda path: path.unlink(), "cannot read the checkpoint"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot read the checkpoint"),
         (lambda path: torch.save({"model": {}}, path), "is not a checkpoint of fused-rin"),
-        (lambda path: edit(path, lambda content: content.update(version=9)), "version 9, expected 1"),
+        (lambda path: edit(path, lambda content: content.update(version=9)), "version 9, expected 2"),
         (lambda path: edit(path, lambda content: content.pop("settings")), "cannot be used: 'settings'"),
         (lambda path: edit(path, lambda content: content.update(settings=[1])), "cannot be used"),
         (lambda path: edit(path, lambda content: content["settings"].update(model="rim")), "unknown model 'rim'"),

@@ -353,6 +353,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tiny_run, monkeypatch):
         trainer._save()
     assert folder.checkpoint_path.read_bytes() == good
     assert sorted(path.name for path in folder.path.iterdir()) == [
+        "checkpoint.previous.pt",
         "checkpoint.pt",
         "config.json",
         "metrics.jsonl",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from .. import __version__
 from .data import data_folder, download
-from .errors import CLOSED, INTERRUPTED, UserError
+from .errors import CLOSED, INTERRUPTED, UserError, drop_output
 from .models import MODELS
 from .training.defaults import RECIPES, TASK_DEFAULTS
 from .training.runs import Run
@@ -30,6 +29,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    try:
+        try:
+            _main(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at the interpreter's end nobody could answer for what it raises
+    except BrokenPipeError:  # `| head`: nobody reads on
+        drop_output()
+        sys.exit(CLOSED)
+    except OSError as error:  # `> FILE` on a full disk; those of our own files are UserErrors
+        drop_output()
+        Parser(prog="fused-rin").error(f"the output cannot be written: {error.strerror or error}")
+
+
+def _main(arguments: Sequence[str] | None) -> NoReturn:
     parser = Parser(prog="fused-rin", description="Train Recurrent Identity Networks and their peers.")
     parser.add_argument("--version", action="version", version=f"fused-rin {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -53,9 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `| head`: nobody reads on; nor is there anybody to tell at the interpreter's end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(CLOSED)
 
 
 def _leave_group() -> None:

@@ -165,13 +165,13 @@ def _how_to_get(name: str, folder: Path) -> str:
 
 
 def _fetch(url: str) -> bytes:
-    from tqdm import tqdm
+    from .bars import Bar  # tqdm is one of the extras
 
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             total = int(response.headers.get("Content-Length") or 0) or None
             parts = []
-            with tqdm(total=total, desc=url.rpartition("/")[2], unit="B", unit_scale=True, disable=None) as bar:
+            with Bar(url.rpartition("/")[2], total=total, unit="B", unit_scale=True) as bar:
                 while part := response.read(1 << 16):
                     parts.append(part)
                     bar.update(len(part))

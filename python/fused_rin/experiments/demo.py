@@ -11,14 +11,16 @@ import multiprocessing
 import os
 import shutil
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from .errors import INTERRUPTED, UserError
-from .files import reporting, write_atomically
+from .bars import WIDTH
+from .errors import INTERRUPTED, UserError, drop_output
+from .files import FolderLock, is_free, reporting, write_atomically
 from .models import count_parameters
 from .plots import draw_curves, save_figure
 from .timing import Timing, compare
@@ -49,8 +51,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        task = f"adding T={self.settings.length}" if self.settings.task == "adding" else "sequential digits"
-        return f"{task}, {NAMES[self.settings.model]}"
+        return f"{self.settings.task}, {NAMES[self.settings.model]}"
 
     @property
     def demanded(self) -> str | None:
@@ -80,8 +81,16 @@ class Result:
 
 def demo(out: Path) -> int:
     """Runs everything and prints one table. Returns 0, or 1 when RIN did not reach what it has to."""
+    lock = FolderLock(out)
+    try:
+        _prepare(out, lock)
+        return _demo(out)
+    finally:
+        lock.release()
+
+
+def _demo(out: Path) -> int:
     started = time.perf_counter()
-    _prepare(out)
     jobs = _jobs(out)
     # The longest first. Spawned, not forked: torch's thread pool does not survive a fork.
     workers = ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn"))
@@ -111,7 +120,7 @@ def demo(out: Path) -> int:
     with reporting(out, "write the results"):
         write_atomically(out / "results.json", (json.dumps(report, indent=2) + "\n").encode())
     print("\n" + table(results, timings))
-    print(f"\nPictures: {adding}, {digits}; numbers: {out / 'results.json'}. Took {report['seconds']:.0f} s.")
+    print(f"\nPictures: {adding}, {digits}\nNumbers: {out / 'results.json'}. Took {report['seconds']:.0f} s.")
     failed = [result for result in results if result.passed is False]
     for result in failed:
         print(f"FAILED: {result.label} has to reach {result.demanded}", file=sys.stderr)
@@ -127,6 +136,9 @@ def run_job(job: Job) -> Result:
     except Diverged as error:
         print(f"{job.label}: diverged: {error}", file=sys.stderr)
         return result
+    except OSError:
+        drop_output()
+        raise
     if outcome.interrupted:
         return dataclasses.replace(result, interrupted=True)
     return dataclasses.replace(
@@ -145,13 +157,14 @@ def table(results: list[Result], timings: list[Timing]) -> str:
         measured = (f"{result.loss:.4f}", f"{result.accuracy:.1%}", f"{result.milliseconds:.1f}")
         rows.append((result.label, f"{result.parameters:,}", *measured, verdict))
     lines = _columns(rows)
-    lines += [
-        f"Adding: {ADDING.steps} steps of batch {ADDING.batch_size}, Adam (eps {ADDING.eps:g}), learning rate "
-        f"{ADDING.learning_rate:g} (rising over {ADDING.warmup:.0%} of the steps,",
-        f"then {ADDING.schedule}), gradient clipped at {ADDING.clip:g}, seed {ADDING.seed}: the same for all three. "
-        "Always answering 1 gives a loss of 0.1667.",
-        "",
-    ]
+    lines += textwrap.wrap(
+        f"Adding, T={ADDING.length}: {ADDING.steps} steps of batch {ADDING.batch_size}, Adam (eps {ADDING.eps:g}), "
+        f"learning rate {ADDING.learning_rate:g} (rising over {ADDING.warmup:.0%} of the steps, then "
+        f"{ADDING.schedule}), gradient clipped at {ADDING.clip:g}, seed {ADDING.seed}: the same for all three. "
+        "Always answering 1 gives a loss of 0.1667. Digits: pixel after pixel.",
+        WIDTH,
+    )
+    lines.append("")
     rows = [("us per time step", "T", "B", "units", "RIN", "nn.RNN(relu)", "ratio")]
     for timing in timings:
         ours, theirs = (1e6 * seconds / timing.steps for seconds in (timing.ours, timing.theirs))
@@ -176,16 +189,25 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     return [texts[0].rstrip(), "-" * (sum(widths) + 2 * len(widths) - 2), *(text.rstrip() for text in texts[1:])]
 
 
-def _prepare(out: Path) -> None:
-    """Empties the folder of an earlier demo; refuses one that is anything else."""
+def _prepare(out: Path, lock: FolderLock) -> None:
+    """Takes the folder and empties it; refuses one that is anything but that of an earlier demo."""
     with reporting(out, "use the demo's folder"):
-        if out.exists() and any(out.iterdir()):
-            try:
-                ours = json.loads((out / "demo.json").read_text())["format"] == FORMAT
-            except (OSError, ValueError, KeyError, TypeError):
-                ours = False
-            if not ours:
-                raise UserError(f"{out}: is not empty and not the folder of an earlier demo")
-            shutil.rmtree(out)
+        if not is_free(out) and not _is_demo(out):
+            raise UserError(f"{out}: is not empty and not the folder of an earlier demo")
         out.mkdir(parents=True, exist_ok=True)
+    lock.take("runs a demo")
+    with reporting(out, "use the demo's folder"):
+        # First, and it stays: a demo that is killed from here on can be run again.
         write_atomically(out / "demo.json", (json.dumps({"format": FORMAT}) + "\n").encode())
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "demo.json":
+                path.unlink()
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        return bool(json.loads((out / "demo.json").read_text())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -17,14 +17,16 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ..bars import Bar, say
 from ..errors import INTERRUPTED, UserError
-from ..files import read_results, reporting, write_atomically
+from ..files import FolderLock, is_free, read_results, reporting, write_atomically
 from ..plots import save_figure
 from ..tasks import Classification
 from . import report
@@ -63,11 +65,15 @@ def experiment(
     if threads:
         torch.set_num_threads(threads)
     tasks = {name: _build(name, data_dir) for name in dict.fromkeys(trial.task for trial in chosen)}
-    folder = Folder(out, budget)
-    finished = folder.open()
+    with closing(Folder(out, budget)) as folder:
+        return _run(folder, chosen, tasks)
+
+
+def _run(folder: Folder, chosen: Sequence[Trial], tasks: dict[str, Classification]) -> int:
+    finished, out, budget = folder.open(), folder.path, folder.budget
     try:
         waiting = [trial for trial in chosen if trial.name not in finished]
-        with tqdm(total=len(chosen), initial=len(chosen) - len(waiting), unit="trial", disable=None) as bar:
+        with Bar(total=len(chosen), initial=len(chosen) - len(waiting), unit="trial") as bar:
             for trial in waiting:
                 bar.set_description(trial.name)
                 plan = PLANS[trial.task]
@@ -77,7 +83,7 @@ def experiment(
                 bar.update()
                 last = records[-1]
                 outcome = "diverged" if "diverged" in last else f"accuracy {last['accuracy']:.1%}"
-                bar.write(f"{trial.name}: {outcome}")
+                say(trial.name, outcome)
     except KeyboardInterrupt:
         print(f"interrupted after {len(finished)} trials; the same command goes on", file=sys.stderr)
         return INTERRUPTED
@@ -108,17 +114,22 @@ class Folder:
     def __init__(self, path: Path, budget: float):
         self.path, self.budget = path, budget
         self.records_path, self.results_path = path / "records.jsonl", path / "results.json"
+        self._lock = FolderLock(path)
 
     def open(self) -> dict[str, Records]:
-        """Makes the folder, or reads the records of the finished trials in it, by name.
+        """Makes the folder, or reads the records of the finished trials in it, by name; until `close` it is ours.
 
-        Raises UserError for a folder that holds anything else, or trials with another budget or plan.
+        Raises UserError for a folder that holds anything else, or trials with another budget or plan, or that another
+        process runs trials in.
         """
         plans = {name: json.loads(json.dumps(dataclasses.asdict(plan))) for name, plan in PLANS.items()}
         asked = {"format": FORMAT, "version": VERSION, "budget": self.budget, "plans": plans}
         with reporting(self.path, "use the folder"):
-            if not self.path.exists() or not any(self.path.iterdir()):
-                self.path.mkdir(parents=True, exist_ok=True)
+            new = is_free(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.take("runs this experiment")
+        with reporting(self.path, "use the folder"):
+            if new and is_free(self.path):
                 config = {**asked, "torch": torch.__version__, "python": platform.python_version()}
                 write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         try:
@@ -131,7 +142,12 @@ class Folder:
             if there.get(name) != value:
                 hint = f"{there.get(name)}, {value} is asked for" if name != "plans" else "other settings"
                 raise UserError(f"{self.path}: was started with {name} {hint}; name another folder")
+        self._lock.tidy()
         return self._read()
+
+    def close(self) -> None:
+        """Leaves the folder to other processes."""
+        self._lock.release()
 
     def append(self, records: Records) -> None:
         with reporting(self.path, "write the records"), self.records_path.open("a") as file:

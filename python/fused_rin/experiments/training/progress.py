@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
+from ..bars import Bar, say
 from ..errors import INTERRUPTED
 from ..plots import draw_curves, save_figure
 from .runs import Run, is_main_process
@@ -22,24 +21,34 @@ def train_with_progress(folder: Run, *, resume: bool = False, label: str = "", l
     label = label or f"{settings.task} {settings.model}"
     latest = {record["split"]: record for record in folder.read_metrics()}
     # Without a terminal the lines of the evaluations have to do.
-    with tqdm(total=settings.steps, initial=trainer.step, desc=label, position=line, unit="step", disable=None) as bar:
+    with Bar(label, line, total=settings.steps, initial=trainer.step, unit="step") as bar:
 
         def report(step: int, record: dict[str, Any] | None) -> None:
             if record is None:
                 bar.update()
                 return
             latest[record["split"]] = record
-            shown = {split: f"{latest[split]['loss']:.4f}/{latest[split]['accuracy']:.1%}" for split in latest}
-            bar.set_postfix(shown, refresh=False)
+            shown = {split: f"{_short(values['loss'])}/{values['accuracy']:.1%}" for split, values in latest.items()}
+            bar.set_postfix_str(", ".join(f"{split} {value}" for split, value in shown.items()), refresh=False)
             if record["split"] == "test":
-                text = ", ".join(f"{split} loss/accuracy {value}" for split, value in shown.items())
-                bar.write(f"{label}: step {step}/{settings.steps}: {text}")
+                texts = [", ".join(f"{split}{what} {value}" for split, value in shown.items()) for what in LENGTHS]
+                say(label, *(f"step {step}/{settings.steps}: {text}" for text in texts))
 
         trainer.report = report
         try:
-            return trainer.run()
-        finally:
+            outcome = trainer.run()
+        except Diverged:
             draw(folder, trainer.task.baseline)
+            raise
+    draw(folder, trainer.task.baseline)  # not after a disk that is full: its text would be about the picture
+    return outcome
+
+
+LENGTHS = (" loss/accuracy", "")  # what a line says that the numbers are, where there is room and where there is not
+
+
+def _short(loss: float) -> str:
+    return f"{loss:.1e}" if loss >= 1e4 else f"{loss:.4f}"
 
 
 def draw(folder: Run, baseline: float | None = None) -> None:
@@ -63,9 +72,9 @@ def train_command(folder: Run, *, resume: bool) -> int:
         hint = f"go on with: fused-rin train --resume {folder.path}"
         print(f"interrupted after step {outcome.step}; {hint}", file=sys.stderr)
         return INTERRUPTED
+    test = outcome.test
     print(
         f"{outcome.step} steps, {1e3 * outcome.seconds_per_step:.2f} ms each; "
-        f"test loss {outcome.test['loss']:.4f}, accuracy {outcome.test['accuracy']:.1%}; "
-        f"curves: {folder.curves_path}"
+        f"test loss {_short(test['loss'])}, accuracy {test['accuracy']:.1%}\ncurves: {folder.curves_path}"
     )
     return 0

@@ -3,6 +3,7 @@
     config.json      every setting, and the versions the run started with
     metrics.jsonl    one JSON object a line: step, split ("train" or "test"), loss, accuracy, ...
     checkpoint.pt    the newest checkpoint; always a whole one, it is replaced in one step
+    checkpoint.previous.pt    the one before it
     curves.png       loss and accuracy against the step
 
 A folder that holds anything else is never written to.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..files import reporting, write_atomically
+from ..files import FolderLock, is_free, reporting, write_atomically
 from .settings import Settings
 
 FORMAT = "fused-rin run"
@@ -37,7 +38,7 @@ class Run:
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoint_path = path / "checkpoint.pt"
         self.curves_path = path / "curves.png"
-        self._lock: int | None = None
+        self._lock = FolderLock(path)
 
     @classmethod
     def new(cls, path: Path | str, settings: Settings) -> Run:
@@ -49,31 +50,17 @@ class Run:
         if not is_main_process():
             return cls(path, settings)
         with reporting(path, "use the run folder"):
-            if path.exists() and any(path.iterdir()):
+            if not is_free(path):
                 raise UserError(f"{path}: {THERE if _is_run(path) else 'is not empty and not a run folder'}")
         return cls(path, settings)
 
     def claim(self) -> None:
         """Takes the folder for this process until `release`, or its end. UserError if another one trains there."""
-        try:
-            import fcntl
-        except ImportError:  # not on this system
-            return
-        with reporting(self.path, "use the run folder"):
-            folder = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise UserError(f"{self.path}: another process trains in this folder; name another one") from None
-        except OSError:  # a file system without locks
-            pass
-        self._lock = folder
+        self._lock.take("trains")
+        self._lock.tidy()
 
     def release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def create(self) -> None:
         """Makes and claims the folder, with the configuration in it."""
@@ -108,6 +95,11 @@ class Run:
     def append_metrics(self, record: dict[str, Any]) -> None:
         with reporting(self.path, "write to the run folder"), self.metrics_path.open("a") as file:
             file.write(_to_json(record) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Returns when what was appended is on the disk."""
+        with reporting(self.path, "write to the run folder"), self.metrics_path.open("a") as file:
+            os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, oldest first; none of a run that has not begun. A last line cut short by a crash is left out."""

@@ -78,7 +78,11 @@ class Trainer(Loop):
         if resume:
             if self.fabric.is_global_zero:
                 folder.claim()
-            self._load()
+            try:
+                self._load()
+            except BaseException:
+                folder.release()
+                raise
 
     def run(self) -> Outcome:
         """Runs the remaining steps. SIGINT and SIGTERM end it after the step in hand, with a checkpoint of that step.
@@ -150,6 +154,8 @@ class Trainer(Loop):
             "seconds": self.seconds,
             "totals": self._over_processes(self.totals.clone()),
         }
+        if self.fabric.is_global_zero:
+            self.folder.sync_metrics()  # what a run that goes on from this checkpoint will not record again
         self.fabric.save(self.folder.checkpoint_path, state)
 
     def _load(self) -> None:
