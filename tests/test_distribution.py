@@ -18,7 +18,7 @@ from tools import wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = "python/fused_rin/triton_kernels"  # to the folder at the top level; its files are in the sdist, twice
-NOT_SHIPPED = {".ci/run", ".gitignore", LINK}
+NOT_SHIPPED = {".ci/run", ".gitignore", ".github/workflows/ci.yml", ".github/workflows/wheels.yml", LINK}
 STALE = ("python/fused_rin/_native.so", "python/fused_rin/gone.cpython-311.pyc", "csrc/cpu/plan.o", "tests/stale.so")
 
 pytestmark = pytest.mark.xdist_group("distribution")
