@@ -52,6 +52,18 @@ def test_the_recipe_is_what_was_run_and_the_page_shows_what_it_reached():
         assert Settings(**settings, data_dir="").num_layers == 1
 
 
+def test_the_readme_says_how_long_the_long_commands_take():
+    """As the results have it; bAbI was run at another budget, which is a share of the steps."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (permuted,) = [line for line in lines if "--recipe best --permute" in line]
+    seconds = recipe.read(DOCS / "mnist-recipe")["permuted"]["metrics"][-1]["seconds"]
+    assert permuted.endswith(f"# {seconds / 60:.0f} minutes")
+    (babi,) = [line for line in lines if "reproduce babi --budget 0.1" in line]
+    record = json.loads((DOCS / "babi" / "results.json").read_text())
+    seconds = sum(run["seconds"] for entry in record["results"] for run in entry["runs"])
+    assert babi.endswith(f"# {seconds * 0.1 / record['budget'] / 60:.0f} minutes")
+
+
 def test_drawing_leaves_the_table_and_the_curves(tmp_path):
     run = {"settings": Settings.for_task("mnist", recipe="best").to_dict(), "metrics": []}
     run["metrics"] = [{"step": 1875, "split": "test", "loss": 0.4, "accuracy": 0.876, "seconds": 180.0}]
