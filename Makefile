@@ -3,6 +3,7 @@
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/, and PyTorch's examples
 #   make fuzz SECONDS=600  random calls against the reference, see tests/fuzz; RESULTS=FILE writes what was run
+#   make docs   the documentation as a site under build/site; a warning (a link to nothing, say) is an error
 #   make wheel  an sdist and from it manylinux_2_28 wheels under dist/, each tried without a compiler; docs/packaging.md
 #   make cuda-all, make test-triton TRITON=3.6.0   checks of other architectures and releases, on demand
 #   make gpu    on a machine with a GPU, offline: everything that needs one, in two parts (PART=2); RESULTS=DIR says where to
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all setup demo test lint fuzz bench-cpu bench-crowd compat wheel gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz bench-cpu bench-crowd compat docs wheel gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -26,7 +27,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt tools/environment.py
 	$(PYTHON) tools/environment.py $(VENV) $(TORCH_INDEX)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $(BUILD_TOOLS)
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(BIN)/python -m pip install -q tomli
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $$($(BIN)/python tools/extras.py experiments bench test lint)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $$($(BIN)/python tools/extras.py experiments bench test lint docs)
 	# Triton's interpreter and compiler need no GPU; it has wheels for Linux only. A CPU build of torch does not ask for it.
 	test "$$(uname)" != Linux || $(BIN)/python -c "import triton" 2>/dev/null || \
 	    $(BIN)/python -m pip install -q --no-deps -c $(VENV)/constraints.txt triton
@@ -78,6 +79,10 @@ $(COMPAT)/.deps: pyproject.toml constraints.txt tools/environment.py
 compat: $(COMPAT)/.deps
 	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
 	$(COMPAT)/bin/python -m pytest compat -rs
+
+# The variable silences a notice about the theme's next years, which is no warning about a page.
+docs: $(VENV)/.deps
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # PYTHONS="3.11 3.12" and TORCHS="2.10.0+cpu 2.13.0+cpu": for which Pythons, and with which torch they are tried.
 # In environments of its own, under build/wheel.

@@ -11,4 +11,5 @@ except ImportError:  # Python 3.10
 extras = tomllib.loads(Path(__file__).parent.with_name("pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
-print(*sorted({requirement for name in sys.argv[1:] for requirement in extras[name]}))
+if __name__ == "__main__":
+    print(*sorted({requirement for name in sys.argv[1:] for requirement in extras[name]}))

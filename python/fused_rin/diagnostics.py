@@ -51,9 +51,9 @@ def gradient_norms(
     read long ago.
 
     Args:
-        model: called as `model(*inputs)`, in the mode (train or eval) it is in; its parameters are left
-        alone. loss: makes a 0-dim loss of what the model returns. rnn: the recurrent module to look at, by
-        default the first in `model`.
+        model: called as `model(*inputs)`, in the mode (train or eval) it is in; its parameters are left alone.
+        loss: makes a 0-dim loss of what the model returns.
+        rnn: the recurrent module to look at, by default the first in `model`.
 
     Raises ValueError when there is no recurrent module, when it is a cell or is not called, and when it reads
     a packed sequence.
