@@ -21,6 +21,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import fused_rin
 from sybil import Document, Example, Region
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
@@ -29,6 +30,7 @@ from . import shell
 
 TEXTS = {"text", "cpp", "json", "toml", "yaml", "diff"}  # languages that are not run
 RUNS = "<!--- runs -->"
+PACKAGE = Path(fused_rin.__file__).resolve().parents[1]
 _FENCES = RawFencedCodeBlockLexer(re.compile(r"[ \t]*(?P<language>[^\n]*)\n"))
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4}[^\n]*\n|[ \t]*\n)+)")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -95,8 +97,7 @@ def _run(text: str) -> None:
         for name, words in (("python", ""), ("fused-rin", "-m fused_rin.experiments")):
             (Path(folder) / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
             (Path(folder) / name).chmod(0o755)
-        path = f"{folder}:{os.environ['PATH']}"
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text], env={**os.environ, "PATH": path}, capture_output=True, text=True
-        )
+        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), environment.get("PYTHONPATH", "")])
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr}\nin\n{text}"
