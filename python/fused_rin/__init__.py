@@ -5,7 +5,7 @@ h_t = act(W x_t + b + U h_{t-1} + s * h_{t-1})     (Hu, Huber, Anumula, Liu: arX
 
 import torch as _torch
 
-from fused_rin import onnx
+from fused_rin import onnx, parametrize
 from fused_rin.backends import BackendError, use_backend
 from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restore_rnn
 from fused_rin.device import Device
@@ -30,6 +30,7 @@ __all__ = [
     "load_rnn_state_dict",
     "onnx",
     "operator_library",
+    "parametrize",
     "recurrence",
     "replace_rnn",
     "restore_rnn",
