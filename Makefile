@@ -18,12 +18,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
+# Asked in words that every Python understands.
+NEW_ENOUGH = @$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+    { echo "fused-rin: PYTHON must be Python 3.10 or newer, got '$(PYTHON)'" >&2; exit 1; }
+
 .PHONY: all setup demo test lint fuzz bench-cpu bench-crowd compat docs wheel gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
 BUILD_TOOLS := "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
 $(VENV)/.deps: pyproject.toml constraints.txt tools/environment.py
+	$(NEW_ENOUGH)
 	$(PYTHON) tools/environment.py $(VENV) $(TORCH_INDEX)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt $(BUILD_TOOLS)
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(BIN)/python -m pip install -q tomli
@@ -35,6 +40,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt tools/environment.py
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	FUSED_RIN_BUILD_DIR=build/cmake $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@$(BIN)/python tools/cuda_toolkit.py >/dev/null  # its warning: pip shows none of a build that succeeds
 	touch $@
 
 setup: $(VENV)/.built
@@ -70,6 +76,7 @@ bench-crowd: setup
 # An environment of its own: these packages bring some hundred others, about 2 GB.
 COMPAT := build/compat
 $(COMPAT)/.deps: pyproject.toml constraints.txt tools/environment.py
+	$(NEW_ENOUGH)
 	$(PYTHON) tools/environment.py $(COMPAT) $(TORCH_INDEX)
 	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt $(BUILD_TOOLS)
 	$(COMPAT)/bin/python -c "import tomllib" 2>/dev/null || $(COMPAT)/bin/python -m pip install -q tomli

@@ -1,11 +1,10 @@
 """Builds the native modules with CMake, and the version; everything else is in pyproject.toml.
 
-Environment: FUSED_RIN_CUDA=auto|on|off and FUSED_RIN_CUDA_ARCHS choose the CUDA part (see cmake/cuda.cmake),
-FUSED_RIN_TORCH is the folder of the torch that the operators' library is built on (see cmake/operators.cmake),
-FUSED_RIN_CMAKE_ARGS adds arguments to the configuring call, FUSED_RIN_BUILD_DIR keeps the build for the next time,
-CMAKE_BUILD_PARALLEL_LEVEL is how many jobs it may start, FUSED_RIN_LOCAL_VERSION names the build (see `version`).
+The environment variables that it reads are on docs/environment.md. A value that means nothing ends it, with a sentence.
 """
 
+import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -20,22 +19,30 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-CMAKE_OPTIONS = ("FUSED_RIN_CUDA", "FUSED_RIN_CUDA_ARCHS", "FUSED_RIN_TORCH")
+LOCAL_VERSION = "[a-z0-9]+([-_.][a-z0-9]+)*"  # PEP 440
 
 
-def build_path() -> str:
-    """The PATH of the build: the tools of this Python environment first."""
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+def build_environment() -> dict[str, str]:
+    """With the tools of this Python environment first on the PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path}
 
 
-def find_nvcc() -> str | None:
-    """The nvcc that the CUDA part is built with, or None if it is not built."""
-    if os.environ.get("FUSED_RIN_CUDA", "auto").lower() == "off":
-        return None
-    named = os.environ.get("CUDACXX")
-    folders = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [named, *(f"{folder}/nvcc" for folder in folders), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, (shutil.which(place, path=build_path()) for place in places if place)), None)
+def end(text: str) -> SystemExit:
+    return SystemExit("\n".join(f"fused-rin: {line}" for line in text.splitlines()))
+
+
+@functools.cache
+def chosen_cuda():
+    """The `Choice` of tools/cuda_toolkit.py, which is loaded from its file: `tools` may be anybody's on the path."""
+    spec = importlib.util.spec_from_file_location("cuda_toolkit", ROOT / "tools" / "cuda_toolkit.py")
+    toolkit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toolkit)
+    env = build_environment()
+    try:
+        return toolkit.choose(env.get("FUSED_RIN_CUDA", "auto"), env.get("FUSED_RIN_CUDA_ARCHS", "auto"), env)
+    except toolkit.Refused as refused:
+        raise end(str(refused)) from None
 
 
 def public_version() -> str:
@@ -51,9 +58,10 @@ def version() -> str:
     """
     public = public_version()
     local = os.environ.get("FUSED_RIN_LOCAL_VERSION")
-    if local is None and not (ROOT / "PKG-INFO").exists() and (nvcc := find_nvcc()):
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        local = f"cu{re.search(r'release ([0-9]+)', said)[1]}"
+    if local and not re.fullmatch(LOCAL_VERSION, local, re.IGNORECASE):
+        raise end(f"FUSED_RIN_LOCAL_VERSION must be letters and digits with single dots between, got '{local}'")
+    if local is None and not (ROOT / "PKG-INFO").exists() and chosen_cuda().nvcc:
+        local = f"cu{chosen_cuda().release[0]}"
     return f"{public}+{local}" if local else public
 
 
@@ -64,7 +72,7 @@ def cmake_executable() -> str:
     except ImportError:
         found = shutil.which("cmake")
         if found is None:
-            raise SystemExit("fused-rin: cmake >= 3.24 is needed to build; try `pip install cmake`") from None
+            raise end("cmake >= 3.24 is needed to build; try `pip install cmake`") from None
         return found
     return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
 
@@ -93,32 +101,71 @@ class CMakeBuild(build_ext):
             return str(Path(*fullname.split(".")).with_suffix(".so"))
         return super().get_ext_filename(fullname)
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: an optional module of an earlier build would go on being loaded."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            if ext.optional and not built.exists():
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name != "fused_rin._native":
             return
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            raise end("pybind11 >= 2.13 is needed to build; try `pip install pybind11`") from None
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        folder = Path(os.environ.get("FUSED_RIN_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc()
+        folder = Path(os.environ.get("FUSED_RIN_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise end(f"FUSED_RIN_BUILD_DIR must be a folder that can be written to: {error}") from None
+        try:
+            more_options = shlex.split(os.environ.get("FUSED_RIN_CMAKE_ARGS", ""))
+        except ValueError as error:
+            said = os.environ["FUSED_RIN_CMAKE_ARGS"]
+            raise end(f"FUSED_RIN_CMAKE_ARGS must be words as a shell takes them, got {said!r}: {error}") from None
+        cuda = chosen_cuda()
+        if cuda.warning:
+            print(*(f"fused-rin: {line}" for line in cuda.warning.splitlines()), sep="\n", file=sys.stderr, flush=True)
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             "-DCMAKE_BUILD_TYPE=Release",
-            *(f"-D{name}={os.environ[name]}" for name in CMAKE_OPTIONS if name in os.environ),
-            *([f"-DFUSED_RIN_NVCC={nvcc}"] if nvcc else []),  # the one that the version speaks of
-            *shlex.split(os.environ.get("FUSED_RIN_CMAKE_ARGS", "")),
+            # Whether they are set or not: a folder that is kept would remember those of the time before.
+            f"-DFUSED_RIN_CUDA={'on' if cuda.nvcc else 'off'}",
+            f"-DFUSED_RIN_NVCC={cuda.nvcc or ''}",  # the one that the version speaks of
+            f"-DFUSED_RIN_CUDA_ARCHS={os.environ.get('FUSED_RIN_CUDA_ARCHS', 'auto')}",
+            f"-DFUSED_RIN_TORCH={os.environ.get('FUSED_RIN_TORCH', '')}",
+            *more_options,
         ]  # fmt: skip
-        env = {**os.environ, "PATH": build_path()}
+        env = build_environment()
         # By its path: one remembered from an isolated build before this one is gone with that build's environment.
         ninja = shutil.which("ninja", path=env["PATH"])
         generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         cmake = cmake_executable()
-        subprocess.run([cmake, "-S", ROOT, "-B", folder, *generator, *options], check=True, env=env)
+        configure(folder, [cmake, "-S", str(ROOT), "-B", str(folder), *generator, *options], env)
         parallel = [] if "CMAKE_BUILD_PARALLEL_LEVEL" in env else ["--parallel"]
-        subprocess.run([cmake, "--build", folder, *parallel], check=True, env=env)
+        if failed := subprocess.run([cmake, "--build", folder, *parallel], env=env).returncode:
+            without = "; FUSED_RIN_CUDA=off builds without the CUDA part" if cuda.nvcc else ""
+            raise end(f"the build failed with exit code {failed}, what failed stands above{without}")
+
+
+def configure(folder: Path, command: list[str], env: dict[str, str]) -> None:
+    """Where the project's own files refuse (cmake/toolchain.cmake), their words alone are shown."""
+    refusal = folder / "fused_rin_refusal.txt"
+    refusal.unlink(missing_ok=True)
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if done.returncode and refusal.exists():
+        raise end(refusal.read_text().strip().replace("fused-rin: ", ""))
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise end(f"cmake ended with exit code {done.returncode}, its words stand above")
 
 
 setup(

@@ -1,63 +1,42 @@
 # The CUDA backend, fused_rin._cuda: a module of its own, so that a CPU-only import never maps it, with the CUDA runtime
 # linked statically. Included by the top-level CMakeLists.txt.
 #
-#   FUSED_RIN_CUDA        auto (built if nvcc is found), on (an error if it is not), off
+#   FUSED_RIN_CUDA        auto (built if there is an nvcc that works), on (an error if there is none), off
 #   FUSED_RIN_CUDA_ARCHS  auto: the GPUs of this machine, else sm_80 and sm_90a, and PTX for what comes after them
 #                         all: 80 86 89 90a 100 120 and PTX; or a list such as "80;90a"
 
 set(FUSED_RIN_CUDA auto CACHE STRING "Build the CUDA backend: auto, on or off")
 set(FUSED_RIN_CUDA_ARCHS auto CACHE STRING "auto, all, or a list of compute capabilities such as 80;90a")
 
-if(NOT FUSED_RIN_CUDA MATCHES "^(auto|on|off|AUTO|ON|OFF)$")
-  message(FATAL_ERROR "FUSED_RIN_CUDA must be auto, on or off, got '${FUSED_RIN_CUDA}'")
+# tools/cuda_toolkit.py finds nvcc and tries it, unless FUSED_RIN_NVCC names one that setup.py has tried.
+set(FUSED_RIN_NVCC "" CACHE FILEPATH "An nvcc that works")
+execute_process(
+  COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/tools/cuda_toolkit.py
+          "--cuda=${FUSED_RIN_CUDA}" "--archs=${FUSED_RIN_CUDA_ARCHS}" "--nvcc=${FUSED_RIN_NVCC}"
+  OUTPUT_VARIABLE chosen ERROR_VARIABLE said RESULT_VARIABLE failed)
+if(failed)
+  refuse("${said}")
+elseif(said)
+  message(WARNING "${said}")
 endif()
-if(FUSED_RIN_CUDA MATCHES "^(off|OFF)$")
-  message(STATUS "fused-rin: CUDA backend off")
+string(REGEX MATCH "^([^\n]*)\n([^\n]*)" chosen "${chosen}")
+set(nvcc "${CMAKE_MATCH_1}")
+set(archs "${CMAKE_MATCH_2}")
+if(NOT nvcc)
+  message(STATUS "fused-rin: the CUDA backend is not built")
   return()
 endif()
 
-find_program(FUSED_RIN_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
-if(NOT FUSED_RIN_NVCC)
-  if(FUSED_RIN_CUDA MATCHES "^(on|ON)$")
-    message(FATAL_ERROR "FUSED_RIN_CUDA=on, but there is no nvcc; set CUDA_HOME or put it on the PATH")
-  endif()
-  message(STATUS "fused-rin: no nvcc found, the CUDA backend is not built")
-  return()
-endif()
-
-# ---- architectures
-set(archs "${FUSED_RIN_CUDA_ARCHS}")
-if(archs STREQUAL "auto")
-  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
-                  OUTPUT_VARIABLE capabilities RESULT_VARIABLE failed ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
-  set(archs "")
-  if(NOT failed)
-    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
-    list(REMOVE_DUPLICATES capabilities)
-    string(REPLACE "." "" archs "${capabilities}")
-    list(TRANSFORM archs REPLACE "^90$" "90a")
-  endif()
-  if(NOT archs)
-    set(archs 80 90a)
-  endif()
-elseif(archs STREQUAL "all")
-  set(archs 80 86 89 90a 100 120)
-endif()
-string(REPLACE "," ";" archs "${archs}")
 set(CMAKE_CUDA_ARCHITECTURES "")
 foreach(arch IN LISTS archs)
-  string(REGEX MATCH "^[0-9]+" number "${arch}")
-  if(NOT number OR number LESS 80)
-    message(FATAL_ERROR "FUSED_RIN_CUDA_ARCHS: the kernels need compute capability 8.0 or later, got '${arch}'")
-  endif()
   list(APPEND CMAKE_CUDA_ARCHITECTURES "${arch}-real")
 endforeach()
 list(GET archs 0 first_arch)
 string(REGEX MATCH "^[0-9]+" first_arch "${first_arch}")
 list(APPEND CMAKE_CUDA_ARCHITECTURES "${first_arch}-virtual")  # PTX of the oldest: runs on everything after it
-message(STATUS "fused-rin: CUDA backend by ${FUSED_RIN_NVCC} for ${CMAKE_CUDA_ARCHITECTURES}")
+message(STATUS "fused-rin: CUDA backend by ${nvcc} for ${CMAKE_CUDA_ARCHITECTURES}")
 
-set(CMAKE_CUDA_COMPILER "${FUSED_RIN_NVCC}")
+set(CMAKE_CUDA_COMPILER "${nvcc}")
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)

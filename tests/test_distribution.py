@@ -115,7 +115,8 @@ def test_a_wheel_has_nothing_of_an_earlier_build(clone, tmp_path):
     for name in ("gone.py", "_cuda.so"):
         (clone / lib.stdout.strip() / "fused_rin" / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / lib.stdout.strip() / "fused_rin" / name).touch()
-    no_compiling = "import subprocess; subprocess.run = lambda *_, **__: None"
+    done = "subprocess.CompletedProcess((), 0, '')"
+    no_compiling = f"import subprocess; subprocess.run = lambda *_, **__: {done}"
     setup(clone, "-q", "bdist_wheel", "--dist-dir", str(tmp_path), before=no_compiling, FUSED_RIN_CUDA="off")
     (built,) = tmp_path.iterdir()
     packed = {name for name in zipfile.ZipFile(built).namelist() if name.startswith("fused_rin/")}

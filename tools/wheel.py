@@ -26,6 +26,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheel"
 DIST = ROOT / "dist"
@@ -148,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     run(tools / "python", "-m", "build", "--sdist", "--no-isolation", "--outdir", DIST, ROOT)
     local = cuda_release()
+    if local is None and (warning := cuda_toolkit.choose(os.environ.get("FUSED_RIN_CUDA", "auto")).warning):
+        note(cuda_toolkit.prefixed(warning).lstrip())  # pip shows none of a build that succeeds
     public = run(tools / "python", ROOT / "setup.py", "--version", cwd=ROOT).split()[-1].partition("+")[0]
     variant, version = ("cuda", f"{public}+{local}") if local else ("cpu", public)
     sdist = DIST / f"fused_rin-{public}.tar.gz"

@@ -12,11 +12,11 @@ test says so. To make it anew:
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -26,6 +26,7 @@ import pytest
 from fused_rin import cuda_plan
 
 from benchmarks.gpu.cubins import Resources, compiler_release, cubins, readable
+from tools import cuda_toolkit
 
 TABLE = Path(__file__).with_name("resources.json")
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a block may opt in to
@@ -41,14 +42,14 @@ SHORT_OF_REGISTERS = {
 
 
 def module() -> Path:
-    """The built CUDA module; skips where there is neither it nor an nvcc, fails where there is only an nvcc."""
+    """The built CUDA module; skips where there is neither it nor an nvcc that works, fails where there is one."""
     spec = importlib.util.find_spec("fused_rin._cuda")
     if spec is not None and spec.origin:
         return Path(spec.origin)
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc and os.environ.get("FUSED_RIN_CUDA", "auto").lower() != "off":
-        pytest.fail(f"there is {nvcc}, but fused_rin._cuda was not built; install again (or set FUSED_RIN_CUDA=off)")
-    pytest.skip("no nvcc here and no CUDA module: nothing was compiled to look at")
+    if os.environ.get("FUSED_RIN_CUDA", "auto").lower() == "off":
+        pytest.skip("FUSED_RIN_CUDA=off, and no CUDA module: nothing was compiled to look at")
+    nvcc = find_nvcc()
+    pytest.fail(f"there is {nvcc}, but fused_rin._cuda was not built; install again (or set FUSED_RIN_CUDA=off)")
 
 
 def found_in(path: Path) -> dict[int, dict[str, Resources]]:
@@ -65,11 +66,16 @@ def compiled() -> dict[int, dict[str, Resources]]:
     return found_in(module())
 
 
+@functools.cache
+def chosen() -> cuda_toolkit.Choice:
+    return cuda_toolkit.choose()
+
+
 def find_nvcc() -> str:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if not nvcc:
-        pytest.skip("no nvcc here")
-    return nvcc
+    """The nvcc that a build takes; skips where there is none, or none that works."""
+    if chosen().nvcc is None:
+        pytest.skip(chosen().warning or "no nvcc here")
+    return chosen().nvcc
 
 
 def kernel_of(name: str) -> cuda_plan.Kernel:
