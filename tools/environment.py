@@ -4,7 +4,9 @@
 
 A torch that the calling Python has already is used, if it is new enough: the environment sees its packages. Else the
 one of constraints.txt is installed, from the package index INDEX if that is given. FOLDER/constraints.txt is what all
-other packages are installed with, so that none of them changes torch.
+other packages are installed with, so that none of them changes torch. A torch with CUDA wants a Triton of its own: that
+one is written there in place of the one of constraints.txt, with which pip would find no solution (and look for it for
+a quarter of an hour).
 """
 
 from __future__ import annotations
@@ -68,6 +70,21 @@ def share_packages(folder: Path) -> None:
         (site / "calling_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
 
+def with_triton_of(torch: list[str], constraints: str) -> str:
+    """The constraints with the Triton that torch requires, where it requires one; `torch`: its requirements."""
+    required = [line for line in torch if re.match(r"triton\b(?!.*extra\s*==)", line)]
+    if not required:
+        return constraints
+    others = [line for line in constraints.splitlines() if not re.match(r"triton\b", line)]
+    return "\n".join([*others, *required]) + "\n"
+
+
+def requirements_of_torch(python: Path) -> list[str]:
+    """As the metadata of the torch in that environment have them."""
+    code = "import importlib.metadata as m; print(*(m.requires('torch') or ()), sep='\\n')"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def main() -> None:
     folder, index = Path(sys.argv[1]), "".join(sys.argv[2:3])
     constraints = CONSTRAINTS.read_text()
@@ -82,7 +99,8 @@ def main() -> None:
             raise SystemExit(error.returncode) from None
     if any("--system-site-packages" in command for command in commands):
         share_packages(folder)
-    (folder / "constraints.txt").write_text(others)
+    required = requirements_of_torch(folder / "bin" / "python")
+    (folder / "constraints.txt").write_text(with_triton_of(required, others))
 
 
 if __name__ == "__main__":
