@@ -40,7 +40,7 @@ def chosen_cuda():
     spec.loader.exec_module(toolkit)
     env = build_environment()
     try:
-        return toolkit.choose(env.get("FUSED_RIN_CUDA", "auto"), env.get("FUSED_RIN_CUDA_ARCHS", "auto"), env)
+        return toolkit.choose(env.get("FUSED_RIN_CUDA", ""), env.get("FUSED_RIN_CUDA_ARCHS", ""), env)
     except toolkit.Refused as refused:
         raise end(str(refused)) from None
 
@@ -138,7 +138,7 @@ class CMakeBuild(build_ext):
             # Whether they are set or not: a folder that is kept would remember those of the time before.
             f"-DFUSED_RIN_CUDA={'on' if cuda.nvcc else 'off'}",
             f"-DFUSED_RIN_NVCC={cuda.nvcc or ''}",  # the one that the version speaks of
-            f"-DFUSED_RIN_CUDA_ARCHS={os.environ.get('FUSED_RIN_CUDA_ARCHS', 'auto')}",
+            f"-DFUSED_RIN_CUDA_ARCHS={os.environ.get('FUSED_RIN_CUDA_ARCHS') or 'auto'}",
             f"-DFUSED_RIN_TORCH={os.environ.get('FUSED_RIN_TORCH', '')}",
             *more_options,
         ]  # fmt: skip

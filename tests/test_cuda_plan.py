@@ -117,7 +117,7 @@ def test_a_plan_in_words():
 
 def test_a_build_without_the_module_says_so(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", None)
-    monkeypatch.setattr(cuda, "_import_error", ImportError("no module named _cuda"), raising=False)
+    monkeypatch.setattr(cuda, "_missing", "no module named _cuda")
     reason = cuda.unavailable_reason(torch.device("cuda"), BF16)
     assert "no module named _cuda" in reason
     assert "nvcc" in reason

@@ -103,14 +103,15 @@ def test_without_any_nothing_is_said_unless_it_was_asked_for(monkeypatch):
         choose("on")
 
 
-@pytest.mark.parametrize("value", ["maybe", "", "1"])
+@pytest.mark.parametrize("value", ["maybe", "yes", "1"])
 def test_values_of_the_choice(value):
     with pytest.raises(Refused, match=f"^FUSED_RIN_CUDA must be auto, on or off, got '{value}'$"):
         choose(value)
     assert choose("OFF").nvcc is None
+    assert choose("", "") == choose()
 
 
-@pytest.mark.parametrize("value", ["", "8.0", "75", "80;sm_90", "80x", "80;;90a", "ALL"])
+@pytest.mark.parametrize("value", ["8.0", "75", "80;sm_90", "80x", "80;;90a", "ALL"])
 def test_values_of_the_architectures(value):
     for cuda in ("auto", "off"):
         with pytest.raises(Refused, match=f"FUSED_RIN_CUDA_ARCHS must be auto, all or a list .* got '{value}'$"):

@@ -169,7 +169,7 @@ def trouble(nvcc: str, archs: tuple[str, ...], compressed: bool = False) -> str:
 
 def choose(cuda: str = "auto", archs: str = "auto", environment: Mapping[str, str] = os.environ) -> Choice:
     """What the CUDA part is built with. Raises Refused for values that mean nothing, and if "on" cannot be."""
-    cuda = wanted(cuda)
+    cuda, archs = wanted(cuda or "auto"), archs or "auto"  # empty: as if not set
     if archs != "auto":
         architectures(archs)  # what means nothing is refused whether it is needed or not
     if cuda == "off":
@@ -209,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.nvcc:
-            choice = Choice(options.nvcc, architectures=architectures(options.archs))
+            choice = Choice(options.nvcc, architectures=architectures(options.archs or "auto"))
         else:
             choice = choose(options.cuda, options.archs)
     except Refused as refused:

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     run(tools / "python", "-m", "build", "--sdist", "--no-isolation", "--outdir", DIST, ROOT)
     local = cuda_release()
-    if local is None and (warning := cuda_toolkit.choose(os.environ.get("FUSED_RIN_CUDA", "auto")).warning):
+    if local is None and (warning := cuda_toolkit.choose(os.environ.get("FUSED_RIN_CUDA", "")).warning):
         note(cuda_toolkit.prefixed(warning).lstrip())  # pip shows none of a build that succeeds
     public = run(tools / "python", ROOT / "setup.py", "--version", cwd=ROOT).split()[-1].partition("+")[0]
     variant, version = ("cuda", f"{public}+{local}") if local else ("cpu", public)
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "FUSED_RIN_LOCAL_VERSION": local or "",
         "FUSED_RIN_TORCH": torch_folder,
         "FUSED_RIN_CMAKE_ARGS": f"-DFUSED_RIN_PORTABLE=ON {os.environ.get('FUSED_RIN_CMAKE_ARGS', '')}",
-        "FUSED_RIN_CUDA_ARCHS": os.environ.get("FUSED_RIN_CUDA_ARCHS", "all"),
+        "FUSED_RIN_CUDA_ARCHS": os.environ.get("FUSED_RIN_CUDA_ARCHS") or "all",
         "FUSED_RIN_BUILD_DIR": str(WORK / "cmake"),  # one for all: nothing but the bindings depends on the Python
         "CMAKE_BUILD_PARALLEL_LEVEL": os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count())),
     }

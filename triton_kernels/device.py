@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from fused_rin import device as _device
+from fused_rin import settings
 from fused_rin.device import Device, allow_tf32
 
 INTERPRETER = Device("Triton's interpreter", (9, 0), 1, 1 << 20)
@@ -18,7 +17,4 @@ def device_record(index: int | None) -> Device:
 def fp32_precision() -> str:
     """ "tf32" where torch lets its own float32 matrix products use it, else "tf32x3"; FUSED_RIN_TRITON_FP32 decides
     over both ("ieee" for products without tensor cores)."""
-    asked = os.environ.get("FUSED_RIN_TRITON_FP32")
-    if asked:
-        return asked
-    return "tf32" if allow_tf32() else "tf32x3"
+    return settings.TRITON_FP32 or ("tf32" if allow_tf32() else "tf32x3")

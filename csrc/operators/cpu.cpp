@@ -5,6 +5,8 @@
 // devices (python/fused_rin/ops.py).
 #include <algorithm>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../cpu/run.h"
@@ -26,7 +28,11 @@ void run(const Problem& p, int64_t rows, int) {
   if (p.offsets) check_offsets(p, rows);
   static const Kernels& kernels = []() -> const Kernels& {
     const char* name = std::getenv("FUSED_RIN_CPU_ISA");  // as the Python package reads it
-    return cpu_kernels(name ? name : "");
+    try {
+      return cpu_kernels(name ? name : "");
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("FUSED_RIN_CPU_ISA: ") + error.what());
+    }
   }();
   sweep_cpu(p, nullptr, kernels, static_cast<int>(torch::stable::get_num_threads()));
 }

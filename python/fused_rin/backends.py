@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fused_rin import cpu, reference
+from fused_rin import cpu, reference, settings
 from fused_rin.problem import Rows, Rule
 
-NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+NAMES = settings.BACKENDS
 
 
 class BackendError(RuntimeError):
@@ -64,9 +63,7 @@ def check_name(name: str) -> str:
     return name
 
 
-_default = os.environ.get("FUSED_RIN_BACKEND", "auto")
-if _default not in NAMES:
-    raise ValueError(f"FUSED_RIN_BACKEND must be one of {', '.join(map(repr, NAMES))}, got {_default!r}")
+_default = settings.BACKEND
 
 
 @contextlib.contextmanager

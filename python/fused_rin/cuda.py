@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fused_rin import cuda_plan
+from fused_rin import cuda_plan, native
 from fused_rin.device import Device, NoPlan, aligned, allow_tf32, device_record, launches
 from fused_rin.problem import ACTIVATIONS, Rows, Rule
 
-try:
-    from fused_rin import _cuda  # type: ignore[attr-defined]
-except ImportError as error:  # built without nvcc, or a binary of another Python
-    _cuda = None
-    _import_error = error
+# Missing where it was built without nvcc.
+_cuda, _missing = native.load(
+    "_cuda", "recurrences of CUDA tensors run by Triton or as a loop in Python", optional=True
+)
 
 name = "cuda"
 
@@ -26,7 +25,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | N
     """Why this backend cannot run a problem on `device` in `dtype` (of `hidden` units, if given), or None if it can."""
     if _cuda is None:
         return (
-            f"the CUDA module could not be imported ({_import_error}); install with nvcc on the PATH to build it "
+            f"the CUDA module could not be loaded ({_missing}); install with nvcc on the PATH to build it "
             "(FUSED_RIN_CUDA=on makes a missing nvcc an error)"
         )
     if device.type != "cuda":
