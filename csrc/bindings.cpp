@@ -6,6 +6,7 @@
 #include "cpu/openmp.h"
 #include "cpu/run.h"
 #include "python_problem.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
 using namespace fused_rin;
@@ -16,7 +17,7 @@ void sweep(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const
            int max_threads, const std::string& isa) {
   const Problem p = make_problem(sizes, rule, rows, tensors);
   const Kernels& kernels = cpu_kernels(isa);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   sweep_cpu(p, nullptr, kernels, max_threads);
 }
 
@@ -34,7 +35,7 @@ void layer_forward(const Sizes& sizes, const Rule& rule, const RowAddresses& row
   layer.b_ih = pointer<const void>(b_ih);
   layer.b_hh = pointer<const void>(b_hh);
   const Kernels& kernels = cpu_kernels(isa);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   sweep_cpu(p, &layer, kernels, max_threads);
 }
 
@@ -58,7 +59,7 @@ void layer_backward(const Sizes& sizes, const Rule& rule, const RowAddresses& ro
   layer.grad_b_ih = pointer<void>(grad_b_ih);
   layer.grad_b_hh = pointer<void>(grad_b_hh);
   const Kernels& kernels = cpu_kernels(isa);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   sweep_cpu(p, &layer, kernels, max_threads);
 }
 
@@ -90,7 +91,7 @@ void step(const StepSizes& sizes, const StepRule& rule, const WeightAddresses& w
   const int64_t x_bytes = batch * inputs * size;
   const int64_t out_bytes = batch * groups * hidden * size;
   const Kernels& kernels = cpu_kernels(isa);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   for (int64_t t = 0; t < steps; ++t) {
     s.x = pointer<const void>(x + t * x_bytes);
     s.out = pointer<void>(out + t * out_bytes);

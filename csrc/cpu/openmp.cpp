@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "sanitize.h"
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <pthread.h>
@@ -63,16 +65,20 @@ void body(void* data) {
   Region& region = *static_cast<Region*>(data);
   // Every thread of the team sees the same number, so either all of them run or none; those of a team that is too small
   // would wait for each other forever.
+  begins_after(data);
   if (region.runtime.num_threads() < region.threads) return;
   const int rank = region.runtime.thread_num();
   if (rank < region.threads) region.task(rank);
   if (rank == 0) region.done = true;
+  ends_before(data);
 }
 
 }  // namespace
 
 bool has_torchs_threads() {
-  return runtime().complete() && wanted.load(std::memory_order_relaxed) && !forked.load(std::memory_order_relaxed);
+  // A fork first: another thread may have been looking for the runtime just then, and a child would wait for it for
+  // ever.
+  return !forked.load(std::memory_order_relaxed) && wanted.load(std::memory_order_relaxed) && runtime().complete();
 }
 
 void use_torchs_threads(bool use) { wanted.store(use, std::memory_order_relaxed); }
@@ -80,7 +86,9 @@ void use_torchs_threads(bool use) { wanted.store(use, std::memory_order_relaxed)
 bool run_on_torchs_threads(int threads, int team, const std::function<void(int)>& task) {
   if (!has_torchs_threads() || runtime().in_parallel()) return false;
   Region region{runtime(), threads, task, false};
+  ends_before(&region);
   runtime().parallel(body, &region, static_cast<unsigned>(std::max(team, threads)), 0);
+  begins_after(&region);
   return region.done;
 }
 

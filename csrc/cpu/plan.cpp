@@ -8,7 +8,8 @@
 namespace fused_rin {
 
 const std::vector<const Kernels*>& cpu_kernels() {
-  static const std::vector<const Kernels*> available = [] {
+  // Never destroyed: a thread may still call while the process ends.
+  static const auto* const available = new std::vector<const Kernels*>([] {
     std::vector<const Kernels*> sets;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -29,9 +30,14 @@ const std::vector<const Kernels*>& cpu_kernels() {
     sets.push_back(kernels_baseline());
 #endif
     return sets;
-  }();
-  return available;
+  }());
+  return *available;
 }
+
+namespace {
+// When this library is loaded: a child forked while another thread made the list would wait for that thread for ever.
+[[maybe_unused]] const std::vector<const Kernels*>& kernels_at_load = cpu_kernels();
+}  // namespace
 
 const Kernels& cpu_kernels(const std::string& name) {
   std::string names;

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -18,8 +19,14 @@ namespace {
 
 constexpr int64_t kLateNs = 200000;  // waking up takes 10 to 50 us
 
-// Never destroyed: its threads sleep until the process ends.
+// Never destroyed: its threads sleep until the process ends. Made when this library is loaded: a child forked while
+// another thread made it would wait for that thread for ever.
 Pool* pool = nullptr;
+
+[[maybe_unused]] const int watching = [] {
+  pool = new Pool;
+  return pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+}();
 
 // How a thread rounds, and whether denormal numbers are zero to it (torch.set_flush_denormal). Every thread has a
 // setting of its own; for the time of a task it takes the caller's, so that no bit depends on who has which rows.
@@ -48,14 +55,7 @@ void set_float_mode(FloatMode mode) {
 
 }  // namespace
 
-Pool& Pool::instance() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-  });
-  return *pool;
-}
+Pool& Pool::instance() { return *pool; }
 
 bool Pool::try_run(int threads, int torchs, const std::function<void(int)>& task) {
   std::unique_lock<std::mutex> use(in_use_, std::try_to_lock);
@@ -70,15 +70,17 @@ bool Pool::try_run(int threads, int torchs, const std::function<void(int)>& task
     set_float_mode(own);
     if (rank == 0) own_end = now_ns();
   };
-  run(threads, torchs, alike);
+  if (!run(threads, torchs, alike)) return false;
   // Parts are about equal: who waited longer for the others than it worked had a processor, and they had none.
   if (now_ns() - own_end > kLateNs + (own_end - began)) found_crowded();
   return true;
 }
 
-void Pool::run(int threads, int torchs, const std::function<void(int)>& task) {
-  if (torchs && run_on_torchs_threads(threads, torchs, task)) return;
-  while (workers_ < threads - 1) start_worker(workers_ + 1);
+bool Pool::run(int threads, int torchs, const std::function<void(int)>& task) {
+  if (torchs && run_on_torchs_threads(threads, torchs, task)) return true;
+  while (workers_ < threads - 1) {
+    if (!start_worker(workers_ + 1)) return false;
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     task_ = &task;
@@ -89,11 +91,17 @@ void Pool::run(int threads, int torchs, const std::function<void(int)>& task) {
   wake_.notify_all();
   task(0);
   wait_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+  return true;
 }
 
-void Pool::start_worker(int rank) {
-  std::thread(&Pool::work, this, rank, round_.load()).detach();
+bool Pool::start_worker(int rank) {
+  try {
+    std::thread(&Pool::work, this, rank, round_.load()).detach();
+  } catch (const std::system_error&) {  // a limit of the process, its user or its cgroup, or no memory for a stack
+    return false;
+  }
   workers_ = rank;
+  return true;
 }
 
 void Pool::work(int rank, uint64_t seen) {

@@ -17,12 +17,12 @@ class Pool {
 
   // Calls task(0 .. threads-1) at the same time, rank 0 on the caller's thread, and returns when all are done. `torchs`
   // is how many threads torch uses, 0 if its are not to be these. Returns false, having done nothing, if another caller
-  // holds the pool. The task must not throw.
+  // holds the pool or the system gives no more threads. The task must not throw.
   bool try_run(int threads, int torchs, const std::function<void(int rank)>& task);
 
  private:
-  void run(int threads, int torchs, const std::function<void(int)>& task);
-  void start_worker(int rank);
+  bool run(int threads, int torchs, const std::function<void(int)>& task);
+  bool start_worker(int rank);
   void work(int rank, uint64_t seen);
 
   std::mutex in_use_;

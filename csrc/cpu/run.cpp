@@ -15,6 +15,7 @@
 
 #include "crowd.h"
 #include "pool.h"
+#include "sanitize.h"
 
 namespace fused_rin {
 namespace {
@@ -57,9 +58,9 @@ class Memory {
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {
-    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+    const std::unique_lock<std::mutex> lock(kept_.mutex, std::try_to_lock);
     if (lock.owns_lock()) {
-      std::vector<Memory>& all = kept();
+      std::vector<Memory>& all = kept_.pieces;
       for (size_t i = all.size(); i-- > 0;) {  // the last one handed back is the warmest
         if (all[i].size() < bytes) continue;
         memory_ = std::move(all[i]);
@@ -70,9 +71,10 @@ class Workspace {
     memory_ = Memory(bytes);
   }
   ~Workspace() {
-    const std::unique_lock<std::mutex> lock(mutex(), std::try_to_lock);
+    allow(memory_.data(), memory_.size());
+    const std::unique_lock<std::mutex> lock(kept_.mutex, std::try_to_lock);
     if (!lock.owns_lock() || memory_.size() > kMost) return;
-    std::vector<Memory>& all = kept();
+    std::vector<Memory>& all = kept_.pieces;
     size_t sum = memory_.size();
     for (const Memory& m : all) sum += m.size();
     size_t first = 0;
@@ -87,15 +89,14 @@ class Workspace {
  private:
   static constexpr size_t kMost = size_t{64} << 20;
   static constexpr size_t kMostPieces = 64;
-  // Never destroyed: a thread may still be in a call while the process ends.
-  static std::mutex& mutex() {
-    static auto* const m = new std::mutex;
-    return *m;
-  }
-  static std::vector<Memory>& kept() {
-    static auto* const k = new std::vector<Memory>;
-    return *k;
-  }
+  struct Kept {
+    std::mutex mutex;
+    std::vector<Memory> pieces;
+    Kept() { pieces.reserve(kMostPieces); }  // where memory is handed back there is no way to say that more failed
+  };
+  // Never destroyed: a thread may still be in a call while the process ends. Made when this library is loaded: a child
+  // forked while another thread made it would wait for that thread for ever.
+  static inline Kept& kept_ = *new Kept;
   Memory memory_;
 };
 
@@ -105,7 +106,9 @@ class Carver {
   explicit Carver(char* base) : base_(base) {}
   void* take(int64_t bytes) {
     char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += (static_cast<size_t>(bytes) + 127) / 128 * 128;
+    const size_t end = used_ + static_cast<size_t>(bytes);
+    used_ = (end + 127) / 128 * 128 + kForbiddenBytes;
+    if (base_) forbid(base_ + end, base_ + used_);
     return piece;
   }
   size_t used() const { return used_; }
@@ -151,6 +154,7 @@ class Call {
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
     }
     for (const int64_t b : order) add(all_, b);
+    if (plan.sharing == Sharing::kRows) deal();
     if (layer) {
       const int64_t lanes = plan.layout.lanes;
       const int64_t terms = p.backward ? p.hidden : layer->inputs, outputs = p.backward ? layer->inputs : p.hidden;
@@ -261,23 +265,25 @@ class Call {
     });
   }
 
-  // What a thread has of rows g * batch + b: dealt in turn when they differ in length, else in runs.
-  Rows rows_of(int64_t group, int rank) const {
-    if (plan_.sharing != Sharing::kRows) return all_;
-    Rows rows;
-    const int64_t n = plan_.threads, first = group * p_.batch, all = p_.groups * p_.batch;
-    for (int64_t i = 0; i < p_.batch; ++i) {
-      const int64_t owner = p_.lengths ? (first + i) % n : ((first + i + 1) * n - 1) / all;
-      if (owner != rank) continue;
-      if (rows.order.empty()) rows.position = i;
-      add(rows, all_.order[static_cast<size_t>(i)]);
+  // Rows g * batch + b over the threads: in turn when they differ in length, else in runs. By the caller for all of
+  // them: from another thread no failure to get memory would come through.
+  void deal() {
+    const int64_t n = plan_.threads, all = p_.groups * p_.batch;
+    dealt_.resize(static_cast<size_t>(p_.groups * n));
+    for (Rows& rows : dealt_) rows.stride = p_.lengths ? n : 1;
+    for (int64_t i = 0; i < all; ++i) {
+      const int64_t owner = p_.lengths ? i % n : ((i + 1) * n - 1) / all;
+      Rows& rows = dealt_[static_cast<size_t>(i / p_.batch * n + owner)];
+      if (rows.order.empty()) rows.position = i % p_.batch;
+      add(rows, all_.order[static_cast<size_t>(i % p_.batch)]);
     }
-    rows.stride = p_.lengths ? n : 1;
-    return rows;
+  }
+  const Rows& rows_of(int64_t group, int rank) const {
+    return dealt_.empty() ? all_ : dealt_[static_cast<size_t>(group * plan_.threads + rank)];
   }
 
   void run_group(int64_t group, int rank) {
-    const Rows rows = rows_of(group, rank);
+    const Rows& rows = rows_of(group, rank);
     if (rows.order.empty() && !layer_) return;  // in a layer's backward sweep there are gradients to share
     const Layout& l = plan_.layout;
     const Own& own = own_[rank];
@@ -348,6 +354,8 @@ class Call {
   const int64_t scalar_;  // bytes
   const int64_t unit_;    // terms in a unit of a product
   Rows all_;
+  // [G, threads], where each has rows of its own.
+  std::vector<Rows> dealt_;
   Panels input_{};
   char *panels_ = nullptr, *input_panels_ = nullptr;
   char *states_[2] = {}, *factors_[2] = {};

@@ -4,6 +4,7 @@
 // its schemas; it puts its own functions, which know every backend, before these kernels, which stand behind all
 // devices (python/fused_rin/ops.py).
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -26,15 +27,19 @@ void check_offsets(const Problem& p, int64_t rows) {
 
 void run(const Problem& p, int64_t rows, int) {
   if (p.offsets) check_offsets(p, rows);
-  static const Kernels& kernels = []() -> const Kernels& {
+  // Whoever comes first looks; nobody waits, so a fork from another thread's call can leave nothing locked.
+  static std::atomic<const Kernels*> chosen{nullptr};
+  const Kernels* kernels = chosen.load(std::memory_order_relaxed);
+  if (!kernels) {
     const char* name = std::getenv("FUSED_RIN_CPU_ISA");  // as the Python package reads it
     try {
-      return cpu_kernels(name ? name : "");
+      kernels = &cpu_kernels(name ? name : "");
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument(std::string("FUSED_RIN_CPU_ISA: ") + error.what());
     }
-  }();
-  sweep_cpu(p, nullptr, kernels, static_cast<int>(torch::stable::get_num_threads()));
+    chosen.store(kernels, std::memory_order_relaxed);
+  }
+  sweep_cpu(p, nullptr, *kernels, static_cast<int>(torch::stable::get_num_threads()));
 }
 
 }  // namespace
