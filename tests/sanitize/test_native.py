@@ -1,4 +1,4 @@
-"""The CPU engine without Python, under both kinds of sanitizers, at its worst (stress.cpp); and that they would speak up.
+"""The CPU engine without Python, under both kinds of sanitizers, at its worst (stress.cpp); and planted faults.
 
 `make sanitize` is the long form: every instruction set, optimised, each compiler, and the Python module.
 """
@@ -54,11 +54,21 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     kernels, runtime = folder / "kernels.o", folder / "libtorch_cpu.so"
     sources = [path for path in ROOT.glob("csrc/cpu/*.cpp") if path.name != "sweep.cpp"]
+    own = [ROOT / "tests/sanitize/stress.cpp", folder / "absent.cpp"]
     for command in (
         [*INSTRUCTIONS[isa], f"-DFUSED_RIN_ISA={isa}", "-c", ROOT / "csrc/cpu/sweep.cpp", "-o", kernels],
         ["-fPIC", "-shared", "-Wl,-soname,libtorch_cpu.so", ROOT / "tests/sanitize/runtime.cpp", "-o", runtime],
-        [*sources, ROOT / "tests/sanitize/stress.cpp", folder / "absent.cpp", kernels, "-Wl,--no-as-needed", runtime]
-        + [f"-Wl,-rpath,{folder}", "-ldl", "-o", folder / "stress"],
+        [
+            *sources,
+            *own,
+            kernels,
+            "-Wl,--no-as-needed",
+            runtime,
+            f"-Wl,-rpath,{folder}",
+            "-ldl",
+            "-o",
+            folder / "stress",
+        ],
     ):
         subprocess.run([*options, *command], check=True, cwd=ROOT)
     return request.param, folder / "stress", isa
