@@ -2,6 +2,7 @@
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/, and PyTorch's examples
+#   make bench-peers  on demand: the CPU's kernels beside JAX, oneDNN, OpenVINO and others, installed under build/; 20 minutes
 #   make fuzz SECONDS=600  random calls against the reference, see tests/fuzz; RESULTS=FILE writes what was run
 #   make docs   the documentation as a site under build/site; a warning (a link to nothing, say) is an error
 #   make sanitize  the C++ of the CPU under ASan, UBSan and TSan, alone and in Python, some twenty minutes; zero findings
@@ -24,7 +25,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 NEW_ENOUGH = @$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
     { echo "fused-rin: PYTHON must be Python 3.10 or newer, got '$(PYTHON)'" >&2; exit 1; }
 
-.PHONY: all setup demo test lint fuzz sanitize bench-cpu bench-crowd compat docs wheel gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz sanitize bench-cpu bench-crowd bench-peers bench-compare compat docs wheel gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -58,7 +59,7 @@ lint: $(VENV)/.deps
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'benchmarks/*.cpp')
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 SECONDS ?= 600
@@ -78,6 +79,24 @@ bench-cpu: setup
 
 bench-crowd: setup
 	$(BIN)/python -m benchmarks.crowd $(RESULTS)
+
+# Other engines in an environment of their own, each where it can be had. ONLY='training-B1-*', QUICK=1: fewer cases.
+PEERS := build/peers
+$(PEERS)/.deps: pyproject.toml constraints.txt tools/environment.py benchmarks/peers/install.py
+	$(PYTHON) tools/environment.py $(PEERS) $(TORCH_INDEX)
+	$(PEERS)/bin/python -c "import tomllib" 2>/dev/null || $(PEERS)/bin/python -m pip install -q tomli
+	$(PEERS)/bin/python -m pip install -q -c $(PEERS)/constraints.txt $$($(PEERS)/bin/python tools/extras.py experiments bench)
+	$(PEERS)/bin/python benchmarks/peers/install.py $(PEERS)/constraints.txt $(PEERS)/missing.json \
+	    $$($(PEERS)/bin/python tools/extras.py peers)
+	touch $@
+
+bench-peers: setup $(PEERS)/.deps
+	PYTHONPATH=python $(PEERS)/bin/python -m fused_rin bench --out $(or $(RESULTS),benchmarks/results/peers.json) \
+	    $(if $(ONLY),--only '$(ONLY)') $(if $(QUICK),--quick)
+
+# OLD=a.json NEW=b.json, of bench-peers or bench-cpu: what got slower beyond the noise of both; fails if anything did.
+bench-compare: setup
+	$(BIN)/python -m fused_rin bench --compare $(OLD) $(NEW)
 
 # An environment of its own: these packages bring some hundred others, about 2 GB.
 COMPAT := build/compat

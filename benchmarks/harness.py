@@ -28,6 +28,10 @@ class Case:
     threads: int = 0  # of the CPU; 0: the GPU works
     directions: int = 1
     crowd: str = ""  # who else wants the processors, see `crowd.py`
+    layers: int = 1
+    heads: int = 1
+    activation: str = "relu"  # or tanh
+    layout: str = ""  # packed (lengths from `steps` down to a quarter), batch_first; "": [steps, batch, features]
 
     def __str__(self) -> str:
         return "-".join(map(str, _said(self).values()))
@@ -45,6 +49,9 @@ class Measurement:
     us_graph: float | None = None  # median when replayed as a CUDA graph
     kept_bytes: int | None = None  # memory held between forward and backward, the output included
     zero_states: float | None = None  # share of the states that are 0
+    rounds: int | None = None  # how many the quartiles are of
+    distance: float | None = None  # relative, of what was compared with the float64 computation, the largest
+    cores: float | None = None  # processor time of the process by time, while it was measured: waiting threads count
     note: str = ""  # why there is no number
 
 

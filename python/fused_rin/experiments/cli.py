@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def _main(arguments: Sequence[str] | None) -> NoReturn:
     _add_experiment(commands)
     _add_diagnose(commands)
     _add_download(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     try:
         status = options.run(options)
@@ -269,6 +271,48 @@ def _download(options: argparse.Namespace) -> int:
     written = download(options.name, folder)
     print("\n".join(map(str, written)) or f"{options.name} is in {folder} already, and sound")
     return 0
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the RIN on this CPU beside other engines",
+        description="Time the RIN on this CPU beside torch, JAX, oneDNN, ONNX Runtime and OpenVINO, each where it is "
+        "installed and gives equal outputs. From a checkout; `make bench-peers` installs them first. 20 minutes.",
+    )
+    parser.set_defaults(run=_bench)
+    parser.add_argument("--list", action="store_true", help="run nothing: which peers are here, and the cases")
+    parser.add_argument("--peers", default="", metavar="NAMES", help="with commas between (default: all)")
+    parser.add_argument("--threads", default="1,2", metavar="N,...", help="default: 1,2")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases to run, e.g. 'training-B1-*'")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: peers.json; a table and pictures beside it")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="what got slower, exit code 1 if any"
+    )
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="run nothing: table and pictures of results")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "benchmarks" / "peers" / "command.py").exists():
+        raise UserError("bench needs the folder benchmarks, which is in a checkout and not in a wheel")
+    sys.path.insert(0, str(root))
+    try:
+        command = importlib.import_module("benchmarks.peers.command")
+    except ModuleNotFoundError as error:
+        if error.name not in ("pytest", "pytest_benchmark"):
+            raise
+        raise UserError(f"{error.name} is not installed; bench needs: pip install 'fused-rin[bench]'") from None
+    if options.compare:
+        return command.compare_files(*options.compare)
+    if options.draw:
+        return command.redraw(options.draw)
+    choice = command.choose(options.peers, options.threads, options.only, options.quick)
+    if options.list:
+        print(command.listing(choice))
+        return 0
+    return command.measure(choice, options.out or Path("peers.json"))
 
 
 def _reopen(path: Path, given: dict[str, Any]) -> Run:
