@@ -1,1 +1,1 @@
-"""The RIN on the CPU beside everything that computes the same network: see README.md here, and `make bench-peers`."""
+"""The RIN on the CPU beside everything that computes the same network: `make bench-peers`, and ../NOTES-peers.md."""

@@ -27,6 +27,11 @@ TOLERANCES = {
 }
 
 
+# Training is also checked on SHORT steps, where an error in one step is not lost among hundreds and few units stop in
+# one rounding only. A wrong term that oneDNN 3.2 can add in the first step: 7e-3 of a gradient over 512, here 0.15.
+SHORT, SHORT_GRADIENT = 16, 1e-3
+
+
 class NotEqual(Exception):
     """A peer does not compute what it is to be compared with; the text says which tensor and how far off."""
 
@@ -169,6 +174,8 @@ def check(case: Case, got: Tensors, want: Tensors) -> float:
     found = distances(got, want)
     for name, distance in found.items():
         limit = TOLERANCES[case.dtype][name != "output"]
+        if case.dtype == "float32" and case.steps <= SHORT:
+            limit = SHORT_GRADIENT
         if not distance <= limit:
             raise NotEqual(f"{name}: {distance:.1e} from the float64 computation, at most {limit:.0e} is equal")
     return max(found.values())

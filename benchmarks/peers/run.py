@@ -62,7 +62,7 @@ def run(choice: Choice, out: Path) -> Results:
             absent[peer] = str(error)
             continue
         about["settings"][peer] = made.setting
-    about["roofline"] = roofs(choice.threads)
+    about["roofline"] = roofs(choice)
     results = Results(about)
     for threads in choice.threads:
         for groups in cases.BLOCKS:
@@ -79,14 +79,15 @@ def run(choice: Choice, out: Path) -> Results:
                 print(f"{threads} thread(s), {'+'.join(groups)}, {peer}: {said}", flush=True)
                 for row in failures(rows):
                     print(f"    {cases.label(row.case)}: {row.note}", flush=True)
-    about["roofline_after"] = roofs(choice.threads)
+    about["roofline_after"] = roofs(choice)
     results.save(out)
     return results
 
 
-def roofs(threads: Iterable[int]) -> dict[str, Any]:
+def roofs(choice: Choice) -> dict[str, Any]:
+    """Of each number of threads; before and after a run, which shows a drifting clock."""
     try:
-        return {str(number): roofline.measure(number) for number in threads}
+        return {str(n): roofline.measure(n, 0.002 if choice.quick else 0.01) for n in choice.threads}
     except native.CannotBuild as error:
         return {"missing": str(error)}
 

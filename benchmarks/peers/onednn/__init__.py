@@ -78,8 +78,8 @@ class OneDNN(Peer):
             return f"no {case.dtype} in vanilla_rnn"
         if case.layout == "packed":
             return "no lengths"
-        if case.layers > 1 and inputs(case) != case.hidden:
-            return "several layers of one size only"
+        if case.layers > 1 and (case.directions > 1 or inputs(case) != case.hidden):
+            return "several layers only where all have inputs of one size"
         return ""
 
     def start(self, job: Job) -> Run:
