@@ -15,9 +15,10 @@ from pathlib import Path
 
 
 def reason(text: str) -> str:
-    """pip's last error without addresses."""
-    errors = [line for line in text.splitlines() if line.startswith("ERROR:")] or ["pip failed"]
-    return re.sub(r"\S+://\S+", "...", errors[-1].removeprefix("ERROR:").strip())
+    """pip's error, in a line without addresses: that there is no such version, or the first of several."""
+    errors = [line.removeprefix("ERROR:").strip() for line in text.splitlines() if line.startswith("ERROR:")]
+    told = next((line for line in errors if "No matching distribution" in line), errors[0] if errors else "pip failed")
+    return re.sub(r"\S+://\S+", "...", told)[:200]
 
 
 def main() -> None:

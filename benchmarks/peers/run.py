@@ -71,7 +71,8 @@ def run(choice: Choice, out: Path) -> Results:
                 began = time.monotonic()
                 rows, load = block(peer, threads, chosen, quick=choice.quick)
                 results.rows += rows
-                about["load"].append({"peer": peer, "threads": threads, "group": "+".join(groups), **load})
+                if load:
+                    about["load"].append({"peer": peer, "threads": threads, "group": "+".join(groups), **load})
                 results.save(out)
                 said = (
                     f"{sum(row.us is not None for row in rows)} of {len(rows)} timed, {time.monotonic() - began:.0f} s"

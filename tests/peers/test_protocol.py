@@ -256,4 +256,6 @@ def test_a_source_that_does_not_compile_says_where(tmp_path):
 def test_why_a_package_was_not_installed_is_said_without_addresses():
     text = "WARNING: x\nERROR: Could not find a version\nERROR: No matching distribution found for jax at https://a.b/c"
     assert install.reason(text) == "No matching distribution found for jax at ..."
+    text = "ERROR: Cannot install jax==0 because of conflicts.\nERROR: ResolutionImpossible: for help visit https://a"
+    assert install.reason(text) == "Cannot install jax==0 because of conflicts."
     assert install.reason("") == "pip failed"
