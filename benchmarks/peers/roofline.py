@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.harness import Case
 from benchmarks.peers import native
-from benchmarks.peers.cases import inputs
+from benchmarks.peers.cases import inputs, lengths
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 Rates = dict[str, dict[str, float]]
@@ -30,6 +30,11 @@ def measure(threads: int, seconds: float = 0.01) -> Rates:
     return json.loads(done.stdout)
 
 
+def _rows(case: Case) -> float:
+    """Sequences in a step, the mean over the steps where they end at different ones."""
+    return sum(lengths(case)) / case.steps if case.layout == "packed" else case.batch
+
+
 def flops(case: Case) -> float:
     """Of a step of all layers and directions. Training is three products in place of one: the output, the gradient of
     what came in, the gradient of the weights.
@@ -37,7 +42,7 @@ def flops(case: Case) -> float:
     total = 0.0
     for layer in range(case.layers):
         width = inputs(case) if layer == 0 else case.hidden * case.directions
-        total += 2.0 * case.batch * case.directions * case.hidden * (width + case.hidden / case.heads)
+        total += 2.0 * _rows(case) * case.directions * case.hidden * (width + case.hidden / case.heads)
     return total * (3 if case.mode == "training" else 1)
 
 
@@ -51,7 +56,7 @@ def seconds(case: Case, rates: Rates) -> tuple[float, str]:
     share = matrix / case.threads if case.batch == 1 else matrix
     weights = passes * ways * share * case.threads / 1e9 / _bandwidth(rates, share)
     # The output written; training reads it and its gradient, and writes the input's. All steps lie behind each other.
-    values = case.batch * (inputs(case) + ways * case.hidden) * passes * size
+    values = _rows(case) * (inputs(case) + ways * case.hidden) * passes * size
     stream = values / 1e9 / _bandwidth(rates, values * case.steps / case.threads)
     bounds = {"multiply-adds": compute, "reading U": weights, "sequences": stream}
     name = max(bounds, key=bounds.__getitem__)

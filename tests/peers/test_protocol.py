@@ -218,6 +218,8 @@ def test_operations_are_counted():
     assert roofline.flops(case) == 2 * 4 * 32 * (8 + 32)
     assert roofline.flops(dataclasses.replace(case, mode="training")) == 3 * roofline.flops(case)
     assert roofline.flops(dataclasses.replace(case, heads=4)) == 2 * 4 * 32 * (8 + 8)
+    packed = dataclasses.replace(case, layout="packed")  # of 10, 8, 5 and 2 steps
+    assert roofline.flops(packed) == pytest.approx(roofline.flops(case) * (10 + 8 + 5 + 2) / 40)
     both = dataclasses.replace(case, layers=2, directions=2)
     assert roofline.flops(both) == 2 * (2 * 4 * 32 * (8 + 32) + 2 * 4 * 32 * (64 + 32))
 
