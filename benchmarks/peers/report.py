@@ -163,13 +163,15 @@ def draw_roofline(results: Results) -> Figure:
     rates = results.machine.get("roofline", {})
     rows = {case: row for case, row in results.by_case().items() if is_shape(case) and inputs(case) == case.hidden}
     batches = sorted({case.batch for case in rows})
-    figure, axes = _panels(results, f"Share of the roofline: {OURS} solid, the fastest peer dashed")
+    figure, axes = _panels(
+        results, f"Share of the roofline, float32, input_size = D: {OURS} solid, the fastest peer dashed"
+    )
     for (mode, threads), axis in axes.items():
         for colour, batch in enumerate(batches):
             cases = sorted(
                 (c for c in rows if (c.mode, c.threads, c.batch) == (mode, threads, batch)), key=lambda c: c.hidden
             )
-            for style, pick in (("-o", lambda row: row.get(OURS)), ("--", best)):
+            for style, pick in (("-o", lambda row: row.get(OURS)), ("--x", best)):
                 points = [
                     (case.hidden, roofline.share(case, found.us, rates))
                     for case in cases
@@ -181,8 +183,11 @@ def draw_roofline(results: Results) -> Figure:
                     x, y = zip(*points, strict=True)
                     axis.plot(x, y, style, color=f"C{colour}", label=name, markersize=3, linewidth=1.2)
         axis.set_xscale("log", base=2)
+        sizes = sorted({case.hidden for case in rows})
+        axis.set_xticks(sizes, map(str, sizes))
         axis.set_xlabel("D, units")
-        axis.set_ylim(bottom=0)
+        axis.set_ylabel("share")
+        axis.set_ylim(0, max(1.1, 1.05 * axis.get_ylim()[1]))
         axis.axhline(1, color="grey", linewidth=1)
         axis.grid(alpha=0.3)
         if axis.lines[1:]:
