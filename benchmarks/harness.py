@@ -54,6 +54,11 @@ class Measurement:
     cores: float | None = None  # processor time of the process by time, while it was measured: waiting threads count
     note: str = ""  # why there is no number
 
+    @property
+    def starved(self) -> bool:
+        """Whether others had the processor for a tenth of the time or more: a call never waits for anything else."""
+        return self.cores is not None and self.cores < 0.9
+
 
 @dataclass
 class Results:

@@ -2,7 +2,8 @@
 
 A machine's clock drifts and others use it. What is not ours is the control: the median of how all other implementations
 changed is taken out, if they have the same versions in both files. A row is slower if what is left is more than its
-margin, the larger of 5 percent and both relative interquartile ranges together, and if the ranges do not overlap.
+margin, the larger of 5 percent and both relative interquartile ranges together, and if the ranges do not overlap. A row
+whose process did not have a processor to itself, in either file, is no measurement and is not judged.
 """
 
 from __future__ import annotations
@@ -52,19 +53,21 @@ def drift(old: Results, new: Results, ours: str) -> float:
     for row in new.rows:
         known = before.get((row.case, row.implementation))
         versions = [results.machine.get("peers", {}).get(row.implementation) for results in (old, new)]
-        if not row.implementation.startswith(ours) and versions[0] == versions[1] and known and known.us and row.us:
+        if row.implementation.startswith(ours) or versions[0] != versions[1] or known is None:
+            continue
+        if known.us and row.us and not known.starved and not row.starved:
             ratios.append(row.us / known.us)
     return statistics.median(ratios) if len(ratios) >= CONTROL else 1.0
 
 
 def changes(old: Results, new: Results, ours: str) -> list[Change]:
-    """Of all rows of `ours` that have a number in `old` and were to be run in `new`."""
+    """Of all rows of `ours` that have a number in `old`, were to be run in `new`, and had a processor in both."""
     common = drift(old, new, ours)
     after = {(row.case, row.implementation): row for row in new.rows}
     found = []
     for row in old.rows:
         now = after.get((row.case, row.implementation))
-        if row.implementation != ours or not row.us or now is None:
+        if row.implementation != ours or not row.us or now is None or row.starved or now.starved:
             continue
         if not now.us:
             found.append(Change(row.case, ours, row.us, None, math.inf, 0.0))
@@ -94,8 +97,11 @@ def compare(old_file: Path, new_file: Path, ours: str) -> int:
         if old.machine.get(name) != new.machine.get(name):
             print(f"not the same machine: {name} {old.machine.get(name)}, then {new.machine.get(name)}")
     all_rows = changes(old, new, ours)
+    for file, results in ((old_file, old), (new_file, new)):
+        if starved := sum(row.starved for row in results.rows if row.implementation == ours):
+            print(f"{file}: {starved} rows shared their processor with others and are not judged")
     if not all_rows:
-        print(f"no case of {ours} is in both files with a time in {old_file}")
+        print(f"no case of {ours} can be compared: in both files, with a time in {old_file}")
         return 1
     found = slower(old, new, ours)
     faster = sum(change.ratio * (1 + change.margin) < 1 for change in all_rows)

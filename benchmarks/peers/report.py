@@ -54,12 +54,14 @@ def is_shape(case: Case) -> bool:
 def table(results: Results) -> str:
     about = results.machine
     rows = results.by_case()
+    starved = any(row.starved for row in results.rows)
     names = [name for name in PEERS if any(name in row for row in rows.values())]
     lines = ["# The RIN and its peers on the CPU", "", _where(results), ""]
     lines += [
         f"Times are us a step, medians; bold is the fastest, and behind it the ratio of the best peer to {OURS}.",
         "Roof: the share of what multiply-adds and caches allow (`benchmarks/peers/roofline.py`). Every row was first",
         "compared with nn.RNN in float64: gradients too, in training. A dash: not run, the reasons are at the end.",
+        *(["A question mark: others had the processor for a tenth of the time or more."] if starved else []),
     ]
     for mode in MODES:
         for threads in sorted({case.threads for case in rows}):
@@ -108,7 +110,7 @@ def _line(case: Case, row: Row, names: list[str], rates: dict) -> str:
     for name in names:
         us = row[name].us if name in row else None
         text = f"{us:.3g}" if us and us < 100 else f"{us:.0f}" if us else "-"
-        cells.append(f"**{text}**" if us and us == fastest else text)
+        cells.append((f"**{text}**" if us and us == fastest else text) + "?" * (us is not None and row[name].starved))
     times = ratio(row)
     mine = row[OURS].us if OURS in row else None
     roof = roofline.share(case, mine, rates) if mine else None

@@ -85,6 +85,22 @@ def test_another_release_of_a_peer_is_no_control():
     assert len(compare.slower(old, new, OURS)) == 12
 
 
+def test_what_had_no_processor_of_its_own_is_not_judged(tmp_path, capsys):
+    new = changed(changed(measured(), 4, 3.0), 6, 1.5)
+    mine = [row for row in new.rows if row.implementation == OURS]
+    mine[4].cores, mine[6].cores = 0.4, 0.99
+    (found,) = compare.slower(measured(), new, OURS)
+    assert found.case == mine[6].case
+    measured().save(tmp_path / "old.json")
+    for row in mine:
+        row.cores = 0.5
+    new.save(tmp_path / "new.json")
+    code, text = command(capsys, "--compare", tmp_path / "old.json", tmp_path / "new.json")
+    assert code == 1
+    assert "12 rows shared their processor with others" in text
+    assert "no case of fused-rin can be compared" in text
+
+
 def test_a_row_that_does_not_run_any_more_is_found():
     new = measured()
     new.rows[4].us, new.rows[4].note = None, "NotEqual: output: 1e-2"
@@ -130,13 +146,15 @@ def test_the_table_says_who_is_fastest_and_who_is_missing():
         "settings": dict.fromkeys((OURS, PEER, JAX), "a setting"), "roofline": {},
         "load": [{"others": 0.5}, {"others": 0.01}, {}],
     }  # fmt: skip
+    results.rows[0].cores, results.rows[12].cores = 0.91, 0.5
     results.rows[1].us = 5.0  # ours at D = 128: slower than nn.RNN's 3
     results.rows[-1] = dataclasses.replace(results.rows[-1], us=None, note=run.REFUSED + "too long")
     results.rows[-2] = dataclasses.replace(results.rows[-2], us=None, note="NotEqual: output: 1e-2")
     text = report.table(results)
-    assert "| B1-T100-D64-I64-float32 | **1** | 2 | 3 | 2.00 | - |" in text
+    assert "| B1-T100-D64-I64-float32 | **1** | 2? | 3 | 2.00 | - |" in text
     assert "| B1-T100-D128-I64-float32 | 5 | **3** | 4 | 0.60 | - |" in text
     assert "| B1-T100-D768-I64-float32 | **12** | 13 | - | 1.08 | - |" in text
+    assert "A question mark: others had the processor" in text
     assert "- OpenVINO: openvino not installed." in text
     assert "- JAX lax.scan, 1 rows: not run: too long." in text
     assert "- JAX lax.scan, forward-B1-T100-D704-I64-float32, 1 thread(s): NotEqual: output: 1e-2" in text
