@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from fused_rin import cpu
 
+import cmake
+
 ROOT = Path(__file__).resolve().parents[2]
 # Optimised, addresses and undefined behaviour take 21 s to compile, not 5.
 SANITIZERS = {
@@ -110,3 +112,11 @@ def test_planted_faults_are_found(program):
         code, output = run(stress, isa, fault)
         assert code != 0
         assert any(words in line for line in findings(output)), output
+
+
+@pytest.mark.parametrize("value", ["memory", "ON", "address,undefined"])
+def test_the_build_refuses_another_sanitizer(value):
+    command = [f"{cmake.CMAKE_BIN_DIR}/cmake", f"-DFUSED_RIN_SANITIZE={value}", "-P", "cmake/sanitize.cmake"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"must be address, thread or off, got '{value}'" in " ".join(done.stderr.split())
