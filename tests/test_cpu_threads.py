@@ -85,6 +85,7 @@ import os, torch
 from fused_rin import _native, cpu
 from fused_rin.problem import ALL_ROWS, Rule
 torch.set_num_threads(2)
+_native.assume_processors(2)  # beside other tests a call may find none free, and do without a second thread
 pre, weight = torch.randn(64, 8, 1, 256), torch.randn(1, 256, 256) / 100
 run = lambda: cpu.forward(pre, weight, None, ALL_ROWS, Rule())[0]
 """
