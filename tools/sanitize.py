@@ -32,9 +32,13 @@ SCENARIOS = [
     ["many_threads", "nested_calls", "exceptions", "forks_after_calls"],
 ]
 
-# Python keeps what it has until it ends, so leaks are looked for in the native program alone; 16 TB are a null pointer.
+# Python keeps what it has until it ends, so leaks are looked for in the native program alone; 16 TB are a null pointer;
+# for the rest see tests/sanitize/stress.cpp.
 OPTIONS = {
-    "address": {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    "address": {
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
     "thread": {
         "TSAN_OPTIONS": "die_after_fork=0:allocator_may_return_null=1:atexit_sleep_ms=0:"
         f"suppressions={ROOT}/tests/sanitize/tsan.supp"
