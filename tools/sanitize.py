@@ -51,16 +51,23 @@ def findings(output: str) -> list[str]:
     return [line for line in output.splitlines() if any(mark in line for mark in MARKS)]
 
 
-def runtime(compiler: str, kind: str) -> Path | None:
-    """The shared library to preload, or None where the compiler has none."""
+def runtime(compiler: str, kind: str) -> list[Path]:
+    """The shared libraries to preload, none where the compiler has no such sanitizer.
+
+    C++'s own comes with it: the sanitizer looks for what throws as it starts, when a Python has none yet.
+    """
     short = {"address": "asan", "thread": "tsan"}[kind]
     machine = os.uname().machine
-    for name in (f"lib{short}.so", f"libclang_rt.{short}-{machine}.so", f"libclang_rt.{short}.so"):
+    names = [f"lib{short}.so", f"libclang_rt.{short}-{machine}.so", f"libclang_rt.{short}.so", "libstdc++.so.6"]
+    if "clang" in Path(compiler).name:  # which finds GCC's, too
+        names = names[1:]
+    paths = []
+    for name in names:
         said = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         path = Path(said.stdout.strip())
         if path.is_absolute() and path.exists():
-            return path.resolve()
-    return None
+            paths.append(path.resolve())
+    return paths if len(paths) == 2 else []
 
 
 def build(compiler: str, kind: str, folder: Path) -> None:
@@ -111,11 +118,14 @@ def check(compiler: str, kind: str, seconds: float, rounds: int) -> list[str]:
     build(compiler, kind, folder)
     before = without_randomness(kind)
     preloaded = runtime(compiler, kind)
-    if preloaded is None:
+    if not preloaded:
         raise SystemExit(f"{compiler} has no shared runtime of the {kind} sanitizer")
     python = {
-        "LD_PRELOAD": str(preloaded), "PYTHONPATH": str(folder / "python"), "PYTHONMALLOC": "malloc", **OPTIONS[kind]
-    }  # fmt: skip
+        "LD_PRELOAD": " ".join(map(str, preloaded)),
+        "PYTHONPATH": str(folder / "python"),
+        "PYTHONMALLOC": "malloc",
+        **OPTIONS[kind],
+    }
     module = [*before, sys.executable, "-m", "tests.sanitize.calls", "--rounds", str(rounds)]
     if kind == "thread":
         module += ["--threads-in-children", "1"]
