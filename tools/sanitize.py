@@ -127,8 +127,7 @@ def check(compiler: str, kind: str, seconds: float, rounds: int) -> list[str]:
         **OPTIONS[kind],
     }
     module = [*before, sys.executable, "-m", "tests.sanitize.calls", "--rounds", str(rounds)]
-    if kind == "thread":
-        module += ["--threads-in-children", "1"]
+    module += ["--threads-in-children", "1"] if kind == "thread" else ["--quiet-forks"]  # see there
     where = [*before, sys.executable, "-c", "from fused_rin import _native as n; print(n.__file__, *n.isas())"]
     said = subprocess.run(where, env={**os.environ, **python}, stdout=subprocess.PIPE, text=True, check=True).stdout
     path, *sets = said.split()

@@ -472,6 +472,11 @@ bool all_scenarios(const Kernels& kernels, double seconds) {
   use_torchs_threads(true);
   good = check("fork after a call", in_a_child(again) == 0) && good;
   good = check("many callers", many_callers(works, kernels, seconds, [] { return true; })) && good;
+#if FUSED_RIN_ASAN
+  // GCC 12's runtime does not take its allocator's locks before a fork: a child of a process in which another thread
+  // asked for memory just then waits for ever, in malloc.
+  std::puts("forks during calls             left to ThreadSanitizer and to no sanitizer");
+#else
   const auto fork_here = [&] {
     bool same = false;
     std::thread([&] {
@@ -483,6 +488,7 @@ bool all_scenarios(const Kernels& kernels, double seconds) {
     return same;
   };
   good = check("forks during calls", many_callers(works, kernels, seconds, fork_here)) && good;
+#endif
   return good;
 }
 
