@@ -1,4 +1,4 @@
-# Everything starts from a fresh checkout: Python 3.10+, a C++17 compiler, and the network for the first `pip install`.
+# Everything starts from a fresh checkout: Python 3.10+ with its headers, a C++17 compiler, the network for the first `pip install`.
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/, and PyTorch's examples
@@ -83,6 +83,7 @@ bench-crowd: setup
 # Other engines in an environment of their own, each where it can be had. ONLY='training-B1-*', QUICK=1: fewer cases.
 PEERS := build/peers
 $(PEERS)/.deps: pyproject.toml constraints.txt tools/environment.py benchmarks/peers/install.py
+	$(NEW_ENOUGH)
 	$(PYTHON) tools/environment.py $(PEERS) $(TORCH_INDEX)
 	$(PEERS)/bin/python -c "import tomllib" 2>/dev/null || $(PEERS)/bin/python -m pip install -q tomli
 	$(PEERS)/bin/python -m pip install -q -c $(PEERS)/constraints.txt $$($(PEERS)/bin/python tools/extras.py experiments bench)

@@ -154,10 +154,22 @@ class CMakeBuild(build_ext):
             raise end(f"the build failed with exit code {failed}, what failed stands above{without}")
 
 
+def compiler_has_changed(folder: Path, env: dict[str, str]) -> bool:
+    """Whether the compiler of an earlier build in this folder is gone, or CXX names another: CMake would keep to it."""
+    cache = folder / "CMakeCache.txt"
+    found = re.search("^CMAKE_CXX_COMPILER:[A-Z]+=(.+)$", cache.read_text() if cache.exists() else "", re.MULTILINE)
+    if not found:
+        return False
+    named = env.get("CXX")
+    return not Path(found[1]).exists() or bool(named and (shutil.which(named, path=env["PATH"]) or named) != found[1])
+
+
 def configure(folder: Path, command: list[str], env: dict[str, str]) -> None:
     """Where the project's own files refuse (cmake/toolchain.cmake), their words alone are shown."""
     refusal = folder / "fused_rin_refusal.txt"
     refusal.unlink(missing_ok=True)
+    if compiler_has_changed(folder, env):
+        command = [*command, "--fresh"]
     done = subprocess.run(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

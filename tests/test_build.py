@@ -129,11 +129,15 @@ def test_one_that_works_is_handed_on_with_its_release(project):
 
 @pytest.mark.parametrize("compiler", ["/no/such/g++", "stub"])
 def test_no_compiler_is_one_sentence(project, compiler):
-    """None of CMake's pages, and not remembered: a compiler that is there the next time is found."""
+    """None of CMake's pages, and not remembered: a compiler that is there the next time is found. That of an earlier
+    build, which the folder remembers, is not kept to where CXX names another, and not missed where it is gone."""
     if compiler == "stub":
         (project / "g++").write_text("#!/bin/sh\nexit 1\n")
         (project / "g++").chmod(0o755)
         compiler = str(project / "g++")
+    earlier = shutil.which("true") if compiler.endswith("such/g++") else "/gone/g++"
+    (project / "build/cmake").mkdir(parents=True)
+    (project / "build/cmake/CMakeCache.txt").write_text(f"CMAKE_CXX_COMPILER:FILEPATH={earlier}\n")
     done = build(project, FUSED_RIN_CUDA="off", CXX=compiler, CONFIGURE="1")
     assert done.returncode == 1
     expected = f"the C++ compiler that CXX names does not work: '{compiler}'; name another, or unset CXX"
