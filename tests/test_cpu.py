@@ -116,9 +116,8 @@ def test_every_16_bit_value_survives_the_conversions(isa, dtype):
     finite = torch.where(values.isfinite(), values, 0)
     out, _ = cpu.forward(zeros, third, finite[0], *rest)
     want = finite.float() * third[0, 0, 0].float()
-    if "pairs of bfloat16" in cpu.describe(
-        1, 65536 // 16, 1, 16, dtype
-    ):  # the unit takes subnormal numbers, and leaves them, as zero
+    pairs = "pairs of bfloat16" in cpu.describe(1, values.shape[1], 1, 16, dtype)
+    if pairs:  # the unit takes subnormal numbers, and leaves them, as zero
         tiny = torch.finfo(dtype).tiny
         want = torch.where((finite.abs() < tiny) | (want.abs() < tiny), 0, want)
     assert torch.equal(out, want.to(dtype))
