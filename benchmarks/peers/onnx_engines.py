@@ -62,20 +62,25 @@ def feeds(job: Job) -> dict[str, Any]:
     return {name: value.float().numpy() for name, value in values.items()}
 
 
-class OnnxRuntime(Peer):
-    name = "ONNX Runtime"
-    modules = ("onnxruntime", "onnx")
-    packages = ("onnxruntime",)
-    setting = "SessionOptions.intra_op_num_threads"
+class Engine(Peer):
+    """For inference, on threads of its own; torch's, which make the inputs, do not wait beside them."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(1)
         self.threads = threads
 
     def refuses(self, case: Case) -> str:
-        if case.mode == "training":
-            return "inference only"
-        return "" if case.dtype == "float32" else "the operator RNN is float32 only"
+        return "inference only" if case.mode == "training" else ""
+
+
+class OnnxRuntime(Engine):
+    name = "ONNX Runtime"
+    modules = ("onnxruntime", "onnx")
+    packages = ("onnxruntime",)
+    setting = "SessionOptions.intra_op_num_threads"
+
+    def refuses(self, case: Case) -> str:
+        return super().refuses(case) or ("" if case.dtype == "float32" else "the operator RNN is float32 only")
 
     def start(self, job: Job) -> Run:
         import onnxruntime
@@ -87,20 +92,15 @@ class OnnxRuntime(Peer):
         return Run(lambda: session.run(None, given)[0], lambda out: {"output": torch.from_numpy(out)})
 
 
-class OpenVINO(Peer):
+class OpenVINO(Engine):
     name = "OpenVINO"
     modules = ("openvino", "onnx")
     packages = ("openvino",)
     setting = "INFERENCE_NUM_THREADS, one stream"
 
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(1)
-        self.threads = threads
-
     def refuses(self, case: Case) -> str:
-        if case.mode == "training":
-            return "inference only"
-        return "" if case.dtype in PRECISIONS else f"its CPU plugin does not compute in {case.dtype}"
+        plugin = "" if case.dtype in PRECISIONS else f"its CPU plugin does not compute in {case.dtype}"
+        return super().refuses(case) or plugin
 
     def start(self, job: Job) -> Run:
         import openvino
