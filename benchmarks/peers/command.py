@@ -14,7 +14,7 @@ from benchmarks.peers.run import Choice, failures, missing, run
 CPU_TABLE = "cpu"  # what the RIN is called in the results of `make bench-cpu`
 
 
-def choose(peers: str, threads: str, only: str, quick: bool) -> Choice:
+def choose(peers: str, threads: str, only: str, quick: bool, passes: int = 1) -> Choice:
     """Of what was typed. Raises UserError for what there is not."""
     names = tuple(name.strip() for name in peers.split(",")) if peers else tuple(PEERS)
     if unknown := [name for name in names if name not in PEERS]:
@@ -25,7 +25,9 @@ def choose(peers: str, threads: str, only: str, quick: bool) -> Choice:
         numbers = ()
     if not numbers or min(numbers) < 1:
         raise UserError(f"--threads must be numbers above 0 with commas between, got {threads!r}")
-    choice = Choice(names, numbers, only, quick)
+    if passes < 1:
+        raise UserError(f"--passes must be above 0, got {passes}")
+    choice = Choice(names, numbers, only, quick, passes)
     if not any(choice.cases(group) for group in cases.GROUPS):
         raise UserError(f"--only: no case is like {only!r}; --list shows them")
     return choice

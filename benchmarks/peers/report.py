@@ -54,13 +54,14 @@ def is_shape(case: Case) -> bool:
 def table(results: Results) -> str:
     about = results.machine
     rows = results.by_case()
-    starved = any(row.starved for row in results.rows)
+    starved, passes = any(row.starved for row in results.rows), about.get("passes", 1)
     names = [name for name in PEERS if any(name in row for row in rows.values())]
     lines = ["# The RIN and its peers on the CPU", "", _where(results), ""]
     lines += [
         f"Times are us a step, medians; bold is the fastest, and behind it the ratio of the best peer to {OURS}.",
         "Roof: the share of what multiply-adds and caches allow (`benchmarks/peers/roofline.py`). Every row was first",
         "compared with nn.RNN in float64: gradients too, in training. A dash: not run, the reasons are at the end.",
+        *([f"Of {passes} passes, minutes apart, the fastest row of each counts."] if passes > 1 else []),
         *(["A question mark: others had the processor for a tenth of the time or more."] if starved else []),
     ]
     for mode in MODES:

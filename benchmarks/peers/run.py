@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ class Choice:
     threads: tuple[int, ...] = cases.THREADS
     only: str = "*"
     quick: bool = False
+    passes: int = 1
 
     def cases(self, group: str) -> list[Case]:
         found = cases.quick(group) if self.quick else cases.group(group)
@@ -49,7 +51,10 @@ def missing(peer: str) -> str:
 
 
 def run(choice: Choice, out: Path) -> Results:
-    """Threads outermost, then groups, then peers, so that those of a case follow on each other within a minute."""
+    """Threads outermost, then groups, then peers, so that those of a case follow on each other within a minute.
+
+    With several passes all of that once more: of a row the fastest counts (`best`).
+    """
     about = description()
     absent = {peer: reason for peer in choice.peers if (reason := missing(peer))}
     there = [peer for peer in choice.peers if peer not in absent]
@@ -63,26 +68,39 @@ def run(choice: Choice, out: Path) -> Results:
             continue
         about["settings"][peer] = made.setting
     about["roofline"] = roofs(choice)
+    about["passes"] = choice.passes
     results = Results(about)
-    for threads in choice.threads:
-        for groups in cases.BLOCKS:
-            chosen = cases.on_threads([case for group in groups for case in choice.cases(group)], threads)
-            for peer in [name for name in there if name not in absent] if chosen else []:
-                began = time.monotonic()
-                rows, load = block(peer, threads, chosen, quick=choice.quick)
-                results.rows += rows
-                if load:
-                    about["load"].append({"peer": peer, "threads": threads, "group": "+".join(groups), **load})
-                results.save(out)
-                said = (
-                    f"{sum(row.us is not None for row in rows)} of {len(rows)} timed, {time.monotonic() - began:.0f} s"
-                )
-                print(f"{threads} thread(s), {'+'.join(groups)}, {peer}: {said}", flush=True)
-                for row in failures(rows):
-                    print(f"    {cases.label(row.case)}: {row.note}", flush=True)
+    for _, threads, groups in itertools.product(range(choice.passes), choice.threads, cases.BLOCKS):
+        chosen = cases.on_threads([case for group in groups for case in choice.cases(group)], threads)
+        for peer in [name for name in there if name not in absent] if chosen else []:
+            began = time.monotonic()
+            rows, load = block(peer, threads, chosen, quick=choice.quick)
+            results.rows = best(results.rows + rows)
+            if load:
+                about["load"].append({"peer": peer, "threads": threads, "group": "+".join(groups), **load})
+            results.save(out)
+            said = f"{sum(row.us is not None for row in rows)} of {len(rows)} timed, {time.monotonic() - began:.0f} s"
+            print(f"{threads} thread(s), {'+'.join(groups)}, {peer}: {said}", flush=True)
+            for row in failures(rows):
+                print(f"    {cases.label(row.case)}: {row.note}", flush=True)
     about["roofline_after"] = roofs(choice)
     results.save(out)
     return results
+
+
+def best(rows: Iterable[Measurement]) -> list[Measurement]:
+    """Of the measurements of an implementation and a case the fastest; one that failed, if there is one.
+
+    What a virtual machine loses to its neighbours is on no counter of its own, and lasts for seconds: whole blocks of
+    rows took twice their time in one pass and not in the next.
+    """
+    found: dict[tuple[str, Case], Measurement] = {}
+    for row in rows:
+        key = (row.implementation, row.case)
+        other = found.get(key)
+        if other is None or row.us is None or (other.us is not None and row.us < other.us):
+            found[key] = row
+    return list(found.values())
 
 
 def roofs(choice: Choice) -> dict[str, Any]:

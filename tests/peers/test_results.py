@@ -259,3 +259,16 @@ def test_a_process_that_dies_leaves_a_reason(monkeypatch):
     assert row.note.startswith("its process ended with 1 before")
     assert run.failures([row]) == [row]
     assert "load_1min" in load
+
+
+def test_of_several_passes_the_fastest_row_counts_and_a_failure_stays():
+    first, second = measured(noise=0.3, seed=1), measured(noise=0.3, seed=2)
+    second.rows.reverse()
+    rows = run.best(first.rows + second.rows)
+    assert len(rows) == len(first.rows)
+    others = {(row.implementation, row.case): row.us for row in second.rows}
+    for row, before in zip(rows, first.rows, strict=True):
+        assert row.us == min(before.us, others[row.implementation, row.case])
+    failed = dataclasses.replace(first.rows[3], us=None, note="not equal")
+    for pair in ([failed, first.rows[3]], [first.rows[3], failed]):
+        assert run.failures(run.best(pair)) == [failed]

@@ -286,6 +286,9 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--threads", default="1,2", metavar="N,...", help="default: 1,2")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cases to run, e.g. 'training-B1-*'")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument(
+        "--passes", type=int, default=1, metavar="N", help="run all N times; of a row the fastest counts"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: peers.json; a table and pictures beside it")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="what got slower, exit code 1 if any"
@@ -308,7 +311,7 @@ def _bench(options: argparse.Namespace) -> int:
         return command.compare_files(*options.compare)
     if options.draw:
         return command.redraw(options.draw)
-    choice = command.choose(options.peers, options.threads, options.only, options.quick)
+    choice = command.choose(options.peers, options.threads, options.only, options.quick, options.passes)
     if options.list:
         print(command.listing(choice))
         return 0
