@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +10,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rin import backends, layer, onnx_rnn, ops, step, watchers, weights
-from fused_rin.problem import ALL_ROWS, Rows, Rule, Weights, check_lengths, check_resets, unpack_batch_sizes
+from fused_rin.problem import ALL_ROWS, Rows, Rule, Weights
+from fused_rin.recurrent import Recurrent
 from fused_rin.skip import SkipModule, check_backend, check_nonlinearity, check_skip
 
 
-def _check_heads(num_heads: int, hidden_size: int) -> None:
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-        raise TypeError(f"num_heads should be of type int, got: {type(num_heads).__name__}")
-    if num_heads <= 0:
-        raise ValueError(f"num_heads must be greater than zero, got {num_heads}")
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size must be divisible by num_heads, got {hidden_size} and {num_heads}")
-
-
-class RIN(SkipModule, torch.nn.RNNBase):
+class RIN(SkipModule, Recurrent):
     """Recurrent Identity Network: h_t = act(W x_t + b_ih + U h_{t-1} + b_hh + skip * h_{t-1}).
 
     In place of `torch.nn.RNN`: same arguments, shapes, attribute names and errors. `weight_hh_l{k}` holds U, the
@@ -66,19 +57,10 @@ class RIN(SkipModule, torch.nn.RNNBase):
         check_backend(backend)
         # Before the base class, whose constructor initialises the weights.
         self.nonlinearity, self.skip_factor, self.backend = nonlinearity, check_skip(skip), backend
-        super().__init__(
-            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device=device, dtype=dtype,
+        self._make(
+            nonlinearity, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
+            num_heads,
         )  # fmt: skip
-        _check_heads(num_heads, hidden_size)
-        self.num_heads = num_heads
-        if num_heads > 1:
-            for names in self._all_weights:
-                full = getattr(self, names[1])
-                block = full.new_empty(hidden_size, hidden_size // num_heads)
-                setattr(self, names[1], torch.nn.Parameter(block))
-            self._init_flat_weights()
-            self.reset_parameters()
 
     _first_recurrent_weight = "weight_hh_l0"
 
@@ -94,9 +76,6 @@ class RIN(SkipModule, torch.nn.RNNBase):
         """A torch.nn.RNN with V = U + skip * I (block-diagonal if there are heads) and equal outputs up to rounding."""
         return weights.to_rnn(self)
 
-    def flatten_parameters(self) -> None:
-        """Nothing to do: kernels take the weights where they lie."""
-
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.nonlinearity != "relu":
@@ -108,27 +87,6 @@ class RIN(SkipModule, torch.nn.RNNBase):
         if self.backend != "auto":
             text += f", backend={self.backend}"
         return text
-
-    # torch.nn.RNN computes with a list of its weights, which code for it writes to (dropout of weights). RNNBase's own
-    # list outlives the parameters it was made from when a wrapper (sharding, parametrizations) puts others in their
-    # place, so here the attributes count, and beside them only what was written to the list.
-    _written_weights: dict[str, Tensor] | None = None
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        written = self._written_weights or {}
-        return _FlatWeights(self, [written.get(name, getattr(self, name, None)) for name in self._flat_weights_names])
-
-    @_flat_weights.setter
-    def _flat_weights(self, given: list[Tensor | None]) -> None:
-        pairs = zip(self._flat_weights_names, given, strict=False)
-        written = {name: w for name, w in pairs if w is not None and w is not getattr(self, name, None)}
-        self._written_weights = written or None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self._written_weights and name in self._written_weights:
-            self._written_weights = {key: w for key, w in self._written_weights.items() if key != name} or None
-        torch.nn.Module.__setattr__(self, name, value)  # past RNNBase's, which keeps its list up to date
 
     def forward(
         self,
@@ -162,171 +120,37 @@ class RIN(SkipModule, torch.nn.RNNBase):
                 return leaf
         return RIN._forward(self, input, hx, lengths, resets)
 
-    def _forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Any, resets: Tensor | None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """The checks of a call that is none of a few steps, and all its layers."""
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, resets)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
-        batched = input.dim() == 3
-        if not batched:
-            if hx is not None:
-                if hx.dim() != 2:
-                    raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
-                hx = hx.unsqueeze(1)
-            if lengths is not None:
-                raise ValueError("lengths is for batched 3-D input, got unbatched 2-D input; cut it to its length")
-            input = input.unsqueeze(1)
-        elif hx is not None and hx.dim() != 3:
-            raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
-        batch_first = self.batch_first and batched
-        self._check(input, hx, input.shape[0 if batch_first else 1])
-        if resets is not None:
-            check_resets(resets, tuple(input.shape[: 2 if batched else 1]), input.device, "input")
-            resets = resets.transpose(0, 1) if batch_first else resets.reshape(input.shape[:2])
-        if batch_first:
-            input = input.transpose(0, 1)
-        steps, batch = input.shape[:2]
-        if steps == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if lengths is not None:
-            lengths = check_lengths(lengths, steps, batch, input.device)
-
-        rows = ALL_ROWS if lengths is None and resets is None else Rows(lengths, None, resets)
-        output, h_n = self._run_layers(input, hx, batch, rows, batch_first)
-        return (output, h_n) if batched else (output.squeeze(1), h_n.squeeze(1))
-
-    def _forward_packed(
-        self, input: PackedSequence, hx: Tensor | None, lengths: Any, resets: Tensor | None
-    ) -> tuple[PackedSequence, Tensor]:
-        if lengths is not None:
-            raise ValueError("lengths cannot be given with a PackedSequence, whose batch_sizes say the same")
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        lengths, offsets = unpack_batch_sizes(batch_sizes, data)
-        batch = lengths.shape[0]
-        self._check(data, hx, batch)
-        if hx is not None:
-            watchers.check_memory(hx)
-            hx = self.permute_hidden(hx, sorted_indices)
-        if resets is not None:
-            check_resets(resets, tuple(data.shape[:1]), data.device, "input")
-        output, h_n = self._run_layers(data, hx, batch, Rows(lengths, offsets, resets), False)
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden(h_n, unsorted_indices)
-
-    def _check(self, input: Tensor, hx: Tensor | None, batch: int) -> None:
-        """Arguments against this module; the texts are torch.nn.RNN's where it has one."""
-        weight = self.weight_ih_l0
-        autocast = torch._C._is_any_autocast_enabled()
-        if input.dtype != weight.dtype and not autocast:
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
-            )
-        if input.shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
-            )
-        if input.device != weight.device:
-            raise RuntimeError(f"input must be on the device of the weights, {weight.device}, got {input.device}")
-        if hx is not None:
-            directions = 2 if self.bidirectional else 1
-            # Not by check_hidden_size(), which torch.export of torch 2.6 does not see through.
-            expected = (self.num_layers * directions, batch, self.hidden_size)
-            if hx.size() != expected:
-                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.size())}")
-            if hx.dtype != input.dtype and not autocast:
-                raise RuntimeError(f"hx must have the dtype of input, {input.dtype}, got {hx.dtype}")
-            if hx.device != input.device:
-                raise RuntimeError(f"hx must be on the device of input, {input.device}, got {hx.device}")
-
-    def _may_pass_modes_by(self, input: Any, hx: Any, lengths: Any, resets: Any) -> bool:
-        """Whether the function modes that are on need not see this call: a default device, and plain tensors alone."""
-        data = input.data if isinstance(input, PackedSequence) else input
-        own = self._parameters
-        if not all(map(own.__contains__, self._flat_weights_names)):  # parametrized ones are not there
-            return False
-        given = () if self._written_weights is None else self._written_weights.values()
-        return watchers.may_be_passed_by(data, hx, lengths, resets, *own.values(), *given)
-
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
     ) -> tuple[Tensor, Tensor]:
-        """All layers on checked arguments: x (T, B, features), or (rows, features) of a packed batch."""
-        directions = 2 if self.bidirectional else 1
-        groups, last = directions * self.num_heads, self.num_layers - 1
-        rule = Rule(self.skip_factor, self.nonlinearity, self.num_heads if self.bidirectional else 0)
-        states = []
-        if x.shape[0] == 1 and step.layers_suit_products(
+        groups = self.num_heads * (2 if self.bidirectional else 1)
+        if x.shape[0] != 1 or not step.layers_suit_products(
             1, rows, groups, self.hidden_size, x.dtype, x.device, self.backend
         ):
-            x = x[0]
-            for number in range(self.num_layers):
-                own = self._layer_weights(number)
-                layer.check_weights(own, x.shape[-1], 1, x.device, self._all_weights[number][1])
-                x = step.products(x, None if hx is None else hx[number], own, rule)
-                states.append(x)
-                if self.dropout and self.training and number < last:
-                    x = F.dropout(x, self.dropout, True)
-            return torch.stack([x], 1 if batch_first else 0), torch.stack(states)
-        to_onnx = watchers.exporting_to_onnx() and onnx_rnn.suits(rows, x.dtype)
+            return super()._run_layers(x, hx, batch, rows, batch_first)
+        x, states, rule = x[0], [], Rule(self.skip_factor, self.nonlinearity)
         for number in range(self.num_layers):
-            h0 = None if hx is None else hx[number * directions : (number + 1) * directions]
             own = self._layer_weights(number)
-            if to_onnx:
-                x, h_n = onnx_rnn.layer(x, own, h0, rows, rule, self.num_heads, directions)
-                x = x.transpose(0, 1) if batch_first and number == last else x
-            else:
-                if h0 is not None:
-                    h0 = h0.transpose(0, 1).reshape(batch, groups, self.hidden_size // self.num_heads)
-                x, h_n = layer.forward(
-                    x, own, h0, rows, rule, groups, self.backend, batch_first and number == last,
-                    self._all_weights[number * directions][1],
-                )  # fmt: skip
-            if self.dropout and self.training and number < last:
+            layer.check_weights(own, x.shape[-1], 1, x.device, self._all_weights[number][1])
+            x = step.products(x, None if hx is None else hx[number], own, rule)
+            states.append(x)
+            if self.dropout and self.training and number + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, True)
-            states.append(h_n)
-        return x, torch.cat(states) if last else states[0]
+        return torch.stack([x], 1 if batch_first else 0), torch.stack(states)
 
-    def _layer_weights(self, number: int) -> Weights:
-        """Of a layer; those of its two directions one after the other."""
+    def _run_layer(
+        self, number: int, x: Tensor, h0: Tensor | None, batch: int, rows: Rows, batch_first: bool
+    ) -> tuple[Tensor, Tensor]:
         directions = 2 if self.bidirectional else 1
-        # Asked first: an attribute of a module is found last of all, after 0.8 us.
-        own: dict[str, Any] = self._parameters
-        if self._written_weights:
-            own = {**own, **self._written_weights}
-        sets = [
-            [own[name] if name in own else getattr(self, name) for name in names]
-            for names in self._all_weights[number * directions : (number + 1) * directions]
-        ]
-        if directions == 1:
-            return Weights(*sets[0])
-        watchers.check_memory(*sets[0], *sets[1])
-        for name, a, b in zip(self._all_weights[number * 2], *sets, strict=True):
-            if a is None or b is None:
-                raise TypeError(f"{name} must be a Tensor in both directions, got None")
-            if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-                raise RuntimeError(
-                    f"{name} must be alike in both directions, got {tuple(a.shape)}, {a.dtype}, {a.device} and "
-                    f"{tuple(b.shape)}, {b.dtype}, {b.device}"
-                )
-        return Weights(*(torch.cat(pair) for pair in zip(*sets, strict=True)))
-
-
-class _FlatWeights(list[Tensor | None]):
-    """`RIN._flat_weights`: what is written to an entry is written to the module."""
-
-    def __init__(self, module: RIN, weights: list[Tensor | None]) -> None:
-        super().__init__(weights)
-        self._module = module
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        super().__setitem__(index, value)
-        self._module._flat_weights = list(self)
+        own = self._layer_weights(number)
+        rule = Rule(self.skip_factor, self.nonlinearity, self.num_heads if self.bidirectional else 0)
+        if watchers.exporting_to_onnx() and onnx_rnn.suits(rows, x.dtype):
+            x, h_n = onnx_rnn.layer(x, own, h0, rows, rule, self.num_heads, directions)
+            return (x.transpose(0, 1) if batch_first else x), h_n
+        return layer.forward(
+            x, own, self._by_recurrence(h0, batch), rows, rule, directions * self.num_heads, self.backend, batch_first,
+            self._all_weights[number * directions][1],
+        )  # fmt: skip
 
 
 class RINCell(SkipModule, torch.nn.RNNCellBase):
