@@ -13,20 +13,27 @@ using namespace fused_rin;
 
 namespace {
 
-void sweep(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
-           int max_threads, const std::string& isa) {
-  const Problem p = make_problem(sizes, rule, rows, tensors);
+void run(const Problem& p, const Layer* layer, int max_threads, const std::string& isa) {
   const Kernels& kernels = cpu_kernels(isa);
   const WithoutGil released;
-  sweep_cpu(p, nullptr, kernels, max_threads);
+  sweep_cpu(p, layer, kernels, max_threads);
 }
 
-// A layer's forward pass: the input product and the sweep. Of `tensors`, state_in is h0 and state_out h_n.
+void sweep(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+           int max_threads, const std::string& isa) {
+  run(make_problem(sizes, rule, rows, tensors), nullptr, max_threads, isa);
+}
+
+void sweep_of_units(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                    const UnitAddresses& units, int max_threads, const std::string& isa) {
+  run(with_units(make_problem(sizes, rule, rows, tensors), units), nullptr, max_threads, isa);
+}
+
+// A layer's forward pass: the input product and the sweep. Of `tensors`, state_in is h0, state_out h_n, and `in` is
+// added to the product.
 using InputAddresses = std::tuple<int64_t, Address, Address, Address, Address>;  // I, x, w_ih, b_ih, b_hh
 
-void layer_forward(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
-                   const InputAddresses& input, int max_threads, const std::string& isa) {
-  const Problem p = make_problem(sizes, rule, rows, tensors);
+Layer make_layer(const InputAddresses& input) {
   const auto& [inputs, x, w_ih, b_ih, b_hh] = input;
   Layer layer{};
   layer.inputs = inputs;
@@ -34,33 +41,56 @@ void layer_forward(const Sizes& sizes, const Rule& rule, const RowAddresses& row
   layer.w_ih = pointer<const void>(w_ih);
   layer.b_ih = pointer<const void>(b_ih);
   layer.b_hh = pointer<const void>(b_hh);
-  const Kernels& kernels = cpu_kernels(isa);
-  const WithoutGil released;
-  sweep_cpu(p, &layer, kernels, max_threads);
+  return layer;
+}
+
+void layer_forward(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                   const InputAddresses& input, int max_threads, const std::string& isa) {
+  const Layer layer = make_layer(input);
+  run(make_problem(sizes, rule, rows, tensors), &layer, max_threads, isa);
+}
+
+void layer_forward_of_units(const Sizes& sizes, const Rule& rule, const RowAddresses& rows,
+                            const SweepAddresses& tensors, const UnitAddresses& units, const InputAddresses& input,
+                            int max_threads, const std::string& isa) {
+  const Layer layer = make_layer(input);
+  run(with_units(make_problem(sizes, rule, rows, tensors), units), &layer, max_threads, isa);
 }
 
 // A layer's backward pass, of one recurrence: all gradients from the output and the input. Of `tensors`, `in` is the
 // gradient of the output, state_in that of h_n, state_out that of h0, and there is no `out`.
 using GradientAddresses = std::tuple<Address, Address, Address, Address, Address>;  // of x, w_ih, w_hh, b_ih, b_hh
 
-void layer_backward(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
-                    const InputAddresses& input, Address h0, const GradientAddresses& gradients, int max_threads,
-                    const std::string& isa) {
-  const Problem p = make_problem(sizes, rule, rows, tensors);
+Layer make_layer(const InputAddresses& input, Address h0, const void* states, const GradientAddresses& gradients) {
   const auto& [grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh] = gradients;
-  Layer layer{};
-  layer.inputs = std::get<0>(input);
-  layer.x = pointer<const void>(std::get<1>(input));
-  layer.w_ih = pointer<const void>(std::get<2>(input));
+  Layer layer = make_layer(input);
   layer.h0 = pointer<const void>(h0);
+  layer.states = states;
   layer.grad_x = pointer<void>(grad_x);
   layer.grad_w_ih = pointer<void>(grad_w_ih);
   layer.grad_w_hh = pointer<void>(grad_w_hh);
   layer.grad_b_ih = pointer<void>(grad_b_ih);
   layer.grad_b_hh = pointer<void>(grad_b_hh);
-  const Kernels& kernels = cpu_kernels(isa);
-  const WithoutGil released;
-  sweep_cpu(p, &layer, kernels, max_threads);
+  return layer;
+}
+
+void layer_backward(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                    const InputAddresses& input, Address h0, const GradientAddresses& gradients, int max_threads,
+                    const std::string& isa) {
+  const Problem p = make_problem(sizes, rule, rows, tensors);
+  const Layer layer = make_layer(input, h0, p.saved, gradients);
+  run(p, &layer, max_threads, isa);
+}
+
+void layer_backward_of_units(const Sizes& sizes, const Rule& rule, const RowAddresses& rows,
+                             const SweepAddresses& tensors, const UnitAddresses& units, const InputAddresses& input,
+                             Address h0, Address states, const GradientAddresses& gradients, Address grad_skips,
+                             Address grad_gains, int max_threads, const std::string& isa) {
+  const Problem p = with_units(make_problem(sizes, rule, rows, tensors), units);
+  Layer layer = make_layer(input, h0, pointer<const void>(states), gradients);
+  layer.grad_skips = pointer<void>(grad_skips);
+  layer.grad_gains = pointer<void>(grad_gains);
+  run(p, &layer, max_threads, isa);
 }
 
 using StepSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // T, B, I, G, D
@@ -140,6 +170,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("sweep", &sweep);
   m.def("layer_forward", &layer_forward);
   m.def("layer_backward", &layer_backward);
+  m.def("sweep_of_units", &sweep_of_units);
+  m.def("layer_forward_of_units", &layer_forward_of_units);
+  m.def("layer_backward_of_units", &layer_backward_of_units);
   m.def("step", &step);
   m.def("plan", &plan);
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(pointer<void>(memory), bytes); });

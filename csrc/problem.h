@@ -11,6 +11,16 @@
 // where forward starts from c = h0 U^T + skip * h0 and leaves h_n = x in state_out, and backward starts from
 // c = state_in (the gradient of h_n) and leaves the last c (the gradient of h0) in state_out.
 // For the last `num_reversed` recurrences, "ascending" and "descending" change places.
+//
+// That is the form "inside", the RIN's. The skip may stand elsewhere, with a factor s_i for each unit and, outside,
+// another one, a_i (products by s, a and f' are unit by unit). g is the gradient of the state, d that of pre:
+//
+//     outside (a leaky rate network)         forward   z = f(in_t + x U^T)    x = s x + a z + noise_t    out_t = x
+//                                            backward  g = in_t + d U + s g    d = g a f'(z_t)            out_t = d
+//     current (the same network in currents) forward   x = in_t + f(x) U^T + s x                          out_t = x
+//                                            backward  d = in_t + f'(saved_t) (d U) + s d                 out_t = d
+//
+// so what is multiplied by the matrix and what is carried differ, forward in the last, backward in the first.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +28,8 @@
 namespace fused_rin {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-enum class Activation : int { kNone = 0, kReLU = 1, kTanh = 2 };
+enum class Activation : int { kNone = 0, kReLU = 1, kTanh = 2, kSigmoid = 3, kSoftplus = 4, kLeakyReLU = 5 };
+enum class Form : int { kInside = 0, kOutside = 1, kCurrent = 2 };
 
 struct Problem {
   int64_t steps;         // T
@@ -35,11 +46,19 @@ struct Problem {
   const uint8_t* resets;   // [rows], nonzero: an episode starts here, no state crosses into this row; or null
   const void* weight;      // [G, D, D] U, contiguous, U[i][j] is what h_j gives to a_i, in both sweeps
   const void* in;          // [rows, G, D] pre | gradient of out (null: zero)
-  const void* saved;       // unused      | out
+  const void* saved;       // unused      | out; outside z
   const void* state_in;    // [B, G, D] h0 | gradient of h_n (null: zero)
   void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero. May be `in`
   void* state_out;         // [B, G, D] h_n | gradient of h0
   int64_t padding;         // how many of the D units, the last ones, are there for alignment alone; they stay 0
+
+  // Units with factors of their own. Scalars here are float32, float64 with a dtype of float64.
+  Form form;
+  const void* skips;    // [G, D] scalars, s of each unit in place of `skip`; null only inside, where `skip` is for all
+  const void* gains;    // [G, D] scalars, a of each unit; outside
+  const void* initial;  // [B, G, D] h0, or null: zero; current, backward
+  const void* noise;    // [rows, G, D] added to the state, or null; outside, forward
+  void* aside;          // [rows, G, D] outside, or null: not wanted. z | gradient of the state
 };
 
 }  // namespace fused_rin

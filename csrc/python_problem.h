@@ -1,6 +1,6 @@
-// How Python hands a problem over: four tuples, each a named group of problem.h's fields. Both native modules speak it;
-// fused_rin/_native.pyi says the same to a type checker. Tuples and not keywords: pybind11 looks keywords up one by
-// one, 0.1 us each, in a call that a streaming model makes for every sample.
+// How Python hands a problem over: four tuples, or five, each a named group of problem.h's fields. Both native modules
+// speak it; fused_rin/_native.pyi says the same to a type checker. Tuples and not keywords: pybind11 looks keywords up
+// one by one, 0.1 us each, in a call that a streaming model makes for every sample.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,6 +24,8 @@ using Rule = std::tuple<int, int, bool, double, int64_t>;      // dtype, activat
 using RowAddresses = std::tuple<Address, Address, Address>;    // lengths, offsets, resets
 using SweepAddresses = std::tuple<Address, Address, Address, Address, Address, Address>;
 //                                weight,  in,      saved,   state_in, out,    state_out
+using UnitAddresses = std::tuple<int, Address, Address, Address, Address, Address>;
+//                               form, skips,  gains,   initial, noise,   aside
 
 inline Problem make_problem(const Sizes& sizes, const Rule& rule, const RowAddresses& rows,
                             const SweepAddresses& tensors) {
@@ -50,6 +52,17 @@ inline Problem make_problem(const Sizes& sizes, const Rule& rule, const RowAddre
   p.state_in = pointer<const void>(state_in);
   p.out = pointer<void>(out);
   p.state_out = pointer<void>(state_out);
+  return p;
+}
+
+inline Problem with_units(Problem p, const UnitAddresses& units) {
+  const auto& [form, skips, gains, initial, noise, aside] = units;
+  p.form = static_cast<Form>(form);
+  p.skips = pointer<const void>(skips);
+  p.gains = pointer<const void>(gains);
+  p.initial = pointer<const void>(initial);
+  p.noise = pointer<const void>(noise);
+  p.aside = pointer<void>(aside);
   return p;
 }
 

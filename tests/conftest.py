@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from fused_rin import cpu, reference
-from fused_rin.problem import Rows, Rule
+from fused_rin.problem import Rows, Rule, Units, sum_dtype
 from torch import Tensor
 
 
@@ -27,6 +27,7 @@ class Case:
     skip: float
     activation: str
     num_reversed: int
+    units: Units | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -45,9 +46,16 @@ class Case:
         """What a backend's `forward` takes."""
         return self.pre, self.weight, self.h0, self.rows, self.rule
 
+    @property
+    def keywords(self) -> dict[str, Units]:
+        return {} if self.units is None else {"units": self.units}
+
     def to(self, dtype: torch.dtype) -> Case:
-        h0 = None if self.h0 is None else self.h0.to(dtype)
-        return replace(self, pre=self.pre.to(dtype), weight=self.weight.to(dtype), h0=h0)
+        h0, units = (None if self.h0 is None else self.h0.to(dtype)), self.units
+        if units is not None:
+            factors = [None if t is None else t.to(sum_dtype(dtype)) for t in (units.skip, units.gain)]
+            units = Units(units.form, *factors, None if units.noise is None else units.noise.to(dtype))  # type: ignore
+        return replace(self, pre=self.pre.to(dtype), weight=self.weight.to(dtype), h0=h0, units=units)
 
     def on(self, device: torch.device | str) -> Case:
         names = ("pre", "weight", "h0", "lengths", "offsets", "resets")
@@ -70,8 +78,13 @@ def make_case(
     activation: str = "relu",
     num_reversed: int = 0,
     seed: int = 0,
+    form: str | None = None,
+    noise: bool = False,
 ) -> Case:
-    """`layout`: "full", "lengths" (some of them 0) or "packed". Values are such that states stay near 1 in size."""
+    """`layout`: "full", "lengths" (some of them 0) or "packed". Values are such that states stay near 1 in size.
+
+    With a form, units have factors of their own: leaks between 0.05 and 0.95.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -90,7 +103,16 @@ def make_case(
             sizes = (lengths > torch.arange(steps)[:, None]).sum(1)
             offsets = sizes.cumsum(0) - sizes
             rows = (int(sizes.sum()),)
+    units = None
+    if form is not None:
+        leak = torch.rand(groups, hidden, generator=draw, dtype=torch.float64) * 0.9 + 0.05
+        skip_, gain = ((1 - leak).to(sum_dtype(dtype)), leak.to(sum_dtype(dtype)))
+        outside = form == "outside"
+        units = Units(
+            form, skip_, gain if outside else None, normal(*rows, groups, hidden) if noise and outside else None
+        )
     return Case(
+        units=units,
         pre=normal(*rows, groups, hidden),
         weight=weight,
         h0=normal(batch, groups, hidden) if h0 else None,
@@ -163,23 +185,35 @@ def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int =
     The backward sweep is compared on the kernel's own outputs, so that a unit that stops in one arithmetic and not
     in the other does not hide or feign an error of the sweep.
     """
-    dtype = case.pre.dtype
+    dtype, double = case.pre.dtype, case.to(torch.float64)
+    kept: list[dict[str, Tensor]] = [{}, {}, {}]  # outside: what is written aside, by the kernel, plain and exact
+    if case.units is not None and case.units.form == "outside":
+        kept = [{"aside": torch.empty_like(t)} for t in (case.pre, case.pre, double.pre)]
     with use_threads(threads):
-        out, h_n = forward(*case.arguments)
-    plain = reference.forward(*case.arguments)
-    exact = reference.forward(*case.to(torch.float64).arguments)
+        out, h_n = forward(*case.arguments, **case.keywords, **kept[0])
+    plain = reference.forward(*case.arguments, **case.keywords, **kept[1])
+    exact = reference.forward(*double.arguments, **double.keywords, **kept[2])
     terms = case.pre.shape[-1] + case.pre.shape[0]
     assert_within("out", out, plain[0], exact[0], 2, terms)
     assert_within("h_n", h_n, plain[1], exact[1], 2, terms)
+    saved, more, more_exact = out, {}, {}
+    if case.units is not None:
+        more, more_exact = {**case.keywords, "h0": case.h0}, {**double.keywords, "h0": double.h0}
+    if kept[0]:
+        assert_within("values", kept[0]["aside"], kept[1]["aside"], kept[2]["aside"], 2, terms)
+        saved = kept[0]["aside"]
 
     draw = torch.Generator().manual_seed(seed)
     grad_out, grad_h_n = (torch.randn(t.shape, generator=draw, dtype=torch.float64).to(dtype) for t in (out, h_n))
     for name, g, g_n in (("both", grad_out, grad_h_n), ("out", grad_out, None), ("h_n", None, grad_h_n)):
+        asides = [{key: torch.empty_like(t) for key, t in one.items()} for one in kept]
         with use_threads(threads):
-            got = backward(g, g_n, case.weight, out, case.rows, case.rule)
-        plain = reference.backward(g, g_n, case.weight, out, case.rows, case.rule)
-        doubles = (None if t is None else t.double() for t in (g, g_n, case.weight, out))
-        exact = reference.backward(*doubles, case.rows, case.rule)
+            got = backward(g, g_n, case.weight, saved, case.rows, case.rule, **more, **asides[0])
+        plain = reference.backward(g, g_n, case.weight, saved, case.rows, case.rule, **more, **asides[1])
+        doubles = (None if t is None else t.double() for t in (g, g_n, case.weight, saved))
+        exact = reference.backward(*doubles, case.rows, case.rule, **more_exact, **asides[2])
+        if asides[0]:
+            assert_within(f"grad_state from {name}", *[a["aside"] for a in asides], 3, terms)
         assert_within(f"grad_pre from {name}", got[0], plain[0], exact[0], 3, terms)
         assert_within(f"grad_h0 from {name}", got[1], plain[1], exact[1], 3, terms)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_rin import RIN, RINCell, library, operator_library, ops
+from fused_rin import RIN, RINCell, library, operator_library, ops, unit_ops
 from torch import nn
 
 from tests.conftest import make_case
@@ -99,6 +99,47 @@ print("cases:", len(torch.load(sys.argv[1])))
 
 
 @needs_library
+def test_its_sweeps_of_units_are_the_packages_bit_for_bit(tmp_path):
+    cases = []
+    for form in ("inside", "outside", "current"):
+        for dtype, layout in ((torch.float32, "packed"), (torch.float64, "lengths"), (torch.bfloat16, "full")):
+            case = make_case(
+                6, 5, 13, 2, dtype=dtype, layout=layout, resets=True, num_reversed=1, form=form,
+                activation="softplus", noise=True,
+            )  # fmt: skip
+            out, h_n, values = unit_ops.sweep_forward(*case.arguments, case.units, "cpu", keep=True)
+            saved, gradient = out if values is None else values, torch.randn(out.shape).to(dtype)
+            backward = unit_ops.sweep_backward(
+                gradient, None, case.weight, saved, case.h0, case.rows, case.rule, case.units, "cpu"
+            )
+            results, backward = [out, h_n, values], list(backward)
+            if form != "outside":  # the third is empty
+                results[2] = backward[2] = out.new_empty(0)
+            cases.append((case.tensors[:3], tuple(case.rows), tuple(case.units), results, (gradient, saved), backward))
+    torch.save(cases, tmp_path / "cases.pt")
+    code = """
+forward, backward = torch.ops.fused_rin.units_forward, torch.ops.fused_rin.units_backward
+for (pre, weight, h0), rows, (form, skip, gain, noise), results, (gradient, saved), expected in torch.load(sys.argv[1]):
+    rule = (form, "softplus", 1, "auto")
+    got = forward(pre, weight, h0, *rows, skip, gain, noise, *rule)
+    assert all(torch.equal(a, b) for a, b in zip(got, results)), (form, pre.dtype)
+    got = backward(gradient, None, weight, saved, h0, *rows, skip, gain, *rule)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected)), (form, pre.dtype)
+    on_meta = [None if t is None else t.to("meta") for t in (pre, weight, h0, *rows, skip, gain, noise)]
+    assert [t.shape for t in forward(*on_meta, *rule)] == [t.shape for t in results]
+    for words, wrong in (("skip must have shape [2, 13], got [13]", skip[0]), ("skip must have dtype", skip.half())):
+        try:
+            forward(pre, weight, h0, *rows, wrong, gain, noise, *rule)
+        except RuntimeError as error:
+            assert words in str(error), str(error)
+        else:
+            raise AssertionError(words)
+print("cases:", len(torch.load(sys.argv[1])))
+"""
+    assert _without_the_package(code, tmp_path / "cases.pt") == "cases: 9\n"
+
+
+@needs_library
 def test_it_refuses_in_words_what_its_kernels_would_read_or_write_elsewhere():
     code = """
 def raises(words, **changes):
@@ -131,7 +172,7 @@ raises("offsets must come with lengths", pre=torch.zeros(4, 2, 5), offsets=torch
 raises("offsets[1] is 3 and sequence 1 runs in that step, but there are 4 rows", pre=torch.zeros(4, 2, 5),
        offsets=torch.tensor([0, 3]), lengths=torch.tensor([2, 2]))
 raises("offsets[0] is -1", pre=torch.zeros(4, 2, 5), offsets=torch.tensor([-1, 2]), lengths=torch.tensor([2, 2]))
-raises("activation must be relu, tanh or none, got gelu", activation="gelu")
+raises("activation must be relu, tanh, sigmoid, softplus, leaky_relu or none, got gelu", activation="gelu")
 raises("num_reversed must be in [0, 2], got 3", num_reversed=3)
 raises("backend triton is not there without Python", backend="triton")
 

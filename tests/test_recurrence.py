@@ -236,7 +236,11 @@ BAD = [
         "weight must be on the device of pre, cpu, got meta",
     ),
     ({"h0": torch.randn(2, 2, 4)}, RuntimeError, r"Expected h0 size \(3, 2, 4\), got \[2, 2, 4\]"),
-    ({"activation": "gelu"}, ValueError, "activation must be one of 'none', 'relu', 'tanh', got 'gelu'"),
+    (
+        {"activation": "gelu"},
+        ValueError,
+        "activation must be one of 'none', 'relu', 'tanh', 'sigmoid', 'softplus', 'leaky_relu', got 'gelu'",
+    ),
     ({"backend": "tpu"}, ValueError, "backend must be one of 'auto', .*, got 'tpu'"),
     ({"lengths": [1, 2]}, RuntimeError, r"Expected lengths size \(3,\), got \[2\]"),
     ({"lengths": [1, 2, 6]}, ValueError, r"lengths must be in \[0, 5\], got values from 1 to 6"),

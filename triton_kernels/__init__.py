@@ -20,7 +20,7 @@ import os
 
 import torch
 from fused_rin.device import Device, NoPlan
-from fused_rin.problem import Rows, Rule
+from fused_rin.problem import ACTIVATIONS, FORMS, Rows, Rule, Units
 from torch import Tensor
 
 from .device import device_record, fp32_precision
@@ -29,6 +29,7 @@ from .plan import Plan, plan
 __all__ = ["Device", "NoPlan", "Plan", "backward", "describe", "forward", "plan", "unavailable_reason"]
 
 name = "triton"
+activations, forms = frozenset(ACTIVATIONS), frozenset(FORMS)
 
 OLDEST = (3, 6)  # the oldest Triton that the tests run
 
@@ -41,6 +42,8 @@ def forward(
     rule: Rule,
     *,
     out: Tensor | None = None,
+    units: Units | None = None,
+    aside: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`out` in the layout of `pre` and `h_n` [B, G, D]; arguments as `reference.forward`.
@@ -50,26 +53,32 @@ def forward(
     """
     from .launch import run
 
-    return run(pre, None, h0, weight, rows, rule, out=out, chosen=plan)
+    return run(pre, None, h0, weight, rows, rule, out=out, units=units, aside=aside, chosen=plan)
 
 
 def backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
     weight: Tensor,
-    out: Tensor,
+    saved: Tensor,
     rows: Rows,
     rule: Rule,
     *,
+    units: Units | None = None,
+    h0: Tensor | None = None,
+    aside: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `pre`, in the layout of `out`, and of `h0` [B, G, D]. None for a gradient means zero.
+    """The gradient of `pre`, in the layout of `saved`, and of `h0` [B, G, D]. None for a gradient means zero.
 
     Rows past a sequence's length get 0. The gradient of U is left to a GEMM over what this returns.
     """
     from .launch import run
 
-    return run(grad_out, out, grad_h_n, weight, rows, rule, chosen=plan)
+    initial = h0 if units is not None and units.form == "current" else None
+    return run(
+        grad_out, saved, grad_h_n, weight, rows, rule, units=units, initial=initial, aside=aside, chosen=plan
+    )  # fmt: skip
 
 
 def unavailable_reason(

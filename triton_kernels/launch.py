@@ -7,7 +7,7 @@ import functools
 import torch
 import triton
 from fused_rin.device import aligned, launches
-from fused_rin.problem import Rows, Rule
+from fused_rin.problem import Rows, Rule, Units
 from torch import Tensor
 
 from .device import device_record, fp32_precision
@@ -42,9 +42,15 @@ def run(
     rule: Rule,
     *,
     out: Tensor | None = None,
+    units: Units | None = None,
+    initial: Tensor | None = None,
+    aside: Tensor | None = None,
     chosen: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sweep: forward when `saved` is None, else backward. Returns (out, h_n) or (grad_pre, grad_h0)."""
+    """One sweep: forward when `saved` is None, else backward. Returns (out, h_n) or (grad_pre, grad_h0).
+
+    `initial`: h0, for the backward sweep in currents.
+    """
     like = stream_in if saved is None else saved
     assert like is not None
     groups, hidden = weight.shape[:2]
@@ -66,6 +72,9 @@ def run(
         exchange = like.new_empty(2, batch, groups, hidden)
     options = {} if INTERPRETED else compile_options(chosen, device_record(index).vendor)
 
+    form = skips = gains = noise = None
+    if units is not None:
+        form, skips, gains, noise = units
     with torch.cuda.device(index if index is not None else -1):
         for first_tile in range(0, tiles, wave):
             count = min(wave, tiles - first_tile)
@@ -75,11 +84,12 @@ def run(
             sweep[(count, chosen.slices)](
                 aligned(stream_in, 16), aligned(saved, 16), aligned(state_in, 16), aligned(weight, 16), out, state_out,
                 lengths, offsets, None if resets is None else resets.view(torch.uint8), exchange, arrived,
+                skips, gains, aligned(initial, 16), aligned(noise, 16), aside,
                 steps, batch, groups, rule.num_reversed, first_tile, hidden, float(rule.skip),
                 TILE_N=chosen.tile_n, TILE_B=chosen.tile_b, SPLIT_K=chosen.split_k, TILE_K=chosen.tile_k,
                 SLICED=chosen.kind == "sliced", MATRIX=chosen.matrix,
-                BACKWARD=saved is not None, ACTIVATION=rule.activation, HAS_SKIP=rule.skip != 0,
-                PRECISION=chosen.input_precision,
+                BACKWARD=saved is not None, ACTIVATION=rule.activation, HAS_SKIP=form is None and rule.skip != 0,
+                PRECISION=chosen.input_precision, FORM=form,
                 **options,
             )  # fmt: skip
     return out, state_out

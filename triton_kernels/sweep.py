@@ -11,6 +11,9 @@ pre (backward) and M = U (forward) or U^T (backward), every iteration is
     x_n = act(pre_t + c)                  forward
     x_n = (grad_out_t + c) * act'(h_t)    backward, where one more iteration leaves c = the gradient of h0
 
+With FORM, units have factors of their own (csrc/problem.h). What M multiplies, b_f, may then differ from x, which is
+carried: in currents act(x); outside, backward, the gradient of pre, where x is that of the state.
+
 A program owns TILE_N rows of M and TILE_B sequences of one recurrence, and keeps float32 x in registers. If TILE_N
 covers the hidden size (plan "block"), nothing is shared. Otherwise (plan "sliced") the programs of a tile exchange
 x, rounded to the tensors' dtype, through L2 and meet at a barrier once a step.
@@ -39,18 +42,48 @@ def _tanh(x):
 
 
 @triton.jit
-def _epilogue(b_in, b_c, b_saved, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
-    """What differs between the sweeps. Derivatives follow from the saved output alone."""
-    b_a = b_in + b_c
+def _activate(b_a, ACTIVATION: tl.constexpr):
     if ACTIVATION == "none":
         return b_a
-    if BACKWARD:
-        if ACTIVATION == "relu":
-            return tl.where(b_saved <= 0, 0.0, b_a)  # a NaN output lets its gradient through, as in torch
-        return b_a * (1.0 - b_saved * b_saved)
     if ACTIVATION == "relu":
         return tl.where(b_a <= 0, 0.0, b_a)  # keeps NaN, unlike max.f32
-    return _tanh(b_a)
+    if ACTIVATION == "leaky_relu":
+        return tl.where(b_a > 0, b_a, 0.01 * b_a)
+    if ACTIVATION == "tanh":
+        return _tanh(b_a)
+    b_e = tl.exp(-tl.abs(b_a))
+    if ACTIVATION == "sigmoid":
+        return tl.where(b_a < 0, b_e, 1.0) / (1.0 + b_e)
+    # softplus: max(a, 0) + log(1 + e); where e is small its series, which 1 + e would cut off.
+    b_series = b_e * (1.0 - b_e * (0.5 - b_e * (0.3333333333 - 0.25 * b_e)))
+    return tl.where(b_a <= 0, 0.0, b_a) + tl.where(b_e < 0.01, b_series, tl.log(1.0 + b_e))
+
+
+@triton.jit
+def _back(b_g, b_y, ACTIVATION: tl.constexpr):
+    """The gradient of a from that of y = act(a), by y alone."""
+    if ACTIVATION == "none":
+        return b_g
+    if ACTIVATION == "relu":
+        return tl.where(b_y <= 0, 0.0, b_g)  # a NaN output lets its gradient through, as in torch
+    if ACTIVATION == "leaky_relu":
+        return tl.where(b_y > 0, b_g, 0.01 * b_g)
+    if ACTIVATION == "tanh":
+        return b_g * (1.0 - b_y * b_y)
+    if ACTIVATION == "sigmoid":
+        return b_g * (b_y * (1.0 - b_y))
+    b_series = b_y * (1.0 - b_y * (0.5 - b_y * 0.1666666667))
+    return b_g * tl.where(b_y < 0.01, b_series, 1.0 - tl.exp(-b_y))
+
+
+@triton.jit
+def _back_at(b_g, b_a, ACTIVATION: tl.constexpr):
+    """The same by a itself."""
+    if ACTIVATION == "softplus":
+        return b_g * _activate(b_a, "sigmoid")
+    if ACTIVATION == "tanh" or ACTIVATION == "sigmoid":
+        return _back(b_g, _activate(b_a, ACTIVATION), ACTIVATION)
+    return _back(b_g, b_a, ACTIVATION)
 
 
 @triton.jit
@@ -124,11 +157,17 @@ def sweep(
     p_resets,  # [rows] uint8, or None
     p_exchange,  # [2, B, G, D] in the plan "sliced": x of this step and of the one before
     p_arrived,  # [tiles, 16] int64 zeros in the plan "sliced": one counter a tile, each in a cache line of its own
+    p_skips,  # [G, D] float32, with a FORM: s of each unit, in place of `skip`
+    p_gains,  # [G, D] float32, outside: a of each unit
+    p_initial,  # [B, G, D] h0, or None: currents, backward
+    p_noise,  # [rows, G, D] added to the state, or None: outside, forward
+    p_aside,  # [rows, G, D], or None: outside, act(..), or the gradient of the state
     steps, batch, groups, num_reversed, first_tile, D, skip,
     TILE_N: tl.constexpr, TILE_B: tl.constexpr,
     SPLIT_K: tl.constexpr, TILE_K: tl.constexpr,
     SLICED: tl.constexpr, MATRIX: tl.constexpr,
     BACKWARD: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     tile = first_tile + tl.program_id(0)
     g = tile % groups
@@ -156,7 +195,20 @@ def sweep(
         b_length = tl.load(p_lengths + o_b, mask=o_b < batch, other=0)
         b_length = tl.minimum(b_length, steps).to(tl.int32)
 
+    if FORM is not None:
+        b_s = tl.load(p_skips + g * D + o_n, mask=o_n < D, other=0.0)[:, None]
+    if FORM == "outside":
+        b_gain = tl.load(p_gains + g * D + o_n, mask=o_n < D, other=0.0)[:, None]
+        if p_noise is not None:
+            p_noise += first
+        if p_aside is not None:
+            p_aside += first
+    b_h0 = tl.zeros((TILE_N, TILE_B), tl.float32)
+    if p_initial is not None:
+        b_h0 = tl.load(p_initial + first + o_tile, mask=m_state, other=0.0).to(tl.float32)
+
     b_x = tl.zeros((TILE_N, TILE_B), tl.float32)
+    b_d = tl.zeros((TILE_N, TILE_B), tl.float32)  # outside, backward: the gradient of pre
     b_c = tl.zeros((TILE_N, TILE_B), tl.float32)
     if p_state_in is not None:
         b_state = tl.load(p_state_in + first + o_tile, mask=m_state, other=0.0).to(tl.float32)
@@ -205,15 +257,34 @@ def sweep(
             p_in, p_saved, p_lengths, p_resets, BACKWARD,
         )  # fmt: skip
 
-        # c = M x + skip * x
+        # No state crosses the start of an episode, which lies before row t: this one ascending, the last descending.
+        # With a FORM it is dropped before the product, since act(0) need not be 0; else the product is, after it.
+        if FORM is not None and p_resets is not None:
+            b_crossed = tl.where(ascending, b_reset, b_reset_before)
+            b_x = tl.where(b_crossed[None, :], 0.0, b_x)
+            b_d = tl.where(b_crossed[None, :], 0.0, b_d)
+
+        # c = M f + skip * x
+        b_f = b_x
+        if FORM == "current" and not BACKWARD:
+            b_f = tl.where(m_state, _activate(b_x, ACTIVATION), 0.0)
+        if FORM == "outside" and BACKWARD:
+            b_f = b_d
         b_skip = tl.zeros((TILE_N, TILE_B), tl.float32)
         if HAS_SKIP:  # a skip of 0 must not make 0 * inf
             b_skip = b_x * skip
+        if FORM is not None:
+            b_skip = b_x * b_s
+        # Where the product alone is needed, the skip is added later.
+        apart = FORM is not None and FORM != "inside" and (FORM == "outside") != BACKWARD
+        b_start = b_skip
+        if apart:
+            b_start = tl.zeros((TILE_N, TILE_B), tl.float32)
         if SLICED:
             # Two buffers need one barrier: who writes a buffer again has passed the next barrier, and so has everyone
             # read what it held. Loads bypass L1, which does not see the other programs' stores.
             p_step = p_exchange + (n % 2) * batch * row_size
-            tl.store(p_step + o_tile, b_x.to(dtype), mask=m_state)
+            tl.store(p_step + o_tile, b_f.to(dtype), mask=m_state)
             _meet(p_arrived, everyone * (n + 1))
             b_sum = tl.zeros((SPLIT_K, TILE_N, TILE_B), tl.float32)
             if MATRIX == "registers":
@@ -226,13 +297,14 @@ def sweep(
                     b_all = tl.load(p_step + o_x + k, mask=m_x, other=0.0, cache_modifier=".cg")
                     b_u = _load_matrix(p_u, o_n[None, :, None], k + o_k, D, BACKWARD)
                     b_sum = tl.dot(b_u, b_all, b_sum, input_precision=PRECISION)
-            b_new = tl.sum(b_sum, 0) + b_skip
+            b_new = tl.sum(b_sum, 0) + b_start
         else:
-            b_new = tl.dot(b_m, b_x.to(dtype), b_skip, input_precision=PRECISION)
+            b_new = tl.dot(b_m, b_f.to(dtype), b_start, input_precision=PRECISION)
             b_new = tl.where(m_state, b_new, 0.0)  # padding: 0 * inf would spread NaN from there
-
-        # No state crosses the start of an episode, which lies before row t: this one ascending, the last descending.
-        if p_resets is not None:
+        if FORM == "current" and BACKWARD:
+            b_entered = tl.where(b_active[None, :], b_saved.to(tl.float32), b_h0)
+            b_new = _back_at(b_new, b_entered, ACTIVATION) + b_skip
+        if FORM is None and p_resets is not None:
             b_crossed = tl.where(ascending, b_reset, b_reset_before)
             b_new = tl.where(b_crossed[None, :], 0.0, b_new)
         if BACKWARD:
@@ -241,8 +313,31 @@ def sweep(
         else:
             b_c = b_new
 
-        b_y = _epilogue(b_in.to(tl.float32), b_c, b_saved.to(tl.float32), ACTIVATION, BACKWARD)
-        if p_lengths is None:
+        b_y = b_in.to(tl.float32) + b_c
+        if FORM == "outside":
+            m_step = m_state & (o_b < tl.where(n < steps, batch, 0))[None, :]
+            if p_offsets is not None:
+                m_step &= b_active[None, :]
+            if BACKWARD:
+                b_aside = tl.where(b_active[None, :], b_y, 0.0)
+                b_y = _back(b_gain * b_y, b_saved.to(tl.float32), ACTIVATION)
+                b_d = tl.where(b_active[None, :], b_y, 0.0)
+            else:
+                b_z = _activate(b_y, ACTIVATION)
+                b_aside = tl.where(b_active[None, :], b_z, 0.0)
+                b_y = b_skip + b_gain * b_z
+                if p_noise is not None:
+                    b_y += tl.load(p_noise + row * row_size + o_tile, mask=m_step & b_active[None, :], other=0.0).to(
+                        tl.float32
+                    )
+            if p_aside is not None:
+                tl.store(p_aside + row * row_size + o_tile, b_aside.to(dtype), mask=m_step)
+        elif FORM != "current":
+            b_y = _back(b_y, b_saved.to(tl.float32), ACTIVATION) if BACKWARD else _activate(b_y, ACTIVATION)
+        if FORM == "outside" and BACKWARD:
+            b_x = b_aside  # the gradient of the state, carried
+            b_y = b_d
+        elif p_lengths is None:
             b_x = b_y
         elif BACKWARD:
             b_x = tl.where(b_active[None, :], b_y, 0.0)

@@ -6,6 +6,7 @@
 // At B = 128, D = 100, T = 784 each is 40 MB, fresh from the operating system, and takes longer than the arithmetic.
 #pragma once
 
+#include "activation.h"
 #include "dot.h"
 #include "factor.h"
 #include "outer.h"
@@ -111,8 +112,9 @@ class InputProduct {
 
 // Gradients of U and W, one product: the sum over rows of [h that entered, x] x [gradient of pre]. Its left factor lies
 // in groups of `lanes` columns, first those of h, then those of x; a thread owns some groups, for the whole call, so
-// that the order of every sum follows from the rows alone. The gradient of b, the sum of the gradients of pre, and the
-// gradient of x, columns and rows divided alike.
+// that the order of every sum follows from the rows alone. The gradient of b, the sum of the gradients of pre, those of
+// the units' own factors (problem.h), sums of g h_{t-1} and g z_t, and the gradient of x, columns and rows divided
+// alike.
 template <class T>
 class WeightGradient {
   using S = Scalar<T>;
@@ -137,70 +139,113 @@ class WeightGradient {
     for (int64_t i = first_group() * kLanes * l.padded(); i < end_group() * kLanes * l.padded(); i += kLanes) {
       store(sums() + i, Vec<T>{});
     }
-    if (!layer_.grad_b_ih) return;
-    for (int64_t level = 0; level < kBiasLevels; ++level) {
-      for (int64_t v = first_vec(); v < end_vec(); ++v) store(bias(level) + v * kLanes, Vec<T>{});
+    for (int64_t level = 0; level < kUnitSums * kBiasLevels; ++level) {
+      for (int64_t v = first_vec(); v < end_vec(); ++v) store(unit_sum(0, level) + v * kLanes, Vec<T>{});
     }
   }
 
-  // The gradients of pre in the rows of a chunk, [rows][padded], and the same as factors, [rows][stride].
-  void add(const Chunk& chunk, const S* grad_pre, const Row* factors, int64_t stride) {
+  // The gradients of pre in the rows of a chunk, [rows][padded], those of the state, if the form is outside, and of pre
+  // as factors, [rows][stride].
+  void add(const Chunk& chunk, const S* grad_pre, const S* grad_state, const Row* factors, int64_t stride) {
     find_rows(chunk);
     const int64_t rows = chunk.rows();
     for (int64_t k = 0; k < rows && first_group() < end_group(); k += kOuterDepth) {
       add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, factors + k * stride, stride);
     }
-    if (layer_.grad_b_ih) add_bias(rows, grad_pre);
+    add_unit_sums(rows, grad_pre, grad_state ? grad_state : grad_pre);
     const int64_t rank = part_.rank, n = part_.threads;
     if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, factors, stride);
   }
 
   // Writes what all threads have added up: this one's share of the outputs, rows of each gradient.
   void finish() const {
-    if (!layer_.grad_w_hh) return;
     const int64_t begin = first_vec() * kLanes, end = end_vec() * kLanes;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      write_unit_sum(kBias, i, static_cast<T*>(layer_.grad_b_ih));
+      write_unit_sum(kBias, i, static_cast<T*>(layer_.grad_b_hh));
+      write_unit_sum(kSkips, i, static_cast<S*>(layer_.grad_skips));
+      write_unit_sum(kGains, i, static_cast<S*>(layer_.grad_gains));
+    }
+    if (!layer_.grad_w_hh) return;
     const S* inputs = sums() + state_groups_ * kLanes * l_.padded();
     for (int64_t i = begin; i < end; i += kLanes) {
       write(sums(), i, p_.hidden, static_cast<T*>(layer_.grad_w_hh));
       write(inputs, i, layer_.inputs, static_cast<T*>(layer_.grad_w_ih));
-      if (!layer_.grad_b_ih) continue;
-      const int64_t count = p_.hidden - i < kLanes ? p_.hidden - i : kLanes;
-      Vec<T> sum{};
-      for (int64_t level = 0; level < kBiasLevels; ++level) sum += load(bias(level) + i);
-      for (void* bias : {layer_.grad_b_ih, layer_.grad_b_hh}) store_first(static_cast<T*>(bias) + i, sum, count);
     }
   }
 
  private:
+  enum UnitSum { kBias, kSkips, kGains };
+  template <class To>
+  void write_unit_sum(UnitSum which, int64_t i, To* to) const {
+    if (!to) return;
+    Vec<T> sum{};
+    for (int64_t level = 0; level < kBiasLevels; ++level) sum += load(unit_sum(which, level) + i);
+    store_first(to + i, sum, columns_at(i));
+  }
+  // Units in the vector at column i.
+  int64_t columns_at(int64_t i) const { return p_.hidden - i < kLanes ? p_.hidden - i : kLanes; }
+
   static int64_t groups_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
   static constexpr int64_t kZero = -1, kInitial = -2;  // in place of a row: zero, or minus the index into h0
 
   S* sums() const { return static_cast<S*>(part_.gradient); }
-  S* bias(int64_t level) const { return sums() + (groups_ * kLanes + level) * l_.padded(); }
+  S* unit_sum(int64_t which, int64_t level) const {
+    return sums() + (groups_ * kLanes + which * kBiasLevels + level) * l_.padded();
+  }
   // This thread's share of the groups, and of the outputs; all of them once it goes on alone.
   int64_t first_group() const { return part_.rank * groups_ / part_.threads; }
   int64_t end_group() const { return (part_.rank + 1) * groups_ / part_.threads; }
   int64_t first_vec() const { return part_.rank * l_.vecs / part_.threads; }
   int64_t end_vec() const { return (part_.rank + 1) * l_.vecs / part_.threads; }
 
-  void add_bias(int64_t rows, const S* grad_pre) {
+  void add_unit_sums(int64_t rows, const S* grad_pre, const S* grad_state) {
+    const auto at = [&](const S* of, int64_t k, int64_t i) { return load(of + k * l_.padded() + i); };
+    const T* const states = static_cast<const T*>(layer_.states);
+    const T* const h0 = static_cast<const T*>(layer_.h0);
+    const int64_t before = blocks_;
+    if (layer_.grad_b_ih) add_rows_of(kBias, rows, [&](int64_t k, int64_t i) { return at(grad_pre, k, i); });
+    if (layer_.grad_skips) {
+      blocks_ = before;
+      add_rows_of(kSkips, rows, [&](int64_t k, int64_t i) {
+        const int64_t row = entered_[k];
+        return row == kZero
+                   ? Vec<T>{}
+                   : at(grad_state, k, i) * numbers(row >= 0 ? states : h0, row >= 0 ? row : kInitial - row, i);
+      });
+    }
+    if (layer_.grad_gains) {
+      blocks_ = before;
+      add_rows_of(kGains, rows, [&](int64_t k, int64_t i) {
+        return at(grad_state, k, i) * numbers(static_cast<const T*>(p_.saved), rows_[k], i);
+      });
+    }
+  }
+  // A vector of a row of D numbers.
+  Vec<T> numbers(const T* of, int64_t row, int64_t i) const {
+    const T* const from = of + row * p_.hidden + i;
+    return columns_at(i) == kLanes ? load(from) : load_first(from, columns_at(i));
+  }
+
+  template <class Value>
+  void add_rows_of(UnitSum which, int64_t rows, Value value) {
     for (int64_t begin = 0; begin < rows; begin += kBiasBlock) {
       const int64_t end = rows - begin < kBiasBlock ? rows : begin + kBiasBlock;
       for (int64_t v = first_vec(); v < end_vec(); ++v) {
         Vec<T> sum{}, other{};  // rows in turn: two sums of half as many
         int64_t k = begin;
         for (; k + 2 <= end; k += 2) {
-          sum += load(grad_pre + k * l_.padded() + v * kLanes);
-          other += load(grad_pre + (k + 1) * l_.padded() + v * kLanes);
+          sum += value(k, v * kLanes);
+          other += value(k + 1, v * kLanes);
         }
-        if (k < end) sum += load(grad_pre + k * l_.padded() + v * kLanes);
-        add_to(bias(0) + v * kLanes, sum + other);
+        if (k < end) sum += value(k, v * kLanes);
+        add_to(unit_sum(which, 0) + v * kLanes, sum + other);
       }
       int64_t level = 0;
       for (int64_t blocks = ++blocks_; blocks % kBiasBlock == 0 && level + 1 < kBiasLevels; blocks /= kBiasBlock) {
         for (int64_t v = first_vec(); v < end_vec(); ++v) {
-          add_to(bias(level + 1) + v * kLanes, load(bias(level) + v * kLanes));
-          store(bias(level) + v * kLanes, Vec<T>{});
+          add_to(unit_sum(which, level + 1) + v * kLanes, load(unit_sum(which, level) + v * kLanes));
+          store(unit_sum(which, level) + v * kLanes, Vec<T>{});
         }
         ++level;
       }
@@ -285,16 +330,34 @@ class WeightGradient {
   void gather(int64_t group, int64_t first, int64_t rows, F* to) const {
     const bool states = group < state_groups_;
     const int64_t column = (states ? group : group - state_groups_) * kLanes, count = columns_in(group);
-    const T* const out = static_cast<const T*>(p_.saved) + column;
+    const T* const out = static_cast<const T*>(layer_.states) + column;
     const T* const h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
     const T* const x = static_cast<const T*>(layer_.x) + column;
-    const auto source = [&](int64_t k) -> const T* {
-      if (k >= rows) return nullptr;
-      if (!states) return x + rows_[first + k] * layer_.inputs;
+    const auto state = [&](int64_t k) -> const T* {
       const int64_t row = entered_[first + k];
       return row == kZero ? nullptr : row >= 0 ? out + row * p_.hidden : h0 + (kInitial - row) * p_.hidden;
     };
-    const auto units = [&](int64_t k) { return load_across(source(k * kTerms), source((k + 1) * kTerms - 1), count); };
+    if (states && p_.form == Form::kCurrent) {  // f of it is what was multiplied
+      const AnyActivation f{p_.activation};
+      T values[2][kLanes];
+      const auto value = [&](int64_t k, T* to_row) -> const T* {
+        if (k >= rows) return nullptr;
+        const T* const from = state(k);
+        store(to_row, f.of(!from ? Vec<T>{} : count < kLanes ? load_first(from, count) : load(from)));
+        return to_row;
+      };
+      return gather_units(rows, to, [&](int64_t k) {
+        return load_across(value(k * kTerms, values[0]), value((k + 1) * kTerms - 1, values[1]), count);
+      });
+    }
+    const auto source = [&](int64_t k) -> const T* {
+      return k >= rows ? nullptr : states ? state(k) : x + rows_[first + k] * layer_.inputs;
+    };
+    gather_units(rows, to,
+                 [&](int64_t k) { return load_across(source(k * kTerms), source((k + 1) * kTerms - 1), count); });
+  }
+  template <class Units>
+  void gather_units(int64_t rows, F* to, Units units) const {
     for (int64_t k = 0, depth = depth_of(rows); k < depth; k += kByTiles ? kLanes : 1) {
       if constexpr (kByTiles) {
         typename VecOf<F>::Vec square[kLanes];
@@ -358,7 +421,7 @@ class WeightGradient {
   const bool ascending_;
   const int64_t state_groups_, groups_;
   int64_t *rows_, *entered_;
-  int64_t blocks_ = 0;  // of a bias's sum
+  int64_t blocks_ = 0;  // of each unit's sums
 };
 
 }  // namespace

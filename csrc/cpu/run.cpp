@@ -198,14 +198,17 @@ class Call {
       states_[i] = static_cast<char*>(carver.take(p_.groups * state_bytes()));
       factors_[i] = factors(p_.groups * p_.batch);
     }
+    if (splits(p_)) carried_ = static_cast<char*>(carver.take(p_.groups * state_bytes()));
     if (needs_input()) input_panels_ = static_cast<char*>(scalars(p_.groups * input_.scalars()));
     const int64_t padded = plan_.layout.padded(), lanes = plan_.layout.lanes, rows = max_chunk_rows();
     // Gradients of pre are shared by all threads; an input product is its thread's own.
     if (layer_) {
       for (int i = 0; i < (p_.backward ? 2 : plan_.threads); ++i) chunk_rows_[i] = scalars(rows * padded);
       for (int i = 0; i < (p_.backward ? 2 : 0); ++i) chunk_factors_[i] = factors(rows);
+      const bool aside = p_.backward && p_.form == Form::kOutside && (layer_->grad_skips || layer_->grad_gains);
+      for (int i = 0; i < (aside ? 2 : 0); ++i) chunk_aside_[i] = scalars(rows * padded);
       const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes - 1) / lanes;
-      if (p_.backward) gradient_ = scalars((groups * lanes + kBiasLevels) * padded);
+      if (p_.backward) gradient_ = scalars((groups * lanes + kUnitSums * kBiasLevels) * padded);
       gathered_ = p_.backward
                       ? std::min(groups, outer_groups(kernels_.vector_bytes, unit_)) * (kOuterDepth / unit_) * lanes
                       : rows * input_.depth;
@@ -304,6 +307,7 @@ class Call {
       part.state[i] = states_[i] + group * state_bytes() + slot * l.padded() * scalar_;
       if (unit_ > 1) part.factors[i] = factors_[i] + (group * p_.batch + slot) * l.halves() * kHalf;
     }
+    if (carried_) part.carried = carried_ + group * state_bytes() + slot * l.padded() * scalar_;
     part.scratch = own.scratch;
     part.team = plan_.threads > 1 && !ended ? &team_ : nullptr;
     part.meets = team;
@@ -326,6 +330,7 @@ class Call {
     for (int i = 0; i < 2; ++i) {
       part.chunk_rows[i] = chunk_rows_[p_.backward ? i : rank];
       part.chunk_factors[i] = chunk_factors_[i];
+      part.chunk_aside[i] = chunk_aside_[i];
     }
     part.panel = own.panel;
     part.gradient = gradient_;
@@ -358,9 +363,10 @@ class Call {
   std::vector<Rows> dealt_;
   Panels input_{};
   char *panels_ = nullptr, *input_panels_ = nullptr;
-  char *states_[2] = {}, *factors_[2] = {};
+  char *states_[2] = {}, *factors_[2] = {}, *carried_ = nullptr;
   void* chunk_rows_[Team::kMaxThreads] = {};
   char* chunk_factors_[2] = {};
+  void* chunk_aside_[2] = {};
   void* gradient_ = nullptr;
   int64_t gathered_ = 0;
   Own own_[Team::kMaxThreads] = {};

@@ -36,13 +36,15 @@ class Sweep {
         part_(part),
         rows_(part_.rows),
         ascending_(is_ascending(p, part.group)),
+        rest_(p.form == Form::kCurrent && !p.backward ? at_rest<S>(p.activation) : 0),
         // From no state there is nothing to multiply, unless U holds an Inf or a NaN, which times zero is NaN.
-        direct_(p.backward || (!p.state_in && part.finite)),
+        direct_(p.backward || (!p.state_in && part.finite && rest_ == 0)),
         first_column_(l.first_column(part.block_begin)),
         end_column_(l.end_column(part.block_end - 1)),
         state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])},
         factors_{static_cast<Row*>(part.factors[0]), static_cast<Row*>(part.factors[1])} {
     nonzero_.index = part.index;
+    if (splits(p)) carried_ = static_cast<S*>(part.carried);
   }
 
   void run() {
@@ -59,6 +61,7 @@ class Sweep {
   void use_chunk(int64_t number) {
     chunk_data_ = static_cast<S*>(part_.chunk_rows[number % 2]);
     chunk_factors_ = static_cast<Row*>(part_.chunk_factors[number % 2]);
+    chunk_aside_ = static_cast<S*>(part_.chunk_aside[number % 2]);
   }
   // False if the team ends here and this thread is not the one that goes on.
   bool meet() {
@@ -103,9 +106,9 @@ class Sweep {
       if (!run_steps(chunk_.begin, chunk_.end)) return false;
       if (!part_.meets) meet();
       if constexpr (kPaired<T>) {
-        gradient.add(chunk_, chunk_data_, chunk_factors_, l_.halves());
+        gradient.add(chunk_, chunk_data_, chunk_aside_, chunk_factors_, l_.halves());
       } else {
-        gradient.add(chunk_, chunk_data_, chunk_data_, l_.padded());
+        gradient.add(chunk_, chunk_data_, chunk_aside_, chunk_data_, l_.padded());
       }
     }
     if (!meet()) return false;
@@ -141,6 +144,8 @@ class Sweep {
   int64_t length(int64_t row) const { return rows_.lengths ? rows_.lengths[row] : p_.steps; }
   S* state(int64_t row) const { return state_[0] + row * l_.padded(); }
   S* next_state(int64_t row) const { return state_[1] + row * l_.padded(); }
+  // What the skip is of.
+  S* skipped(int64_t row) const { return carried_ ? carried_ + row * l_.padded() : state(row); }
   void swap_states() {
     swap(state_[0], state_[1]);
     swap(factors_[0], factors_[1]);
@@ -188,10 +193,8 @@ class Sweep {
   }
 
   // This part's columns of a row at step t.
-  Columns<T> columns(int64_t row, int64_t t) const {
+  void set(Columns<T>& c, int64_t row, int64_t t) const {
     const int64_t at = element(t, row) + first_column_;
-    Columns<T> c{};
-    c.skip = static_cast<S>(p_.skip);
     if (p_.in) c.in = static_cast<const T*>(p_.in) + at;
     if (p_.backward) c.saved = static_cast<const T*>(p_.saved) + at;
     if (p_.out) c.out = static_cast<T*>(p_.out) + at;
@@ -207,7 +210,23 @@ class Sweep {
         c.pre = chunk_data_ + (chunk_base_ + row) * l_.padded() + first_column_;
       }
     }
-    return c;
+  }
+  // The same where units have factors of their own.
+  void set_units(UnitColumns<T>& c, int64_t row, int64_t t) const {
+    set(c, row, t);
+    c.skips = factors_of_units(p_.skips);
+    if (carried_) c.carried = skipped(row) + first_column_;
+    if (p_.form != Form::kOutside) return;
+    c.gains = factors_of_units(p_.gains);
+    const int64_t at = element(t, row) + first_column_;
+    if (p_.noise) c.noise = static_cast<const T*>(p_.noise) + at;
+    if (p_.aside) c.aside = static_cast<T*>(p_.aside) + at;
+    if (part_.layer && part_.chunk_aside[0]) {
+      c.kept_aside = chunk_aside_ + (chunk_base_ + part_.position + row * part_.stride) * l_.padded() + first_column_;
+    }
+  }
+  const S* factors_of_units(const void* all) const {
+    return all ? static_cast<const S*>(all) + part_.group * p_.hidden + first_column_ : nullptr;
   }
 
   // state x U for rows [begin, end) and this part's columns: body(row, its product).
@@ -224,9 +243,20 @@ class Sweep {
   }
 
   void multiply(int64_t begin, int64_t end, int64_t t) {
+    if (p_.skips) {
+      return product(begin, end, [&](int64_t row, const S* carry) {
+        UnitColumns<T> c{};
+        set_units(c, row, t);
+        c.carry = carry;
+        c.x = skipped(row) + first_column_;
+        epilogue(p_, c);
+      });
+    }
     product(begin, end, [&](int64_t row, const S* carry) {
-      Columns<T> c = columns(row, t);
+      Columns<T> c{};
+      set(c, row, t);
       c.carry = carry;
+      c.skip = static_cast<S>(p_.skip);
       c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
       epilogue(p_, c);
     });
@@ -236,9 +266,17 @@ class Sweep {
   void start_from_carry(int64_t begin, int64_t end, int64_t t) {
     for (int64_t row = begin; row < end; ++row) {
       load_state(row);
-      Columns<T> c = columns(row, t);
-      c.carry = state(row) + first_column_;
-      epilogue(p_, c);
+      if (p_.skips) {
+        UnitColumns<T> c{};
+        set_units(c, row, t);
+        if (p_.backward) c.pre = state(row) + first_column_;  // added, whatever is done to products
+        epilogue(p_, c);
+      } else {
+        Columns<T> c{};
+        set(c, row, t);
+        c.carry = state(row) + first_column_;
+        epilogue(p_, c);
+      }
     }
   }
 
@@ -251,17 +289,34 @@ class Sweep {
       if (start < length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) zero_state(1, row);
     }
   }
-  // This part's columns of a state, 0: this step's, 1: the next's.
+  // This part's columns of a state, 0: this step's, 1: the next's, to what there is before a sequence starts.
   void zero_state(int number, int64_t row) const {
+    clear_state(number, row);
+    if (!carried_) return;
+    memset(skipped(row) + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(S));
+    if (rest_ == 0) return;
+    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) put_state(number, row, i, rest_ + Vec<T>{});
+  }
+  void clear_state(int number, int64_t row) const {
     const size_t count = static_cast<size_t>(end_column_ - first_column_);
     memset(state_[number] + row * l_.padded() + first_column_, 0, count * sizeof(S));
     if constexpr (kPaired<T>) memset(factor_row(number, row) + first_column_, 0, count * sizeof(Row));
+  }
+  // One vector of a state, or what is left of it in this part's columns.
+  void put_state(int number, int64_t row, int64_t column, Vec<T> value) const {
+    const int64_t count = end_column_ - column;
+    S* const to = state_[number] + row * l_.padded() + column;
+    count < l_.lanes ? store_first(to, value, count) : store(to, value);
+    if constexpr (kPaired<T>) {
+      Row* const factor = factor_row(number, row) + column;
+      count < l_.lanes ? store_first(factor, value, count) : store(factor, value);
+    }
   }
 
   // ---- the ends of a sequence ----
 
   void load_state(int64_t row) const {
-    if (!p_.state_in) return zero_state(0, row);
+    if (!p_.state_in) return clear_state(0, row);
     const T* from = static_cast<const T*>(p_.state_in) + state_element(row);
     S* const to = state(row);
     for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
@@ -283,10 +338,22 @@ class Sweep {
     }
   }
 
+  // In currents the state is carried, and f of it multiplied.
+  void split_state(int64_t row) const {
+    const AnyActivation f{p_.activation};
+    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
+      const Vec<T> value = load(state(row) + i);
+      const int64_t count = end_column_ - i;
+      count < l_.lanes ? store_first(skipped(row) + i, value, count) : store(skipped(row) + i, value);
+      put_state(0, row, i, f.of(value));
+    }
+  }
+
   // Rows that begin with a product of h0.
   bool enter(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       load_state(row);
+      if (carried_) split_state(row);
       if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_state(0, row);
     }
     return !part_.meets || meet();
@@ -296,16 +363,23 @@ class Sweep {
   void leave(int64_t begin, int64_t end) {
     if (!p_.state_out || begin == end) return;
     if (!p_.backward) {
-      for (int64_t row = begin; row < end; ++row) store_state(row, state(row));
+      for (int64_t row = begin; row < end; ++row) store_state(row, skipped(row));
       return;
     }
     product(begin, end, [&](int64_t row, const S* carry) {
-      Columns<T> c{};
+      const int64_t at = state_element(row) + first_column_;
+      UnitColumns<T> c{};
       c.carry = carry;
+      c.out = static_cast<T*>(p_.state_out) + at;
+      c.count = end_column_ - first_column_;
+      if (p_.skips) {
+        c.x = skipped(row) + first_column_;
+        c.skips = factors_of_units(p_.skips);
+        if (p_.initial) c.saved = static_cast<const T*>(p_.initial) + at;
+        return epilogue_of_start(p_, c);
+      }
       c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
       c.skip = static_cast<S>(p_.skip);
-      c.out = static_cast<T*>(p_.state_out) + state_element(row) + first_column_;
-      c.count = end_column_ - first_column_;
       c.apply([](Vec<T> a, Vec<T>) { return a; });
     });
   }
@@ -322,8 +396,9 @@ class Sweep {
   void zero_padding() const {
     for (int64_t row = 0; row < rows_.count; ++row) {
       for (int64_t t = length(row); t < p_.steps; ++t) {
-        if (p_.out) {
-          memset(static_cast<T*>(p_.out) + element(t, row) + first_column_, 0,
+        for (void* const out : {p_.out, p_.aside}) {
+          if (!out) continue;
+          memset(static_cast<T*>(out) + element(t, row) + first_column_, 0,
                  static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
         }
         if (part_.layer && part_.layer->grad_x && first_column_ == 0) {
@@ -340,15 +415,18 @@ class Sweep {
   Part part_;  // changes where the team ends
   const RowList& rows_;
   const bool ascending_;  // in time, this sweep
+  const S rest_;          // what is multiplied of a state of zero
   const bool direct_;     // sequences start from a carry, not from a state to be multiplied
   int64_t first_column_, end_column_;
-  S* state_[2];         // this step's and the next's,
-  Row* factors_[2];     // and as a product takes them (kPaired)
-  int64_t active_ = 0;  // rows that have begun and not ended
+  S* state_[2];           // this step's and the next's,
+  Row* factors_[2];       // and as a product takes them (kPaired)
+  S* carried_ = nullptr;  // what the skip is of, where it is not the state
+  int64_t active_ = 0;    // rows that have begun and not ended
   const InputProduct<T>* input_ = nullptr;
   Chunk chunk_;              // of a layer: the steps at hand,
   S* chunk_data_ = nullptr;  // their input products or gradients of pre,
   Row* chunk_factors_ = nullptr;
+  S* chunk_aside_ = nullptr;
   int64_t chunk_base_ = 0;  // and the first row of the step at hand
   Nonzero nonzero_;
   Tiles tiles_;

@@ -58,6 +58,9 @@ struct Layout : Panels {
   }
 };
 
+// Whether a sweep carries something else than what it multiplies (problem.h).
+inline bool splits(const Problem& p) { return p.form == (p.backward ? Form::kOutside : Form::kCurrent); }
+
 // Some rows of the batch, longest sequence first.
 struct RowList {
   int64_t count;
@@ -68,14 +71,16 @@ struct RowList {
 // What a layer has beside the recurrence (layer.h): the product of its input, made just before the steps that need it,
 // and in a backward sweep the gradients of its weights and of its input, added up just after the steps that give them.
 struct Layer {
-  int64_t inputs;               // I
-  const void* x;                // [rows, I]
-  const void* w_ih;             // [G * D, I]
-  const void *b_ih, *b_hh;      // [G * D] or null; forward
-  const void* h0;               // backward: [B, D] or null, zero
-  void* grad_x;                 // backward: [rows, I] or null, not wanted
-  void *grad_w_ih, *grad_w_hh;  // backward: [D, I] and [D, D], or both null
-  void *grad_b_ih, *grad_b_hh;  // backward: [D], or both null
+  int64_t inputs;                 // I
+  const void* x;                  // [rows, I]
+  const void* w_ih;               // [G * D, I]
+  const void *b_ih, *b_hh;        // [G * D] or null; forward
+  const void* h0;                 // backward: [B, D] or null, zero
+  const void* states;             // backward: [rows, D], the output
+  void* grad_x;                   // backward: [rows, I] or null, not wanted
+  void *grad_w_ih, *grad_w_hh;    // backward: [D, I] and [D, D], or both null
+  void *grad_b_ih, *grad_b_hh;    // backward: [D], or both null
+  void *grad_skips, *grad_gains;  // backward, where units have factors of their own: [D] scalars or null, gains outside
 };
 
 // What one thread does: some rows of one recurrence, all outputs or (in a team) some blocks of them.
@@ -87,6 +92,7 @@ struct Part {
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
   void* state[2];      // each [rows, padded], scalars; shared by a team
   void* factors[2];    // each [rows, halves], the states as a product takes them, if that is not as they are (factor.h)
+  void* carried;       // [rows, padded] scalars, what the skip is of, where that is not the state (splits)
   void* scratch;       // [max_tile_rows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
   int32_t* index;      // [D + kListSlack] likewise
   Team* team;          // null when there is one thread
@@ -103,6 +109,7 @@ struct Part {
   void* gathered;            // this thread's own: input of a chunk; backward: what entered its steps (WeightGradient)
   void* chunk_rows[2];       // [max_chunk_rows, padded] scalars: input products, or gradients of them
   void* chunk_factors[2];  // [max_chunk_rows, halves], backward: those gradients as a product takes them, like factors
+  void* chunk_aside[2];    // backward, outside, with gradients of s or a: the gradients of the state, like chunk_rows
   void* panel;             // backward: [kOuterDepth, kOuterVecs vectors] of this thread's own
   void* gradient;          // backward: sums of all weight gradients
   int64_t* sources;        // backward: [2, max_chunk_rows] of this thread's own
@@ -165,6 +172,7 @@ constexpr int64_t kOuterVecs = 3;
 // level, so that 10^6 rows go through five sums of 16, not one of 10^6 whose error grows with the rows.
 constexpr int64_t kBiasBlock = 16;
 constexpr int64_t kBiasLevels = 5;
+constexpr int64_t kUnitSums = 3;  // of b, and of the units' factors s and a
 // Groups of columns of the left factor of those sums, kOuterDepth rows each, a vector for every one or two, that make
 // 256 KB.
 constexpr int64_t outer_groups(int64_t vector_bytes, int64_t terms) {

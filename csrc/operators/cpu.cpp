@@ -52,4 +52,5 @@ STABLE_TORCH_LIBRARY(fused_rin, library) { fused_rin::operators::define_sweeps(l
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rin, CompositeExplicitAutograd, library) {
   fused_rin::operators::implement_sweeps<fused_rin::operators::kCpu>(library);
+  fused_rin::operators::implement_units<fused_rin::operators::kCpu>(library);
 }

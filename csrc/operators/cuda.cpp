@@ -57,6 +57,7 @@ void* stream(int device) {
 
 // In float32's own accuracy: torch's switch for TF32 is not part of its stable ABI.
 void run(const Problem& p, int64_t, int device) {
+  check(p.activation <= Activation::kTanh, "there is no CUDA kernel for activations but relu, tanh and none");
   const BlockInstance& kernel =
       plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, /*allow_tf32=*/false, limits(device));
   launch_block(p, kernel.math, kernel.hidden, kernel.rows, device, stream(device));

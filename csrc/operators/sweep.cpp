@@ -58,8 +58,18 @@ DType dtype_of(ScalarType type, const char* name) {
 Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::kReLU;
   if (name == "tanh") return Activation::kTanh;
-  check(name == "none", "activation must be relu, tanh or none, got ", name);
+  if (name == "sigmoid") return Activation::kSigmoid;
+  if (name == "softplus") return Activation::kSoftplus;
+  if (name == "leaky_relu") return Activation::kLeakyReLU;
+  check(name == "none", "activation must be relu, tanh, sigmoid, softplus, leaky_relu or none, got ", name);
   return Activation::kNone;
+}
+
+Form form_of(const std::string& name) {
+  if (name == "inside") return Form::kInside;
+  if (name == "outside") return Form::kOutside;
+  check(name == "current", "form must be inside, outside or current, got ", name);
+  return Form::kCurrent;
 }
 
 // Tensors as a kernel reads them: checked, contiguous, padded, and kept for as long as the problem points into them.
@@ -86,6 +96,12 @@ class Readable {
 
   const void* units(const Optional& tensor, const char* name, const Shape& shape) {
     return tensor ? units(*tensor, name, shape) : nullptr;
+  }
+
+  // In the type that sums have.
+  const void* scalars(const Tensor& tensor, const char* name, const Shape& shape) {
+    const bool wide = states_.scalar_type() == ScalarType::Double;
+    return kept(checked(tensor, name, shape, wide ? ScalarType::Double : ScalarType::Float));
   }
 
   const int64_t* numbers(const Optional& tensor, const char* name, const Shape& shape) {
@@ -152,9 +168,9 @@ class Written {
 
 }  // namespace
 
-Result sweep(const Sweep& s, const Device& device) {
+UnitsResult sweep(const Sweep& s, const Units* units, const Device& device) {
   const bool backward = s.grad_out != nullptr;
-  const char* name = backward ? "out" : "pre";
+  const char* name = !backward ? "pre" : units ? "saved" : "out";
   Problem p{};
   p.backward = backward;
   p.dtype = dtype_of(s.states.scalar_type(), name);
@@ -182,8 +198,12 @@ Result sweep(const Sweep& s, const Device& device) {
   p.steps = s.offsets ? s.offsets->size(0) : rows[0];
   p.batch = s.offsets ? s.lengths->size(0) : rows[1];
   const Shape state{p.batch, p.groups, p.hidden};
+  if (units) p.form = form_of(units->form);
+  const bool outside = p.form == Form::kOutside;
+  const Shape aside_shape = outside ? shape : Shape{0};
   if (s.states.device().type() == torch::headeronly::DeviceType::Meta)
-    return {torch::stable::new_empty(s.states, shape), torch::stable::new_empty(s.states, state)};
+    return {torch::stable::new_empty(s.states, shape), torch::stable::new_empty(s.states, state),
+            torch::stable::new_empty(s.states, aside_shape)};
   check(device.is_mine(s.states), name, " must be on a device of type ", device.name);
   check(s.backend == "auto" || s.backend == device.name, "backend ", s.backend, " is not there without Python; ",
         "export the model with backend=\"auto\" or \"", device.name, "\"");
@@ -199,12 +219,21 @@ Result sweep(const Sweep& s, const Device& device) {
   p.state_in = readable.units(s.state_in, backward ? "grad_h_n" : "h0", state);
   (backward ? p.saved : p.in) = readable.units(s.states, name, shape);
   if (backward) p.in = readable.units(*s.grad_out, "grad_out", shape);
+  if (units) {
+    check(!outside || units->gain, "gain must be given in the form outside");
+    p.skips = readable.scalars(units->skip, "skip", {p.groups, p.hidden});
+    if (outside) p.gains = readable.scalars(*units->gain, "gain", {p.groups, p.hidden});
+    if (outside && !backward) p.noise = readable.units(*units->noise, "noise", shape);
+    if (p.form == Form::kCurrent && backward) p.initial = readable.units(*units->h0, "h0", state);
+  }
   Written out(s.states, shape, split, p.padding), state_out(s.states, state, state, p.padding);
+  Tensor aside = torch::stable::new_empty(s.states, aside_shape);
   p.out = out.address();
   p.state_out = state_out.address();
+  if (outside) p.aside = aside.data_ptr();
   p.hidden += p.padding;
   device.run(p, s.offsets ? rows[0] : p.steps * p.batch, s.states.get_device());
-  return {out.tensor(), state_out.tensor()};
+  return {out.tensor(), state_out.tensor(), aside};
 }
 
 }  // namespace fused_rin::operators

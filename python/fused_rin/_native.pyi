@@ -10,6 +10,8 @@ _StepRule = tuple[int, int, float]
 _Rows = tuple[int, int, int]
 # (weight, in, saved, state_in, out, state_out), see csrc/problem.h
 _Sweep = tuple[int, int, int, int, int, int]
+# (form, skips, gains, initial, noise, aside), likewise
+_Units = tuple[int, int, int, int, int, int]
 # (I, x, w_ih, b_ih, b_hh)
 _Input = tuple[int, int, int, int, int]
 # (w_ih, w_hh, b_ih, b_hh)
@@ -29,6 +31,36 @@ def layer_backward(
     input: _Input,
     h0: int,
     gradients: tuple[int, int, int, int, int],  # of x, w_ih, w_hh, b_ih, b_hh
+    max_threads: int,
+    isa: str,
+    /,
+) -> None: ...
+def sweep_of_units(
+    sizes: _Sizes, rule: _Rule, rows: _Rows, tensors: _Sweep, units: _Units, max_threads: int, isa: str, /
+) -> None: ...
+def layer_forward_of_units(
+    sizes: _Sizes,
+    rule: _Rule,
+    rows: _Rows,
+    tensors: _Sweep,
+    units: _Units,
+    input: _Input,
+    max_threads: int,
+    isa: str,
+    /,
+) -> None: ...
+def layer_backward_of_units(
+    sizes: _Sizes,
+    rule: _Rule,
+    rows: _Rows,
+    tensors: _Sweep,
+    units: _Units,
+    input: _Input,
+    h0: int,
+    states: int,
+    gradients: tuple[int, int, int, int, int],
+    grad_skips: int,
+    grad_gains: int,
     max_threads: int,
     isa: str,
     /,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_rin import cpu, reference, settings
-from fused_rin.problem import Rows, Rule
+from fused_rin.problem import Rows, Rule, Units
 
 NAMES = settings.BACKENDS
 
@@ -29,6 +29,9 @@ class Backend(Protocol):
     """What runs the two sweeps. Tensors are plain and contiguous, arguments checked."""
 
     name: str
+    # What it has: activations, and forms of units with factors of their own.
+    activations: frozenset[str]
+    forms: frozenset[str]
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype, hidden: int, /) -> str | None:
         """Why it cannot run a problem of this kind, with the way out, or None if it can."""
@@ -48,13 +51,32 @@ class Backend(Protocol):
         /,
         *,
         out: Tensor | None = None,
+        units: Units | None = None,
+        aside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The states, in the layout of pre (in `out`, where it is given), and h_n [B, G, D]."""
+        """The states, in the layout of pre (in `out`, where it is given), and h_n [B, G, D].
+
+        Outside, the values of the activation go to `aside`, where it is given.
+        """
 
     def backward(
-        self, grad_out: Tensor | None, grad_h_n: Tensor | None, weight: Tensor, out: Tensor, rows: Rows, rule: Rule, /
+        self,
+        grad_out: Tensor | None,
+        grad_h_n: Tensor | None,
+        weight: Tensor,
+        saved: Tensor,
+        rows: Rows,
+        rule: Rule,
+        /,
+        *,
+        units: Units | None = None,
+        h0: Tensor | None = None,
+        aside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of pre, in the layout of out, and of h0 [B, G, D]; a gradient that is None is zero."""
+        """Gradients of pre, in the layout of saved, and of h0 [B, G, D]; a gradient that is None is zero.
+
+        saved: the output, outside the values. Outside, the gradient of the state goes to `aside`, where it is given.
+        """
 
 
 def check_name(name: str) -> str:
@@ -112,21 +134,39 @@ def _kept_reason(name: str, device: torch.device, dtype: torch.dtype, hidden: in
     return _backend(name).unavailable_reason(device, dtype, hidden)
 
 
+def _rule_reason(name: str, activation: str, form: str | None) -> str | None:
+    """Why a backend that could run here has no kernel for such a rule, or None."""
+    if form is None and activation in ("relu", "tanh"):  # all have these
+        return None
+    backend = _backend(name)
+    if activation not in backend.activations:
+        return f"it has no kernel for the activation {activation!r}, only for {', '.join(sorted(backend.activations))}"
+    if form is not None and form not in backend.forms:
+        return f"it has no kernel for units with factors of their own in the form {form!r}"
+    return None
+
+
 def select(
-    name: str, device: torch.device, dtype: torch.dtype, hidden: int, batch: int
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    batch: int,
+    activation: str = "relu",
+    form: str | None = None,
 ) -> tuple[Backend, dict[str, str]]:
     """The backend for a request (`requested` applied already), and why better ones were passed over.
 
     Raises BackendError if a backend asked for by name cannot run.
     """
     if name != "auto":
-        reason = _reason(name, device, dtype, hidden)
+        reason = _reason(name, device, dtype, hidden) or _rule_reason(name, activation, form)
         if reason is not None:
             raise BackendError(f"backend {name!r} was asked for and cannot run: {reason}")
         return _backend(name), {}
     passed_over: dict[str, str] = {}
     for candidate in _CANDIDATES.get(device.type, ("reference",)):
-        reason = _reason(candidate, device, dtype, hidden)
+        reason = _reason(candidate, device, dtype, hidden) or _rule_reason(candidate, activation, form)
         if reason is None and candidate == "cpu":
             reason = cpu.why_too_narrow(batch, hidden)
         if reason is None:

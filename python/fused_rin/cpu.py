@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rin import native, profiling, settings, watchers
-from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, Rows, Rule, Weights
+from fused_rin.problem import ACTIVATIONS, ALL_ROWS, DTYPES, FORMS, Rows, Rule, Units, Weights
 
 _module, _missing = native.load(
     "_native", "recurrences of CPU tensors run as a loop in Python, 1.2 to 4 times as long as torch.nn.RNN"
@@ -21,6 +21,7 @@ else:
     _native = _module
 
 name = "cpu"
+activations, forms = frozenset(ACTIVATIONS), frozenset(FORMS)
 
 MAX_STEP_ROWS = 0 if _native is None else _native.MAX_STEP_ROWS
 
@@ -111,7 +112,7 @@ def describe(
 _HUGE = 8 << 20  # bytes
 
 
-def _advised(tensor: Tensor) -> Tensor:
+def advised(tensor: Tensor) -> Tensor:
     """A fresh tensor that is about to be written as a whole."""
     if tensor.numel() * tensor.element_size() >= _HUGE:
         _native.prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
@@ -145,8 +146,23 @@ def _rule(dtype: torch.dtype, rule: Rule, backward: bool) -> tuple[int, int, boo
     return DTYPES[dtype], ACTIVATIONS[rule.activation], backward, rule.skip, rule.num_reversed
 
 
+def _units(
+    units: Units, initial: Tensor | None = None, aside: Tensor | None = None
+) -> tuple[int, int, int, int, int, int]:
+    form, skip, gain, noise = units
+    return FORMS[form], _address(skip), _address(gain), _address(initial), _address(noise), _address(aside)
+
+
 def forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, rows: Rows, rule: Rule, *, out: Tensor | None = None
+    pre: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    rows: Rows,
+    rule: Rule,
+    *,
+    out: Tensor | None = None,
+    units: Units | None = None,
+    aside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The forward sweep; shapes and meaning as in `fused_rin.reference.forward`, all tensors contiguous.
 
@@ -155,38 +171,62 @@ def forward(
     groups, hidden = weight.shape[:2]
     steps, batch = rows.sizes(pre)
     if out is None:
-        out = _advised(torch.empty_like(pre))
+        out = advised(torch.empty_like(pre))
     h_n = pre.new_empty(batch, groups, hidden)
-    _native.sweep(
+    problem = (
         (steps, batch, groups, hidden), _rule(pre.dtype, rule, False), _row_addresses(rows),
         (_address(weight), _address(pre), 0, _address(h0), _address(out), _address(h_n)),
-        torch.get_num_threads(), _isa,
     )  # fmt: skip
+    if units is None:
+        _native.sweep(*problem, torch.get_num_threads(), _isa)
+    else:
+        _native.sweep_of_units(*problem, _units(units, aside=aside), torch.get_num_threads(), _isa)
     return out, h_n
 
 
 def backward(
-    grad_out: Tensor | None, grad_h_n: Tensor | None, weight: Tensor, out: Tensor, rows: Rows, rule: Rule
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    weight: Tensor,
+    saved: Tensor,
+    rows: Rows,
+    rule: Rule,
+    *,
+    units: Units | None = None,
+    h0: Tensor | None = None,
+    aside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The backward sweep; shapes and meaning as in `fused_rin.reference.backward`, all tensors contiguous."""
     groups, hidden = weight.shape[:2]
-    steps, batch = rows.sizes(out)
-    grad_pre = _advised(torch.empty_like(out))
-    grad_h0 = out.new_empty(batch, groups, hidden)
-    _native.sweep(
-        (steps, batch, groups, hidden), _rule(out.dtype, rule, True), _row_addresses(rows),
-        (_address(weight), _address(grad_out), _address(out), _address(grad_h_n), _address(grad_pre),
+    steps, batch = rows.sizes(saved)
+    grad_pre = advised(torch.empty_like(saved))
+    grad_h0 = saved.new_empty(batch, groups, hidden)
+    problem = (
+        (steps, batch, groups, hidden), _rule(saved.dtype, rule, True), _row_addresses(rows),
+        (_address(weight), _address(grad_out), _address(saved), _address(grad_h_n), _address(grad_pre),
          _address(grad_h0)),
-        torch.get_num_threads(), _isa,
     )  # fmt: skip
+    if units is None:
+        _native.sweep(*problem, torch.get_num_threads(), _isa)
+    else:
+        _native.sweep_of_units(*problem, _units(units, h0, aside), torch.get_num_threads(), _isa)
     return grad_pre, grad_h0
 
 
 @profiling.named
 def layer_forward(
-    x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, rule: Rule, groups: int, batch_first: bool = False
+    x: Tensor,
+    weights: Weights,
+    h0: Tensor | None,
+    rows: Rows,
+    rule: Rule,
+    groups: int,
+    batch_first: bool = False,
+    units: Units | None = None,
+    added: Tensor | None = None,
+    aside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A layer's forward pass: `forward` on pre = x W^T + b_ih + b_hh, which is never stored as a whole.
+    """A layer's forward pass: `forward` on pre = x W^T + b_ih + b_hh + added, which is never stored as a whole.
 
     All tensors contiguous: x [T, B, I] (or [rows, I]), h0 [B, G, D]. Returns out [T, B, G * D] (or [rows, G * D]; with
     batch_first [B, T, G * D], in memory time after time as ever) and h_n [1, B, G * D].
@@ -198,13 +238,17 @@ def layer_forward(
         out = x.new_empty_strided((batch, steps, width), (width, batch * width, 1))
     else:
         out = x.new_empty(*x.shape[:-1], width)
-    out = _advised(out)
+    out = advised(out)
     h_n = x.new_empty(1, batch, width)
-    _native.layer_forward(
+    problem = (
         (steps, batch, groups, width // groups), _rule(x.dtype, rule, False), _row_addresses(rows),
-        (_address(w_hh), 0, 0, _address(h0), _address(out), _address(h_n)),
-        (inputs, _address(x), _address(w_ih), _address(b_ih), _address(b_hh)), torch.get_num_threads(), _isa,
+        (_address(w_hh), _address(added), 0, _address(h0), _address(out), _address(h_n)),
     )  # fmt: skip
+    layer = (inputs, _address(x), _address(w_ih), _address(b_ih), _address(b_hh))
+    if units is None:
+        _native.layer_forward(*problem, layer, torch.get_num_threads(), _isa)
+    else:
+        _native.layer_forward_of_units(*problem, _units(units, aside=aside), layer, torch.get_num_threads(), _isa)
     return out, h_n
 
 
@@ -220,9 +264,11 @@ def layer_backward(
     rows: Rows,
     rule: Rule,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w_ih, w_hh, b_ih, b_hh and h0, for a layer of one recurrence; None where not needed
-    (`needs` says it of each).
+    units: Units | None = None,
+    values: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_ih, w_hh, b_ih, b_hh, h0, and with `units` of skip and gain [G, D], for a layer of one
+    recurrence; None where not needed (`needs` says it of each). `values`: of the activation, in the form "outside".
 
     Both biases get a tensor of their own: who scales gradients in place would scale a shared one twice.
 
@@ -230,7 +276,7 @@ def layer_backward(
     """
     hidden, inputs = w_ih.shape
     steps, batch = rows.sizes(x)
-    grad_x = _advised(torch.empty_like(x)) if needs[0] else None
+    grad_x = advised(torch.empty_like(x)) if needs[0] else None
     grad_w_ih = grad_w_hh = grad_b_ih = grad_b_hh = None
     biases = needs[3] or needs[4]
     if needs[1] or needs[2] or biases:
@@ -238,11 +284,23 @@ def layer_backward(
     if biases:
         grad_b_ih, grad_b_hh = w_ih.new_empty(hidden), w_ih.new_empty(hidden)
     grad_h0 = x.new_empty(batch, 1, hidden) if needs[5] else None
-    _native.layer_backward(
+    saved = out if values is None else values
+    problem = (
         (steps, batch, 1, hidden), _rule(x.dtype, rule, True), _row_addresses(rows),
-        (_address(w_hh), _address(grad_out), _address(out), _address(grad_h_n), 0, _address(grad_h0)),
-        (inputs, _address(x), _address(w_ih), 0, 0), _address(h0),
-        (_address(grad_x), _address(grad_w_ih), _address(grad_w_hh), _address(grad_b_ih), _address(grad_b_hh)),
-        torch.get_num_threads(), _isa,
+        (_address(w_hh), _address(grad_out), _address(saved), _address(grad_h_n), 0, _address(grad_h0)),
     )  # fmt: skip
-    return grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0
+    layer = (inputs, _address(x), _address(w_ih), 0, 0)
+    gradients = (
+        _address(grad_x), _address(grad_w_ih), _address(grad_w_hh), _address(grad_b_ih), _address(grad_b_hh),
+    )  # fmt: skip
+    grads = (grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0)
+    if units is None:
+        _native.layer_backward(*problem, layer, _address(h0), gradients, torch.get_num_threads(), _isa)
+        return grads
+    grad_skip = torch.empty_like(units.skip) if needs[6] else None
+    grad_gain = torch.empty_like(units.gain) if needs[7] and units.gain is not None else None
+    _native.layer_backward_of_units(
+        *problem, _units(units, h0), layer, _address(h0), _address(out), gradients, _address(grad_skip),
+        _address(grad_gain), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    return *grads, grad_skip, grad_gain

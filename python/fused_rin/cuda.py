@@ -19,6 +19,7 @@ _cuda, _missing = native.load(
 )
 
 name = "cuda"
+activations, forms = frozenset({"none", "relu", "tanh"}), frozenset[str]()
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | None = None) -> str | None:

@@ -9,14 +9,15 @@ all. For backward, the input and the output are kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_rin import backends, cpu, gradients, ops, watchers
-from fused_rin.problem import ALL_ROWS, DTYPES, Rows, Rule, Weights
+from fused_rin import backends, cpu, gradients, ops, reference, unit_ops, watchers
+from fused_rin.problem import ALL_ROWS, DTYPES, Rows, Rule, Units, Weights, sum_dtype
 from fused_rin.watchers import DIRECT
 
 
@@ -70,21 +71,113 @@ def _layer_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) 
     grad_h_n = None if grad_h_n is None else grad_h_n.reshape(-1, *blocks.shape[:2])
     states = out.reshape(split)
     grad_pre, grad_h0 = ops.backward(grad_out, grad_h_n, blocks, states, rows, rule, "auto")
-    grad_x = grad_w_ih = grad_w_hh = grad_b_ih = grad_b_hh = None
+    grad_w_hh = None
+    if needs[2]:
+        grad_w_hh = gradients.weight_gradient(grad_pre, states, h0, rows, rule.num_reversed).view(w_hh.shape)
+    grad_x, grad_w_ih, grad_b_ih, grad_b_hh = _input_gradients(grad_pre, x, w_ih, needs)
+    return grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0 if needs[5] else None, None
+
+
+def _input_gradients(grad_pre: Tensor, x: Tensor, w_ih: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Of x, w_ih, b_ih and b_hh, as products over all steps; `needs` as the arguments of the layer."""
+    grad_x = grad_w_ih = grad_b_ih = grad_b_hh = None
     flat = grad_pre.reshape(-1, w_ih.shape[0])
     if needs[0]:
         grad_x = (flat @ w_ih).view(x.shape)
     if needs[1]:
         grad_w_ih = flat.t() @ x.reshape(-1, x.shape[-1])
-    if needs[2]:
-        grad_w_hh = gradients.weight_gradient(grad_pre, states, h0, rows, rule.num_reversed).view(w_hh.shape)
     if needs[3] or needs[4]:  # a tensor of its own for each, see cpu.layer_backward
         grad_b_ih = flat.sum(0)
         grad_b_hh = grad_b_ih.clone()
-    return grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0 if needs[5] else None, None
+    return grad_x, grad_w_ih, grad_b_ih, grad_b_hh
 
 
-def is_fused(x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, groups: int, name: str) -> bool:
+class _UnitLayer(torch.autograd.Function):
+    """The same for units with factors of their own; what is kept beside the input, unit_ops.py says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        h0: Tensor | None,
+        skip: Tensor,
+        gain: Tensor | None,
+        rest: tuple[Rows, Rule, int, bool, str, Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows, rule, groups, batch_first, form, noise, added = rest
+        values = cpu.advised(x.new_empty(*x.shape[:-1], w_ih.shape[0])) if form == "outside" else None
+        out, h_n = cpu.layer_forward(
+            x, Weights(w_ih, w_hh, b_ih, b_hh), h0, rows, rule, groups, batch_first, Units(form, skip, gain, noise),
+            added, values,
+        )  # fmt: skip
+        ctx.constants = rule, groups, batch_first, form
+        ops.keep(ctx, (x, w_ih, w_hh, h0, out, values, skip, gain, *rows))
+        return out, h_n, values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if watchers.may_be_passed_by(*grads):
+            with watchers.without_function_modes():
+                return _unit_layer_backward(ctx, *grads)
+        return _unit_layer_backward(ctx, *grads)
+
+
+def _unit_layer_backward(
+    ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None, grad_values: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None and grad_h_n is None and grad_values is None:
+        return (None,) * 9
+    x, w_ih, w_hh, h0, out, values, skip, gain, *saved_rows = cast(list[Any], ops.restored(ctx))
+    rule, groups, batch_first, form = ctx.constants
+    rows, needs = Rows(*[None if t is None else t.contiguous() for t in saved_rows]), ctx.needs_input_grad
+    units = Units(form, skip, gain)
+    if batch_first:
+        out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
+    if groups == 1 and grad_values is None and watchers.way_back(grad_out, grad_h_n) is DIRECT:
+        tensors: Any = (
+            None if t is None else t.contiguous()
+            for t in (grad_out, grad_h_n, x, w_ih, w_hh, h0, out, values, skip, gain)
+        )
+        grad_out, grad_h_n, x, w_ih, w_hh, h0, out, values, skip, gain = tensors
+        grads = cpu.layer_backward(
+            grad_out, grad_h_n, x, w_ih, w_hh, h0, out, rows, rule, needs, Units(form, skip, gain), values
+        )
+        return *grads, None
+    blocks = w_hh.view(groups, -1, w_ih.shape[0] // groups)
+    split = (*x.shape[:-1], groups, blocks.shape[1])
+    grad_out, grad_values, values = (None if t is None else t.reshape(split) for t in (grad_out, grad_values, values))
+    grad_h_n = None if grad_h_n is None else grad_h_n.reshape(-1, *blocks.shape[:2])
+    states = out.reshape(split)
+    grad_pre, grad_h0, grad_state = unit_ops.backward(
+        grad_out, grad_h_n, grad_values, blocks, states if values is None else values, h0, rows, rule, units, "auto"
+    )
+    grad_w_hh = grad_skip = grad_gain = None
+    if needs[2]:
+        act = reference.ACTIVATIONS[rule.activation]
+        grad_w_hh = gradients.weight_gradient_of_units(grad_pre, states, h0, rows, rule.num_reversed, units, act)
+        grad_w_hh = grad_w_hh.view(w_hh.shape)
+    if needs[6] or needs[7]:
+        grad_skip, grad_gain = gradients.unit_gradients(grad_state, states, values, h0, rows, rule.num_reversed)
+    grad_x, grad_w_ih, grad_b_ih, grad_b_hh = _input_gradients(grad_pre, x, w_ih, needs)
+    return (
+        grad_x, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_h0 if needs[5] else None, grad_skip, grad_gain, None
+    )  # fmt: skip
+
+
+def is_fused(
+    x: Tensor,
+    weights: Weights,
+    h0: Tensor | None,
+    rows: Rows,
+    groups: int,
+    name: str,
+    units: Units | None = None,
+    added: Tensor | None = None,
+) -> bool:
     """Whether a layer is one native call: on a CPU, where nobody watches (`name`: of the backend, requested)."""
     if torch.compiler.is_compiling() or name not in ("auto", "cpu") or cpu._native is None:
         return False
@@ -102,6 +195,12 @@ def is_fused(x: Tensor, weights: Weights, h0: Tensor | None, rows: Rows, groups:
     for t, shape in zip((x, *weights, h0), shapes, strict=True):
         if t is not None and not watchers.is_plain(t, dtype, shape):
             return False
+    if units is not None:
+        factors, steps = (groups, hidden), (*x.shape[:-1], width)
+        kinds = ((units.skip, factors), (units.gain, factors), (units.noise, steps), (added, steps))
+        for t, shape in kinds:
+            if t is not None and not watchers.is_plain(t, sum_dtype(dtype) if shape is factors else dtype, shape):
+                return False
     return rows is ALL_ROWS or all(t is None or watchers.is_readable(t) for t in rows)
 
 
@@ -115,8 +214,12 @@ def forward(
     backend: str,
     batch_first: bool = False,
     u_name: str = "weight_hh",
+    units: Units | None = None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A layer of G recurrences, on checked arguments.
+
+    With `units`, whose factors are [G, D], of that kind; `added` [T, B, G * D] is then added to pre, without gradient.
 
     x [T, B, I] (or [rows, I] of a packed batch), h0 [B, G, D], `backend` as the caller named it. Returns out
     [T, B, G * D], with batch_first [B, T, G * D], and h_n [directions, B, heads * D]: no views where nobody watches,
@@ -124,12 +227,14 @@ def forward(
     what its text calls U.
     """
     name = backends.requested(backend)
-    if is_fused(x, weights, h0, rows, groups, name):
+    if is_fused(x, weights, h0, rows, groups, name, units, added):
         x, h0 = x.contiguous(), None if h0 is None else h0.contiguous()
         weights = Weights(*[None if w is None else w.contiguous() for w in weights])  # type: ignore[arg-type]
         if rows.lengths is not None or rows.resets is not None:
             rows = Rows(*[None if t is None else t.contiguous() for t in rows])
-        if torch.is_grad_enabled() and (
+        if units is not None:
+            out, h_n = _run_units(x, weights, h0, rows, rule, groups, batch_first, units, added)
+        elif torch.is_grad_enabled() and (
             x.requires_grad
             or any(w is not None and w.requires_grad for w in weights)
             or (h0 is not None and h0.requires_grad)
@@ -141,11 +246,38 @@ def forward(
         check_weights(weights, x.shape[-1], groups, x.device, u_name)
         pre, u = _project(x, weights, groups)
         h0 = None if h0 is None else h0.to(pre.dtype)
-        out, h_n = ops.recurrence(pre, u, h0, rows, rule, name, batch_first)
+        if units is None:
+            out, h_n = ops.recurrence(pre, u, h0, rows, rule, name, batch_first)
+        else:
+            pre = pre if added is None else pre + added
+            out, h_n = unit_ops.recurrence(pre, u, h0, rows, rule, units, name, batch_first)
         h_n = h_n.flatten(1)
         if not rule.num_reversed:
             return out, torch.stack([h_n])
     return out, torch.stack(h_n.reshape(h_n.shape[-2:]).chunk(2, 1)) if rule.num_reversed else h_n
+
+
+def _run_units(
+    x: Tensor,
+    weights: Weights,
+    h0: Tensor | None,
+    rows: Rows,
+    rule: Rule,
+    groups: int,
+    batch_first: bool,
+    units: Units,
+    added: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    skip, gain, noise, added = (None if t is None else t.contiguous() for t in (*units[1:], added))
+    form = units.form
+    assert skip is not None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, h0, skip, gain)):
+        rest = (rows, rule, groups, batch_first, form, noise, added)
+        out, h_n, _ = _UnitLayer.apply(x, *weights, h0, skip, gain, rest)
+        return out, h_n
+    return cpu.layer_forward(
+        x, weights, h0, rows, rule, groups, batch_first, Units(form, skip, gain, noise), added
+    )  # fmt: skip
 
 
 def check_weights(weights: Weights, inputs: int, groups: int, device: torch.device, u_name: str = "weight_hh") -> None:

@@ -15,6 +15,12 @@ SCHEMAS = (
     "float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)",
     "sweep_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor weight, Tensor out, Tensor? lengths, Tensor? offsets, "
     "Tensor? resets, float skip, str activation, int num_reversed, str backend) -> (Tensor, Tensor)",
+    "units_forward(Tensor pre, Tensor weight, Tensor? h0, Tensor? lengths, Tensor? offsets, Tensor? resets, "
+    "Tensor skip, Tensor? gain, Tensor? noise, str form, str activation, int num_reversed, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    "units_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor weight, Tensor saved, Tensor? h0, Tensor? lengths, "
+    "Tensor? offsets, Tensor? resets, Tensor skip, Tensor? gain, str form, str activation, int num_reversed, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
 )
 
 _FOLDER = Path(__file__).parent

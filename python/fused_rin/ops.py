@@ -44,7 +44,7 @@ def sweep_forward(
     With batch_first, `out` has the shape [B, T, ...] over memory that lies time after time: handing out a transpose
     would make a view of it, and views refuse detach_().
     """
-    chosen, _ = backends.select(backend, pre.device, pre.dtype, weight.shape[-1], rows.sizes(pre)[1])
+    chosen, _ = backends.select(backend, pre.device, pre.dtype, weight.shape[-1], rows.sizes(pre)[1], rule.activation)
     out = None
     if batch_first:
         steps, batch, width = pre.shape
@@ -68,7 +68,7 @@ def sweep_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The backward sweep on real tensors: gradients of pre and h0. Shapes as in `reference.backward`."""
-    chosen, _ = backends.select(backend, out.device, out.dtype, weight.shape[-1], rows.sizes(out)[1])
+    chosen, _ = backends.select(backend, out.device, out.dtype, weight.shape[-1], rows.sizes(out)[1], rule.activation)
     return chosen.backward(
         _plain(grad_out), _plain(grad_h_n), _plain(weight), _plain(out), _plain_rows(rows), rule
     )  # fmt: skip

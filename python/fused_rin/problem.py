@@ -15,7 +15,8 @@ from torch import Tensor
 
 # As csrc/problem.h numbers them.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ACTIVATIONS = {"none": 0, "relu": 1, "tanh": 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "tanh": 2, "sigmoid": 3, "softplus": 4, "leaky_relu": 5}
+FORMS = {"inside": 0, "outside": 1, "current": 2}
 
 
 class Rows(NamedTuple):
@@ -53,6 +54,28 @@ class Rule(NamedTuple):
 
 
 RIN_RULE = Rule()
+
+
+class Units(NamedTuple):
+    """Units with factors of their own, in place of `Rule.skip`. With s = skip, a = gain, products unit by unit:
+
+        inside    h_t = act(pre_t + U h_{t-1} + s h_{t-1})
+        outside   h_t = s h_{t-1} + a act(pre_t + U h_{t-1}) + noise_t
+        current   h_t = s h_{t-1} + pre_t + U act(h_{t-1})
+
+    skip, and outside gain: [G, D], in the dtype that sums have, float32 or for float64 that. noise: in the shape of
+    pre, or None.
+    """
+
+    form: str
+    skip: Tensor
+    gain: Tensor | None = None
+    noise: Tensor | None = None
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a kernel adds up numbers of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def directions(groups: int, num_reversed: int) -> list[tuple[slice | None, bool]]:

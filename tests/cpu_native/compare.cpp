@@ -157,7 +157,8 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
                  dh0 = fresh(s.batch * d);
   p.backward = true, p.in = grad.data(), p.saved = out.data(), p.state_in = grad_end.data(), p.out = nullptr;
   p.state_out = dh0.data();
-  layer.h0 = h0.data(), layer.grad_x = dx.data(), layer.grad_w_ih = dw.data(), layer.grad_w_hh = du.data();
+  layer.h0 = h0.data(), layer.states = out.data(), layer.grad_x = dx.data(), layer.grad_w_ih = dw.data(),
+  layer.grad_w_hh = du.data();
   layer.grad_b_ih = db.data();
   layer.grad_b_hh = db_too.data();
   sweep_cpu(p, &layer, kernels, 3);

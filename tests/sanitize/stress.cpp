@@ -108,6 +108,8 @@ struct Shape {
   int64_t steps, batch, groups, hidden, reversed, inputs;
   Batch layout;
   bool resets;
+  Form form = Form::kInside;
+  Activation activation = Activation::kReLU;  // another one: units have factors of their own
 };
 
 // One call with all that it reads. It may be made from many threads at once.
@@ -139,14 +141,15 @@ class Call {
     in_ = numbers(rows_ * units, 1);
     state_ = numbers(s.batch * units, 1);
     saved_ = numbers(rows_ * units, 1);
+    factors_ = numbers(units, 1, scalar());
   }
 
   // What the call writes, one after the other; `threads` as torch has them.
   std::vector<Bytes> run(const Kernels& kernels, int threads) const {
     std::vector<Bytes> outputs;
-    outputs.reserve(8);
-    const auto output = [&](int64_t count) {
-      outputs.emplace_back(static_cast<size_t>(count * size_of(dtype_)), '\xff');
+    outputs.reserve(12);
+    const auto output = [&](int64_t count, DType dtype) {
+      outputs.emplace_back(static_cast<size_t>(count * size_of(dtype)), '\xff');
       return outputs.back().data();
     };
     run(kernels, threads, output);
@@ -154,7 +157,8 @@ class Call {
   }
 
   template <class Output>
-  void run(const Kernels& kernels, int threads, Output output) const {
+  void run(const Kernels& kernels, int threads, Output output_of) const {
+    const auto output = [&](int64_t count) { return output_of(count, dtype_); };
     const Shape& s = shape_;
     const int64_t units = s.groups * s.hidden;
     if (s.kind == Kind::kStep) {
@@ -175,7 +179,10 @@ class Call {
       layer.grad_x = output(rows_ * s.inputs), layer.grad_w_ih = output(s.hidden * s.inputs);
       layer.grad_w_hh = output(s.hidden * s.hidden);
       layer.grad_b_ih = output(s.hidden), layer.grad_b_hh = output(s.hidden);
+      if (has_units()) layer.grad_skips = output_of(s.hidden, scalar());
+      if (s.form == Form::kOutside) layer.grad_gains = output_of(s.hidden, scalar());
     }
+    if (s.form == Form::kOutside && (!is_layer || !backward_)) p.aside = output(rows_ * units);
     sweep_cpu(p, is_layer ? &layer : nullptr, kernels, threads);
   }
 
@@ -183,7 +190,11 @@ class Call {
     const Shape& s = shape_;
     Problem p{};
     p.steps = s.steps, p.batch = s.batch, p.groups = s.groups, p.hidden = s.hidden, p.num_reversed = s.reversed;
-    p.dtype = dtype_, p.activation = Activation::kReLU, p.backward = backward_, p.skip = 0.75;
+    p.dtype = dtype_, p.activation = s.activation, p.backward = backward_, p.skip = 0.75;
+    p.form = s.form;
+    if (has_units()) p.skips = factors_.data();
+    if (s.form == Form::kOutside) p.gains = factors_.data(), p.noise = backward_ ? nullptr : in_.data();
+    if (s.form == Form::kCurrent && backward_) p.initial = state_.data();
     p.lengths = lengths_.empty() ? nullptr : lengths_.data();
     p.offsets = offsets_.empty() ? nullptr : offsets_.data();
     p.resets = resets_.empty() ? nullptr : resets_.data();
@@ -195,7 +206,7 @@ class Call {
   Layer layer() const {
     Layer layer{};
     layer.inputs = shape_.inputs, layer.x = x_.data(), layer.w_ih = w_.data();
-    if (backward_) layer.h0 = state_.data();
+    if (backward_) layer.h0 = state_.data(), layer.states = saved_.data();
     if (!backward_) layer.b_ih = layer.b_hh = bias_.data();
     return layer;
   }
@@ -208,20 +219,23 @@ class Call {
   std::string name() const {
     static const char* const kinds[] = {"sweep", "layer", "step"};
     char text[200];
-    std::snprintf(text, sizeof text, "%s T=%d B=%d G=%d D=%d I=%d dtype %d %s", kinds[static_cast<int>(shape_.kind)],
-                  static_cast<int>(shape_.steps), static_cast<int>(shape_.batch), static_cast<int>(shape_.groups),
-                  static_cast<int>(shape_.hidden), static_cast<int>(shape_.inputs), static_cast<int>(dtype_),
-                  backward_ ? "backward" : "forward");
+    std::snprintf(text, sizeof text, "%s T=%d B=%d G=%d D=%d I=%d dtype %d form %d %s",
+                  kinds[static_cast<int>(shape_.kind)], static_cast<int>(shape_.steps), static_cast<int>(shape_.batch),
+                  static_cast<int>(shape_.groups), static_cast<int>(shape_.hidden), static_cast<int>(shape_.inputs),
+                  static_cast<int>(dtype_), static_cast<int>(shape_.form), backward_ ? "backward" : "forward");
     return text;
   }
 
  private:
-  Bytes numbers(int64_t count, double scale) {
+  Bytes numbers(int64_t count, double scale) { return numbers(count, scale, dtype_); }
+  Bytes numbers(int64_t count, double scale, DType dtype) {
     std::uniform_real_distribution<double> uniform(-scale, scale);
-    Bytes all(static_cast<size_t>(count * size_of(dtype_)));
-    for (int64_t i = 0; i < count; ++i) put(dtype_, uniform(draw_), all.data() + i * size_of(dtype_));
+    Bytes all(static_cast<size_t>(count * size_of(dtype)));
+    for (int64_t i = 0; i < count; ++i) put(dtype, uniform(draw_), all.data() + i * size_of(dtype));
     return all;
   }
+  bool has_units() const { return shape_.activation != Activation::kReLU; }
+  DType scalar() const { return dtype_ == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
   const Shape shape_;
   const DType dtype_;
@@ -230,7 +244,7 @@ class Call {
   std::mt19937 draw_;
   std::vector<int64_t> lengths_, offsets_;
   std::vector<uint8_t> resets_;
-  Bytes u_, w_, bias_, x_, in_, state_, saved_;
+  Bytes u_, w_, bias_, x_, in_, state_, saved_, factors_;
 };
 
 // A call and what it gives alone.
@@ -257,6 +271,11 @@ const Shape kShapes[] = {
     {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kPacked, false},
     {Kind::kLayer, 8, 12, 2, 50, 1, 7, Batch::kFull, false},
     {Kind::kStep, 1, 3, 1, 900, 0, 40, Batch::kFull, false},
+    {Kind::kSweep, 12, 1, 1, 500, 0, 0, Batch::kFull, true, Form::kCurrent, Activation::kSoftplus},
+    {Kind::kSweep, 9, 7, 2, 37, 1, 0, Batch::kLengths, true, Form::kOutside, Activation::kSigmoid},
+    {Kind::kLayer, 12, 1, 1, 500, 0, 16, Batch::kFull, false, Form::kOutside, Activation::kTanh},
+    {Kind::kLayer, 9, 33, 1, 40, 0, 21, Batch::kLengths, true, Form::kCurrent, Activation::kSigmoid},
+    {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kPacked, false, Form::kInside, Activation::kLeakyReLU},
 };
 
 // Never destroyed, as threads go on with them while the process ends.
@@ -363,7 +382,7 @@ bool memory_fails(const Works& works, const Kernels& kernels) {
       bool failed = false;
       until_failure = allocation;
       try {
-        work.call->run(kernels, 3, [&](int64_t) { return outputs[next++].data(); });
+        work.call->run(kernels, 3, [&](int64_t, DType) { return outputs[next++].data(); });
       } catch (const std::bad_alloc&) {
         failed = true;
       }
@@ -499,7 +518,7 @@ void plant(const std::string& fault, const Kernels& kernels) {
   const Shape shape{Kind::kSweep, 30, 8, 1, 64, 0, 0, Batch::kPacked, false};
   const Call call(shape, DType::kFloat32, false);
   if (fault == "out-of-bounds") {
-    call.run(kernels, 3, [](int64_t count) {  // one number less than the kernel writes
+    call.run(kernels, 3, [](int64_t count, DType) {  // one number less than the kernel writes
       return static_cast<char*>(std::malloc(static_cast<size_t>(4 * (count - 1))));
     });
   } else if (fault == "race") {
@@ -508,7 +527,7 @@ void plant(const std::string& fault, const Kernels& kernels) {
     const auto write = [&] {
       for (int i = 0; i < 200; ++i) {
         size_t next = 0;
-        call.run(kernels, 1, [&](int64_t) { return outputs[next++].data(); });
+        call.run(kernels, 1, [&](int64_t, DType) { return outputs[next++].data(); });
       }
     };
     std::thread other(write);

@@ -24,7 +24,8 @@ FIGURES = ("registers", "stack", "shared_memory", "instructions", "global_loads"
 H200 = ("H200", (9, 0), 132, 227 * 1024)
 DEVICES = {"sm_80": ("A100", (8, 0), 108, 163 * 1024), "sm_90": H200, "sm_100": ("B200", (10, 0), 148, 227 * 1024)}
 # (hidden, dtype, backward, everything): "everything" is packed lengths, resets and tanh, which takes most registers.
-INSTANCES = [
+# And a form of units with factors of their own.
+INSTANCES: list[tuple] = [
     (128, "bfloat16", False, False),
     (128, "bfloat16", True, True),
     (256, "float16", True, True),
@@ -33,16 +34,21 @@ INSTANCES = [
     (512, "float32", True, True),
     (1024, "bfloat16", True, True),
     (2048, "float32", True, True),
+    (128, "bfloat16", False, False, "outside"),
+    (128, "bfloat16", True, True, "outside"),
+    (128, "float32", True, True, "current"),
+    (1024, "bfloat16", True, True, "current"),
 ]
 SCALARS = ("steps", "batch", "groups", "num_reversed", "first_tile", "D")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def name_of(arch: str, hidden: int, dtype: str, backward: bool, everything: bool) -> str:
-    return f"{arch} {hidden} {dtype} {'backward' if backward else 'forward'}" + " everything" * everything
+def name_of(arch: str, hidden: int, dtype: str, backward: bool, everything: bool, form: str | None = None) -> str:
+    name = f"{arch} {hidden} {dtype} {'backward' if backward else 'forward'}" + " everything" * everything
+    return name if form is None else f"{name} {form}"
 
 
-def compile_instance(arch: str, hidden: int, dtype: str, backward: bool, everything: bool):
+def compile_instance(arch: str, hidden: int, dtype: str, backward: bool, everything: bool, form: str | None = None):
     """The compiled kernel of one instance and its plan."""
     import triton
     from fused_rin.triton_kernels import Device, plan
@@ -55,14 +61,21 @@ def compile_instance(arch: str, hidden: int, dtype: str, backward: bool, everyth
     sliced = chosen.kind == "sliced"
     constants = {
         "TILE_N": chosen.tile_n, "TILE_B": chosen.tile_b, "SPLIT_K": chosen.split_k, "TILE_K": chosen.tile_k,
-        "SLICED": sliced, "MATRIX": chosen.matrix, "BACKWARD": backward, "HAS_SKIP": True,
+        "SLICED": sliced, "MATRIX": chosen.matrix, "BACKWARD": backward, "HAS_SKIP": form is None,
         "ACTIVATION": "tanh" if everything else "relu", "PRECISION": chosen.input_precision,
+        "FORM": form,
     }  # fmt: skip
     pointers = dict.fromkeys(("p_in", "p_state_in", "p_u", "p_out", "p_state_out"), SHORT[dtype])
     if backward:
         pointers["p_saved"] = SHORT[dtype]
     if everything:
         pointers |= {"p_lengths": "i64", "p_offsets": "i64", "p_resets": "u8"}
+    if form is not None:
+        pointers["p_skips"] = "fp32"
+    if form == "outside":
+        pointers |= {"p_gains": "fp32", "p_aside": SHORT[dtype]}
+    if form == "current" and backward:
+        pointers["p_initial"] = SHORT[dtype]
     if sliced:
         pointers |= {"p_exchange": SHORT[dtype], "p_arrived": "i64"}
     signature, aligned = {}, {}

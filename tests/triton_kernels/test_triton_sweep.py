@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from fused_rin import reference, triton_kernels
+from fused_rin.problem import ACTIVATIONS, FORMS
 from fused_rin.triton_kernels import Plan, backward, forward
 
 from tests.conftest import Case, check_sweeps, make_case
@@ -158,3 +159,29 @@ def test_a_width_that_needs_several_programs_raises_in_the_interpreter() -> None
     with pytest.raises(ValueError, match=r"hidden size of 300 .* use backend"):
         run_forward(make_case(1, 1, 300))
     assert "hidden size of 300" in triton_kernels.unavailable_reason(torch.device("cpu"), torch.float32, 300)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_units_with_factors_of_their_own(form: str, activation: str) -> None:
+    check(make_case(5, 3, 17, 2, activation=activation, form=form, num_reversed=1, noise=True))
+    check(make_case(3, 3, 17, dtype=torch.bfloat16, activation=activation, form=form, h0=False))
+
+
+@pytest.mark.parametrize("num_reversed", [0, 1])
+@pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
+@pytest.mark.parametrize("form", FORMS)
+def test_units_in_all_layouts(form: str, layout: str, num_reversed: int) -> None:
+    """With softplus, which is not 0 where a state is."""
+    check(
+        make_case(
+            6, 5, 5, layout=layout, resets=True, num_reversed=num_reversed, form=form, activation="softplus", noise=True
+        )
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_units_in_the_sliced_plan(form: str) -> None:
+    case = make_case(4, 3, 43, 2, num_reversed=1, resets=True, form=form, activation="sigmoid", noise=True)
+    for tile_k, matrix in ((32, "registers"), (16, "streamed")):
+        check(case, one_program(tile_k, matrix))
