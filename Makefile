@@ -2,7 +2,7 @@
 #   make demo   train, compare and time; ends with a table and pictures under demo/
 #   make test   all tests
 #   make compat on demand: public packages that use torch.nn.RNN, installed under build/, and PyTorch's examples
-#   make bench-peers  on demand: the CPU's kernels beside JAX, oneDNN, OpenVINO and others, installed under build/; 20 minutes
+#   make bench-peers  on demand: the CPU's kernels beside JAX, oneDNN, OpenVINO and others, installed under build/; 25 minutes
 #   make fuzz SECONDS=600  random calls against the reference, see tests/fuzz; RESULTS=FILE writes what was run
 #   make docs   the documentation as a site under build/site; a warning (a link to nothing, say) is an error
 #   make sanitize  the C++ of the CPU under ASan, UBSan and TSan, alone and in Python, some twenty minutes; zero findings
@@ -25,7 +25,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 NEW_ENOUGH = @$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
     { echo "fused-rin: PYTHON must be Python 3.10 or newer, got '$(PYTHON)'" >&2; exit 1; }
 
-.PHONY: all setup demo test lint fuzz sanitize bench-cpu bench-crowd bench-peers bench-compare compat docs wheel gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz sanitize bench-cpu bench-crowd bench-leaky bench-peers bench-compare compat docs wheel gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -80,7 +80,10 @@ bench-cpu: setup
 bench-crowd: setup
 	$(BIN)/python -m benchmarks.crowd $(RESULTS)
 
-# Other engines in an environment of their own, each where it can be had. ONLY='training-B1-*', QUICK=1: fewer cases.
+bench-leaky: setup
+	$(BIN)/python -m benchmarks.leaky $(RESULTS)
+
+# Other engines in an environment of their own, each where it can be had. ONLY='training-B1-*', QUICK=1: fewer cases. PASSES=1.
 PEERS := build/peers
 $(PEERS)/.deps: pyproject.toml constraints.txt tools/environment.py benchmarks/peers/install.py
 	$(NEW_ENOUGH)
@@ -93,7 +96,7 @@ $(PEERS)/.deps: pyproject.toml constraints.txt tools/environment.py benchmarks/p
 
 bench-peers: setup $(PEERS)/.deps
 	PYTHONPATH=python $(PEERS)/bin/python -m fused_rin bench --out $(or $(RESULTS),benchmarks/results/peers.json) \
-	    $(if $(ONLY),--only '$(ONLY)') $(if $(QUICK),--quick)
+	    $(if $(ONLY),--only '$(ONLY)') $(if $(QUICK),--quick) --passes $(or $(PASSES),2)
 
 # OLD=a.json NEW=b.json, of bench-peers or bench-cpu: what got slower beyond the noise of both; fails if anything did.
 bench-compare: setup

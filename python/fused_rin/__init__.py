@@ -11,19 +11,24 @@ from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restor
 from fused_rin.device import Device
 from fused_rin.explanation import Choice, explain
 from fused_rin.functional import recurrence
+from fused_rin.leaky import PLRNN, LeakyRNN, LeakyRNNCell, PLRNNCell
 from fused_rin.library import operator_library
 from fused_rin.modules import RIN, RINCell
 
 # A model saved whole loads under weights_only=True, torch.load's default, as far as it is ours.
-_torch.serialization.add_safe_globals([RIN, RINCell])
+_torch.serialization.add_safe_globals([RIN, RINCell, LeakyRNN, LeakyRNNCell, PLRNN, PLRNNCell])
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PLRNN",
     "RIN",
     "BackendError",
     "Choice",
     "Device",
+    "LeakyRNN",
+    "LeakyRNNCell",
+    "PLRNNCell",
     "RINCell",
     "Replaced",
     "explain",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_rin import backends, cpu, step, watchers
+from fused_rin.leaky import PLRNN, LeakyRNN, _UnitRNN
 from fused_rin.modules import RIN, RINCell
 from fused_rin.problem import ALL_ROWS, Rows
 from fused_rin.watchers import OPERATOR, REFERENCE
@@ -57,13 +58,15 @@ class _Call:
     short: bool = True  # its sizes apart, a call that `step` takes
     batch_first: bool = False
     rows: Rows = ALL_ROWS
+    activation: str = "relu"
+    form: str | None = None  # of units with factors of their own
 
 
 def _grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _of_module(module: RIN | RINCell, input: Any, hx: Tensor | None, lengths: Any, resets: Any) -> _Call:
+def _of_module(module: RIN | RINCell | _UnitRNN, input: Any, hx: Tensor | None, lengths: Any, resets: Any) -> _Call:
     if input is None:
         raise TypeError("explain of a module needs the input of the call: a tensor, a PackedSequence or a shape")
     weights = list(module.parameters())
@@ -82,6 +85,8 @@ def _of_module(module: RIN | RINCell, input: Any, hx: Tensor | None, lengths: An
         "backend": module.backend,
         "training": _grad(*tensors, *weights),
         "input_size": module.input_size,
+        "activation": module.nonlinearity,
+        "form": module._engine_form if isinstance(module, _UnitRNN) else None,
     }
     if isinstance(module, RINCell):
         if len(shape) not in (1, 2):
@@ -97,7 +102,8 @@ def _of_module(module: RIN | RINCell, input: Any, hx: Tensor | None, lengths: An
         rows = ALL_ROWS if given == [None, None] else Rows(given[0], None, given[1])
     return _Call(
         steps, batch, module.num_heads * (2 if module.bidirectional else 1), module.hidden_size // module.num_heads,
-        short=rows is ALL_ROWS and not (module.bidirectional or (module.dropout and module.training)),
+        short=rows is ALL_ROWS
+        and not (isinstance(module, _UnitRNN) or module.bidirectional or (module.dropout and module.training)),
         batch_first=module.batch_first, rows=rows, **common,
     )  # fmt: skip
 
@@ -114,7 +120,7 @@ def _kernel(call: _Call, name: str, chosen: backends.Backend) -> str:
         return "step"
     if call.cell:
         return "torch" if step.suits_products(call.dtype, call.device, call.backend) else "sweep"
-    if step.layers_suit_products(
+    if call.form is None and step.layers_suit_products(
         call.steps, call.rows, call.groups, call.hidden, call.dtype, call.device, call.backend
     ):
         return "torch"
@@ -122,7 +128,7 @@ def _kernel(call: _Call, name: str, chosen: backends.Backend) -> str:
 
 
 def explain(
-    problem: RIN | RINCell | Tensor | Sequence[int],
+    problem: RIN | RINCell | LeakyRNN | PLRNN | Tensor | Sequence[int],
     input: Any = None,
     hx: Tensor | None = None,
     *,
@@ -132,23 +138,26 @@ def explain(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     input_size: int = 0,
+    activation: str = "relu",
+    form: str | None = None,
 ) -> Choice:
     """Which backend and kernel run a call made here and now, and why.
 
     Here and now: under autocast, a transform, `no_grad` or a compiler it says what happens there.
 
     Args:
-        problem: a RIN or a RINCell; or `pre` of `recurrence`, or its shape (T, B, G, D), or (T, B, D) for one
-            recurrence.
+        problem: a RIN, RINCell, LeakyRNN or PLRNN; or `pre` of `recurrence`, or its shape (T, B, G, D), or (T, B, D)
+            for one recurrence.
         input, hx, lengths, resets: of the module's call; a shape may stand for the input.
         dtype, device: of the problem where only its shape is given.
         backend: as in `recurrence`; a module has its own.
         input_size: of a layer, where only its shape is given, without gradients; 0 for the bare recurrence.
+        activation, form: of a recurrence; form None where `skip` is one number inside, as a RIN's.
 
     Raises ValueError for a shape of another rank or a negative input_size, TypeError for a module without input, and
     BackendError if the backend named cannot run the problem.
     """
-    if isinstance(problem, (RIN, RINCell)):
+    if isinstance(problem, (RIN, RINCell, _UnitRNN)):
         call = _of_module(problem, input, hx, lengths, resets)
     else:
         training = False
@@ -162,10 +171,12 @@ def explain(
         steps, batch, *groups, hidden = problem
         call = _Call(
             steps, batch, groups[0] if groups else 1, hidden, dtype, torch.device(device), backend, input_size,
-            training=training,
+            training=training, activation=activation, form=form,
         )  # fmt: skip
     name = backends.requested(call.backend)
-    chosen, passed_over = backends.select(name, call.device, call.dtype, call.hidden, call.batch)
+    chosen, passed_over = backends.select(
+        name, call.device, call.dtype, call.hidden, call.batch, call.activation, call.form
+    )
     if name != "auto":
         reason = "it was asked for by name"
     elif passed_over:
