@@ -261,6 +261,18 @@ def test_operators_transforms_and_compilers(form):
     torch.library.opcheck(names.units_backward.default, back)
 
 
+def test_a_state_of_efficient_zeros_and_a_negated_one():
+    """Tensors whose numbers do not lie where they say, in backward too, where currents need the first state."""
+    tensors = list(leaves("current"))
+    want = torch.autograd.grad(run("current", "tanh", tensors)[0].sum(), tensors[0])[0]
+    negated = [torch._neg_view(-tensors[2].detach()) if i == 2 else t for i, t in enumerate(tensors)]
+    torch.testing.assert_close(torch.autograd.grad(run("current", "tanh", negated)[0].sum(), tensors[0])[0], want)
+    zeros = [torch._efficientzerotensor((3, 1, 4), dtype=torch.float64) if i == 2 else t for i, t in enumerate(tensors)]
+    plain = [torch.zeros(3, 1, 4, dtype=torch.float64) if i == 2 else t for i, t in enumerate(tensors)]
+    got, want = (torch.autograd.grad(run("current", "tanh", ts)[0].sum(), tensors[0])[0] for ts in (zeros, plain))
+    torch.testing.assert_close(got, want)
+
+
 def test_what_is_wrong_is_said_before_anything_runs():
     pre, weight = torch.zeros(3, 2, 1, 4), torch.zeros(1, 4, 4)
 

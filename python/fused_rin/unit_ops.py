@@ -164,7 +164,7 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pre, of h0 and of the state, by the way that fits whoever looks."""
-    way = watchers.way_back(grad_out, grad_h_n, saved)
+    way = watchers.way_back(grad_out, grad_h_n, saved, weight, h0, units.skip, units.gain)
     if way is REFERENCE or grad_values is not None:
         return reference.backward_of_units(grad_out, grad_h_n, grad_values, weight, saved, rows, rule, units, h0)
     if way is DIRECT:

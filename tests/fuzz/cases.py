@@ -1,4 +1,4 @@
-"""What a fuzz case is: a call of RIN, RINCell or recurrence, as plain values, so that its repr reproduces it."""
+"""What a fuzz case is: a call of a module or of recurrence, as plain values, so that its repr reproduces it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fused_rin.problem import ACTIVATIONS
 
 # `choose(options)` picks one: Hypothesis in the fuzz, a random generator where speed counts.
 Choose = Callable[[Sequence[Any]], Any]
@@ -47,6 +48,7 @@ class Case:
     threads: int = 1
     backend: str = "auto"
     mistake: str = ""  # what is wrong with the arguments, see mistakes.py
+    form: str = ""  # of units with factors of their own
 
 
 def draw(choose: Choose) -> Case:
@@ -87,8 +89,10 @@ def draw(choose: Choose) -> Case:
         threads=choose((1, 1, 1, 2)),
         backend=choose(("auto", "auto", "cpu")),
         mistake=mistake,
+        form=choose(("", "", "", "inside", "outside", "current")) if kind in ("layers", "recurrence") else "",
     )
-    return settled(case)
+    case = settled(case)
+    return dataclasses.replace(case, activation=choose(tuple(ACTIVATIONS))) if case.form else case
 
 
 def settled(case: Case) -> Case:
@@ -104,11 +108,16 @@ def settled(case: Case) -> Case:
         change.update(context="grad")
     if case.context == "second":
         change.update(dtype="float64")
+    if case.form == "inside" and case.kind == "layers":
+        change.update(form="outside")
+    if case.form:
+        change.update(skip=1.0)  # has none
     if case.mistake:
         # The numbers are not what such a case is about.
         change.update(
             batch=max(2, case.batch), unbatched=False, rows="full", resets=False, context="grad", input_layout="plain",
             state_layout="plain", weight_layout="plain", state=True, dtype="float32",
+            form="",
         )  # fmt: skip
     return dataclasses.replace(case, **change)
 

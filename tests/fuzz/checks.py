@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fused_rin import RIN, RINCell, recurrence, reference
+from fused_rin import PLRNN, RIN, LeakyRNN, RINCell, recurrence, reference
 from torch import Tensor, nn
 from torch.nn.utils import rnn as rnn_utils
 
@@ -88,15 +88,16 @@ class Arguments:
 
 
 class Smallest:
-    """The reference's ReLU, noting how near to 0 an argument came: there, rounding decides whether a unit stops."""
+    """An activation of the reference, noting how near to 0 an argument came: there rounding decides whether a unit
+    stops."""
 
-    def __init__(self) -> None:
-        self.value = math.inf
+    def __init__(self, activation: str) -> None:
+        self.value, self.activation = math.inf, reference.ACTIVATIONS[activation]
 
     def __call__(self, a: Tensor) -> Tensor:
         if a.numel():
             self.value = min(self.value, a.detach().abs().min().item())
-        return torch.relu(a)
+        return self.activation(a)
 
 
 class Checked:
@@ -110,6 +111,16 @@ class Checked:
         options = {"skip": case.skip, "nonlinearity": case.activation, "bias": case.bias, "backend": case.backend}
         if case.kind == "cell":
             module: Any = RINCell(case.inputs, case.hidden, **options)
+        elif case.kind == "layers" and case.form:
+            # Factors are overwritten below.
+            kind = {"alpha": torch.full((case.hidden,), 0.5), "train_alpha": True, "form": "rate"}
+            if case.form == "current":
+                kind = {} if case.seed % 2 else {**kind, "form": "current"}
+            del options["skip"]
+            module = (LeakyRNN if kind else PLRNN)(
+                case.inputs, case.hidden, case.layers, batch_first=case.batch_first, num_heads=case.heads,
+                bidirectional=case.directions == 2, **options, **kind,
+            )  # fmt: skip
         elif case.kind == "layers":
             module = RIN(
                 case.inputs, case.hidden, case.layers, batch_first=case.batch_first, num_heads=case.heads,
@@ -119,6 +130,10 @@ class Checked:
             module = nn.Module()
             side = case.hidden // case.heads
             module.weight_hh = nn.Parameter(torch.empty(case.heads, side, side))
+            if case.form:
+                module.skip = nn.Parameter(torch.empty(case.heads, side))
+            if case.form == "outside":
+                module.gain = nn.Parameter(torch.empty(case.heads, side))
         module = module.to(self.dtype)
         growth = max(1.0, case.steps / 4)
         for name, parameter in module.named_parameters():
@@ -135,6 +150,10 @@ class Checked:
         if case.kind == "recurrence":
             options: dict[str, Any] = {"skip": case.skip, "activation": case.activation, "resets": given.resets}
             options["reverse"] = [g >= case.heads // 2 for g in range(case.heads)] if case.directions == 2 else False
+            if case.form:
+                options |= {"form": case.form, "skip": module.skip}
+            if case.form == "outside":
+                options["gain"] = module.gain
             options["backend"] = "reference" if getattr(module, "backend", "") == "reference" else case.backend
             if case.rows == "packed":
                 steps = torch.arange(case.steps)
@@ -202,8 +221,8 @@ class Checked:
         plain = self.with_gradients(out, wanted) if with_gradients else list(out)
 
         x, h, wanted = self.leaves(exact_module, torch.float64, layouts=False)
-        smallest = Smallest()
-        activations, reference.ACTIVATIONS = reference.ACTIVATIONS, {**reference.ACTIVATIONS, "relu": smallest}
+        smallest, has_kink = Smallest(case.activation), case.activation in ("relu", "leaky_relu")
+        activations, reference.ACTIVATIONS = reference.ACTIVATIONS, {**reference.ACTIVATIONS, case.activation: smallest}
         try:
             out = self.call(exact_module, x, h)
         finally:
@@ -220,14 +239,14 @@ class Checked:
         if scale > torch.finfo(self.dtype).max / 64:
             return "overflow"
         near = 64 * torch.finfo(computed_in).eps * scale * math.sqrt(terms)
-        compared = len(got) if case.activation != "relu" or smallest.value > near else outputs
+        compared = len(got) if not has_kink or smallest.value > near else outputs
         for i in range(compared):
             what = f"output {i}" if i < outputs else f"gradient {i - outputs}"
             three = got[i].detach(), plain[i].detach(), exact[i].detach()
             # Where the state doubles in every step, so does an error, and whose comes first is chance.
             factor = (2 if i < outputs else 3) * (2 if abs(case.skip) > 1 else 1)
             assert_within(what, *three, factor, terms, computed_in)
-        if case.skip == 0 and case.kind != "recurrence":
+        if case.skip == 0 and not case.form and case.kind != "recurrence":
             self.compare_with_torch(out=[t.detach() for t in got[:outputs]], exact=exact, terms=terms)
         return "gradient" if compared > outputs else "value"
 
