@@ -122,7 +122,7 @@ def test_kernels_by_the_tolerance_rule(isa, form, activation, dtype):
 
 @pytest.mark.parametrize("options", layouts((1, 0), (1, 1), (3, 1)), ids=name_of)
 @pytest.mark.parametrize("form", FORMS)
-def test_layouts(isa, form, options):
+def test_layouts(form, options):
     for dtype, activation in ((torch.float32, "sigmoid"), (torch.bfloat16, "relu")):
         check_sweeps(
             cpu.forward, cpu.backward, make_case(5, 7, 18, form=form, activation=activation, dtype=dtype, **options)
