@@ -1,0 +1,39 @@
+"""The programs of examples/, each with a small budget."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the extra `experiments` was not installed")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def results(name: str, folder: Path, *arguments: str) -> dict:
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--out", str(folder), *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert (folder / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_leaky_network_learns_to_decide(tmp_path):
+    """It does not yet decide well after 150 updates, but at the two ends better than chance; signs stay."""
+    found = results("decision.py", tmp_path, "--updates", "150")
+    right = found["psychometric"]["right"]
+    assert right[-1] - right[0] > 0.3
+    assert min(found["psychometric"]["answered"]) > 0.8
+    assert found["excitatory"] == found["inhibitory"] == 1.0
+
+
+def test_a_stream_gives_what_one_call_gives(tmp_path):
+    found = results("streaming.py", tmp_path, "--samples", "500")
+    assert found["distance_from_one_call"]["RIN"] < 1e-6
+    assert found["distance_from_one_call"]["torch.nn.RNN"] < 1e-5
+    assert set(found["us"]) == {"RIN", "torch.nn.RNN"}
