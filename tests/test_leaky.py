@@ -221,6 +221,23 @@ def test_noise_within_the_activation_passes_through_it_and_gradients_pass_by_it(
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("options", [{}, {"noise_after": True}, {"form": "current"}], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_noise_under_autocast_has_the_dtype_of_the_sum(backend, options):
+    """Drawn as the input, float32, while the product it is added to is bfloat16."""
+    module = LeakyRNN(4, 16, alpha=0.5, noise=0.3, nonlinearity="tanh", backend=backend, **options)
+    x = torch.randn(6, 3, 4)
+    torch.manual_seed(1)
+    want, want_h = module(x)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, h_n = module(x)
+    assert out.dtype == h_n.dtype == torch.bfloat16
+    torch.testing.assert_close((out.float(), h_n.float()), (want, want_h), rtol=0, atol=3e-2)
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", KINDS)
 def test_16_bits(make, dtype):

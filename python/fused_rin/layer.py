@@ -249,7 +249,10 @@ def forward(
         if units is None:
             out, h_n = ops.recurrence(pre, u, h0, rows, rule, name, batch_first)
         else:
-            pre = pre if added is None else pre + added
+            # Under autocast pre has another dtype than x, in which noise is drawn.
+            pre = pre if added is None else pre + added.to(pre.dtype)
+            if units.noise is not None:
+                units = units._replace(noise=units.noise.to(pre.dtype))
             out, h_n = unit_ops.recurrence(pre, u, h0, rows, rule, units, name, batch_first)
         h_n = h_n.flatten(1)
         if not rule.num_reversed:
