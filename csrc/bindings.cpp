@@ -93,6 +93,45 @@ void layer_backward_of_units(const Sizes& sizes, const Rule& rule, const RowAddr
   run(p, &layer, max_threads, isa);
 }
 
+// Some steps of a layer: states come and go as scalars, and weight gradients are added up over several calls.
+void layer_forward_of_span(const Sizes& sizes, const Rule& rule, const RowAddresses& rows,
+                           const SweepAddresses& tensors, const UnitAddresses& units, const InputAddresses& input,
+                           int max_threads, const std::string& isa) {
+  Problem p = with_units(make_problem(sizes, rule, rows, tensors), units);
+  p.scalar_states = true;
+  const Layer layer = make_layer(input);
+  run(p, &layer, max_threads, isa);
+}
+
+using SumAddresses = std::tuple<Address, Address, bool, bool>;  // memory, blocks, continues, goes_on
+
+void layer_backward_of_span(const Sizes& sizes, const Rule& rule, const RowAddresses& rows,
+                            const SweepAddresses& tensors, const UnitAddresses& units, const InputAddresses& input,
+                            Address h0, Address states, const GradientAddresses& gradients, Address grad_skips,
+                            Address grad_gains, const SumAddresses& sums, int max_threads, const std::string& isa) {
+  Problem p = with_units(make_problem(sizes, rule, rows, tensors), units);
+  p.scalar_states = true;
+  Layer layer = make_layer(input, h0, pointer<const void>(states), gradients);
+  layer.grad_skips = pointer<void>(grad_skips);
+  layer.grad_gains = pointer<void>(grad_gains);
+  const auto& [memory, blocks, continues, goes_on] = sums;
+  layer.sums = {pointer<void>(memory), pointer<int64_t>(blocks), continues, goes_on};
+  run(p, &layer, max_threads, isa);
+}
+
+// Scalars behind the first address of SumAddresses.
+int64_t sums_of_spans(const Sizes& sizes, int64_t inputs, int dtype, const std::string& isa) {
+  Layer layer{};
+  layer.inputs = inputs;
+  return sums_size(make_problem(sizes, Rule(dtype, 0, true, 1.0, 0), RowAddresses(), SweepAddresses()), layer,
+                   cpu_kernels(isa));
+}
+
+// Ends of spans of at least `least` steps, counted from the end of the recurrence.
+std::vector<int64_t> spans(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, int64_t least) {
+  return spans_cpu(make_problem(sizes, rule, rows, SweepAddresses()), 0, least);
+}
+
 using StepSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // T, B, I, G, D
 using StepRule = std::tuple<int, int, double>;                              // dtype, activation, skip
 using WeightAddresses = std::tuple<Address, Address, Address, Address>;     // w_ih, w_hh, b_ih, b_hh
@@ -173,6 +212,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("sweep_of_units", &sweep_of_units);
   m.def("layer_forward_of_units", &layer_forward_of_units);
   m.def("layer_backward_of_units", &layer_backward_of_units);
+  m.def("layer_forward_of_span", &layer_forward_of_span);
+  m.def("layer_backward_of_span", &layer_backward_of_span);
+  m.def("sums_of_spans", &sums_of_spans);
+  m.def("spans", &spans);
   m.def("step", &step);
   m.def("plan", &plan);
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(pointer<void>(memory), bytes); });

@@ -51,6 +51,7 @@ struct Problem {
   void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero. May be `in`
   void* state_out;         // [B, G, D] h_n | gradient of h0
   int64_t padding;         // how many of the D units, the last ones, are there for alignment alone; they stay 0
+  bool scalar_states;  // state_in and state_out are scalars, as they are carried: CPU, where a call ends mid-sequence
 
   // Units with factors of their own. Scalars here are float32, float64 with a dtype of float64.
   Form form;

@@ -141,10 +141,11 @@ struct UnitColumns : Columns<T> {
       V sum = c.carry ? load(c.carry + i) : V{};
       const V saved = fetch(c.saved, i);
       if (kForm == Form::kCurrent && kBackward && c.carry) sum = f.back_at(sum, saved);
-      if (c.in) sum += streamed;
-      if (c.pre) sum += load(c.pre + i);
+      // Before the input, so that a sweep may end here and another one start from the sum (a Span's).
       const V skipped = fetch(skips, i) * x;
       if (c.x && (kForm != Form::kOutside || kBackward)) sum += skipped;
+      if (c.in) sum += streamed;
+      if (c.pre) sum += load(c.pre + i);
       // From here on `sum` is what is carried, `factor` what is multiplied.
       V factor = sum;
       if constexpr (kForm == Form::kInside) {

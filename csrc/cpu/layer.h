@@ -136,6 +136,8 @@ class WeightGradient {
         groups_(layer_.grad_w_hh ? state_groups_ + groups_of(layer_.inputs) : 0),
         rows_(part.sources),
         entered_(rows_ + part.max_chunk_rows) {
+    if (layer_.sums.blocks) blocks_ = *layer_.sums.blocks;
+    if (layer_.sums.continues) return;
     for (int64_t i = first_group() * kLanes * l.padded(); i < end_group() * kLanes * l.padded(); i += kLanes) {
       store(sums() + i, Vec<T>{});
     }
@@ -159,6 +161,8 @@ class WeightGradient {
 
   // Writes what all threads have added up: this one's share of the outputs, rows of each gradient.
   void finish() const {
+    if (layer_.sums.blocks && part_.rank == 0) *layer_.sums.blocks = blocks_;
+    if (layer_.sums.goes_on) return;
     const int64_t begin = first_vec() * kLanes, end = end_vec() * kLanes;
     for (int64_t i = begin; i < end; i += kLanes) {
       write_unit_sum(kBias, i, static_cast<T*>(layer_.grad_b_ih));

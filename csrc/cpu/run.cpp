@@ -120,6 +120,13 @@ class Carver {
 
 constexpr int64_t kHalf = 2;  // bytes of a number of 16 bits
 
+int64_t groups_of(int64_t columns, int64_t lanes) { return (columns + lanes - 1) / lanes; }
+// Scalars that the weight gradients of a layer are summed up in (layer.h).
+int64_t sums_of(const Problem& p, const Layer& layer, int64_t lanes) {
+  const int64_t groups = groups_of(p.hidden, lanes) + groups_of(layer.inputs, lanes);
+  return (groups * lanes + kUnitSums * kBiasLevels) * groups_of(p.hidden, lanes) * lanes;
+}
+
 Panels make_panels(int64_t terms, int64_t outputs, int64_t lanes, DType dtype, const Kernels& kernels) {
   Panels l{};
   l.set_depth(terms, kernels.unit_terms(dtype), kernels.takes_tiles(dtype, terms));
@@ -207,8 +214,8 @@ class Call {
       for (int i = 0; i < (p_.backward ? 2 : 0); ++i) chunk_factors_[i] = factors(rows);
       const bool aside = p_.backward && p_.form == Form::kOutside && (layer_->grad_skips || layer_->grad_gains);
       for (int i = 0; i < (aside ? 2 : 0); ++i) chunk_aside_[i] = scalars(rows * padded);
-      const int64_t groups = (p_.hidden + lanes - 1) / lanes + (layer_->inputs + lanes - 1) / lanes;
-      if (p_.backward) gradient_ = scalars((groups * lanes + kUnitSums * kBiasLevels) * padded);
+      const int64_t groups = groups_of(p_.hidden, lanes) + groups_of(layer_->inputs, lanes);
+      if (p_.backward) gradient_ = layer_->sums.memory ? layer_->sums.memory : scalars(sums_of(p_, *layer_, lanes));
       gathered_ = p_.backward
                       ? std::min(groups, outer_groups(kernels_.vector_bytes, unit_)) * (kOuterDepth / unit_) * lanes
                       : rows * input_.depth;
@@ -396,6 +403,10 @@ void sweep_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, int
   const Company company = company_of(max_threads);
   if (run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, company), company.torchs)) return;
   run_plan(p, layer, kernels, plan_cpu(p, layer, kernels, Company{}), 0);  // the pool is another caller's just now
+}
+
+int64_t sums_size(const Problem& p, const Layer& layer, const Kernels& kernels) {
+  return sums_of(p, layer, kernels.vector_bytes / (p.dtype == DType::kFloat64 ? 8 : 4));
 }
 
 void prefer_huge_pages(void* memory, size_t bytes) {

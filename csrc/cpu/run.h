@@ -34,6 +34,11 @@ struct CpuPlan {
 CpuPlan plan_cpu(const Problem&, const Layer* layer, const Kernels&, const Company&);
 
 void sweep_cpu(const Problem&, const Layer* layer, const Kernels&, int max_threads);
+// Scalars that a layer's backward sweep in several calls keeps its sums in (Sums).
+int64_t sums_size(const Problem&, const Layer&, const Kernels&);
+// The ends of spans of at least so many steps each but the last, counted as a backward sweep of this recurrence walks.
+std::vector<int64_t> spans_cpu(const Problem&, int64_t group, int64_t least);
+
 // Asks the system to back fresh memory by huge pages: 20 page faults for 40 MB instead of 9,800, which took as long as
 // the forward pass that writes them. Does nothing where there are none.
 void prefer_huge_pages(void* memory, size_t bytes);

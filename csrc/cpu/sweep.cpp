@@ -317,18 +317,27 @@ class Sweep {
 
   void load_state(int64_t row) const {
     if (!p_.state_in) return clear_state(0, row);
-    const T* from = static_cast<const T*>(p_.state_in) + state_element(row);
-    S* const to = state(row);
+    if (p_.scalar_states) return load_state(row, static_cast<const S*>(p_.state_in) + state_element(row));
+    load_state(row, static_cast<const T*>(p_.state_in) + state_element(row));
+  }
+  template <class From>
+  void load_state(int64_t row, const From* from) const {
     for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
-      store(to + i, i + l_.lanes <= end_column_ ? load(from + i) : load_first(from + i, end_column_ - i));
-    }
-    if constexpr (kPaired<T>) {
-      memcpy(factor_row(0, row) + first_column_, from + first_column_,
-             static_cast<size_t>(end_column_ - first_column_) * sizeof(Row));
+      const int64_t count = end_column_ - i;
+      const Vec<T> value = count < l_.lanes ? load_first(from + i, count) : load(from + i);
+      store(state(row) + i, value);
+      if constexpr (kPaired<T>) {
+        Row* const factor = factor_row(0, row) + i;
+        count < l_.lanes ? store_first(factor, value, count) : store(factor, value);
+      }
     }
   }
   void store_state(int64_t row, const S* from) const {
-    T* to = static_cast<T*>(p_.state_out) + state_element(row);
+    if (p_.scalar_states) return store_state(from, static_cast<S*>(p_.state_out) + state_element(row));
+    store_state(from, static_cast<T*>(p_.state_out) + state_element(row));
+  }
+  template <class To>
+  void store_state(const S* from, To* to) const {
     for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
       if (i + l_.lanes <= end_column_) {
         store(to + i, load(from + i));
@@ -367,20 +376,21 @@ class Sweep {
       return;
     }
     product(begin, end, [&](int64_t row, const S* carry) {
-      const int64_t at = state_element(row) + first_column_;
       UnitColumns<T> c{};
       c.carry = carry;
-      c.out = static_cast<T*>(p_.state_out) + at;
+      c.next = next_state(row) + first_column_;
       c.count = end_column_ - first_column_;
       if (p_.skips) {
         c.x = skipped(row) + first_column_;
         c.skips = factors_of_units(p_.skips);
-        if (p_.initial) c.saved = static_cast<const T*>(p_.initial) + at;
-        return epilogue_of_start(p_, c);
+        if (p_.initial) c.saved = static_cast<const T*>(p_.initial) + state_element(row) + first_column_;
+        epilogue_of_start(p_, c);
+      } else {
+        c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
+        c.skip = static_cast<S>(p_.skip);
+        c.apply([](Vec<T> a, Vec<T>) { return a; });
       }
-      c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
-      c.skip = static_cast<S>(p_.skip);
-      c.apply([](Vec<T> a, Vec<T>) { return a; });
+      store_state(row, next_state(row));
     });
   }
 

@@ -68,6 +68,15 @@ struct RowList {
   const int64_t* lengths;  // [count], each within [0, T]; null: all have T
 };
 
+// Of a layer's backward sweep in several calls, from the last steps to the first ones: what weight gradients have
+// summed up so far. All zero: there is one call.
+struct Sums {
+  void* memory;     // sums_size() scalars, or null: this call's own
+  int64_t* blocks;  // how many blocks of kBiasBlock rows they hold
+  bool continues;   // they hold what an earlier call has left
+  bool goes_on;     // and a later call will write the gradients
+};
+
 // What a layer has beside the recurrence (layer.h): the product of its input, made just before the steps that need it,
 // and in a backward sweep the gradients of its weights and of its input, added up just after the steps that give them.
 struct Layer {
@@ -81,6 +90,7 @@ struct Layer {
   void *grad_w_ih, *grad_w_hh;    // backward: [D, I] and [D, D], or both null
   void *grad_b_ih, *grad_b_hh;    // backward: [D], or both null
   void *grad_skips, *grad_gains;  // backward, where units have factors of their own: [D] scalars or null, gains outside
+  Sums sums;
 };
 
 // What one thread does: some rows of one recurrence, all outputs or (in a team) some blocks of them.

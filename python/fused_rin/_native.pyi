@@ -65,6 +65,36 @@ def layer_backward_of_units(
     isa: str,
     /,
 ) -> None: ...
+def layer_forward_of_span(
+    sizes: _Sizes,
+    rule: _Rule,
+    rows: _Rows,
+    tensors: _Sweep,
+    units: _Units,
+    input: _Input,
+    max_threads: int,
+    isa: str,
+    /,
+) -> None: ...
+def layer_backward_of_span(
+    sizes: _Sizes,
+    rule: _Rule,
+    rows: _Rows,
+    tensors: _Sweep,
+    units: _Units,
+    input: _Input,
+    h0: int,
+    states: int,
+    gradients: tuple[int, int, int, int, int],
+    grad_skips: int,
+    grad_gains: int,
+    sums: tuple[int, int, bool, bool],  # memory, blocks, continues, goes_on
+    max_threads: int,
+    isa: str,
+    /,
+) -> None: ...
+def sums_of_spans(sizes: _Sizes, inputs: int, dtype: int, isa: str, /) -> int: ...
+def spans(sizes: _Sizes, rule: _Rule, rows: _Rows, least: int, /) -> list[int]: ...
 def step(
     sizes: _StepSizes,
     rule: _StepRule,

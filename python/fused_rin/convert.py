@@ -23,7 +23,7 @@ _TORCHS = frozenset({
     "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity",
     "_flat_weights_names", "_all_weights", "_flat_weights", "_flat_weight_refs", *_HOOKS,
 })  # fmt: skip
-_OURS = frozenset({"skip_factor", "num_heads", "backend", "_written_weights"})
+_OURS = frozenset({"skip_factor", "num_heads", "backend", "_written_weights", "_checkpoint_steps", "return_sequences"})
 
 
 @dataclass

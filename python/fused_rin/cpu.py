@@ -304,3 +304,83 @@ def layer_backward(
         _address(grad_gain), torch.get_num_threads(), _isa,
     )  # fmt: skip
     return *grads, grad_skip, grad_gain
+
+
+# ---- some steps of a layer (checkpoint.py): states come and go as they are carried, in the dtype of sums ----
+
+
+def spans(steps: int, batch: int, rows: Rows, num_reversed: int, least: int) -> list[int]:
+    """Where a layer of one recurrence may be cut without a trace in its gradients: the ends of spans of at least
+    `least` steps, but for the last, counted from where its backward sweep begins."""
+    return _native.spans((steps, batch, 1, 1), (0, 0, True, 1.0, num_reversed), _row_addresses(rows), least)
+
+
+def forward_of_span(
+    x: Tensor,
+    weights: Weights,
+    state: Tensor | None,
+    rows: Rows,
+    rule: Rule,
+    units: Units | None,
+    added: Tensor | None,
+    *,
+    out: Tensor,
+    state_out: Tensor | None = None,
+    aside: Tensor | None = None,
+) -> None:
+    """As `layer_forward` of one recurrence, into `out` and `state_out`; states [B, 1, D]."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    hidden, inputs = w_ih.shape
+    _native.layer_forward_of_span(
+        (*rows.sizes(x), 1, hidden), _rule(x.dtype, rule, False), _row_addresses(rows),
+        (_address(w_hh), _address(added), 0, _address(state), _address(out), _address(state_out)),
+        _NO_UNITS if units is None else _units(units, aside=aside),
+        (inputs, _address(x), _address(w_ih), _address(b_ih), _address(b_hh)), torch.get_num_threads(), _isa,
+    )  # fmt: skip
+
+
+_NO_UNITS = (FORMS["inside"], 0, 0, 0, 0, 0)
+
+
+class Sums:
+    """What the weight gradients of a layer are added up in, over backward sweeps of several spans."""
+
+    def __init__(self, w_ih: Tensor, dtype: torch.dtype) -> None:
+        hidden, inputs = w_ih.shape
+        self.isa = _isa  # of all spans: the sums lie as its vectors want them
+        size = _native.sums_of_spans((0, 0, 1, hidden), inputs, DTYPES[w_ih.dtype], self.isa)
+        self.memory, self.blocks = w_ih.new_empty(size, dtype=dtype), torch.zeros(1, dtype=torch.int64, device="cpu")
+
+
+def backward_of_span(
+    grad_out: Tensor | None,
+    grad_state: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    rule: Rule,
+    units: Units | None,
+    values: Tensor | None,
+    grad_x: Tensor | None,
+    grads: Sequence[Tensor | None],
+    state_out: Tensor,
+    sums: Sums,
+    *,
+    continues: bool,
+    goes_on: bool,
+) -> None:
+    """As `layer_backward`: into grad_x, state_out and, unless it goes on, `grads`, those of w_ih, w_hh, b_ih, b_hh,
+    skip and gain. h0, in the dtype of x, is what entered the span."""
+    hidden, inputs = w_ih.shape
+    grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_skip, grad_gain = map(_address, grads)
+    _native.layer_backward_of_span(
+        (*rows.sizes(x), 1, hidden), _rule(x.dtype, rule, True), _row_addresses(rows),
+        (_address(w_hh), _address(grad_out), _address(out if values is None else values), _address(grad_state), 0,
+         _address(state_out)),
+        _NO_UNITS if units is None else _units(units, h0), (inputs, _address(x), _address(w_ih), 0, 0), _address(h0),
+        _address(out), (_address(grad_x), grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh), grad_skip, grad_gain,
+        (_address(sums.memory), _address(sums.blocks), continues, goes_on), torch.get_num_threads(), sums.isa,
+    )  # fmt: skip

@@ -60,6 +60,7 @@ class _Call:
     rows: Rows = ALL_ROWS
     activation: str = "relu"
     form: str | None = None  # of units with factors of their own
+    span_steps: int | None = None  # of the last layer, where its states are not all kept (checkpoint.py)
 
 
 def _grad(*tensors: Tensor | None) -> bool:
@@ -104,7 +105,10 @@ def _of_module(module: RIN | RINCell | _UnitRNN, input: Any, hx: Tensor | None, 
         steps, batch, module.num_heads * (2 if module.bidirectional else 1), module.hidden_size // module.num_heads,
         short=rows is ALL_ROWS
         and not (isinstance(module, _UnitRNN) or module.bidirectional or (module.dropout and module.training)),
-        batch_first=module.batch_first, rows=rows, **common,
+        batch_first=module.batch_first, rows=rows, span_steps=module._span_steps(
+            steps, data.shape[0] if rows.offsets is not None else steps * batch, common["dtype"],
+            module.return_sequences,
+        ), **common,
     )  # fmt: skip
 
 
@@ -192,7 +196,11 @@ def explain(
     way = ""
     if seen is not None and seen[0] is OPERATOR:
         way = f"as operators of torch, since {seen[1]}"
-    return Choice(chosen.name, _plan(call, chosen, kernel), reason, passed_over, kernel, way)
+    plan = _plan(call, chosen, kernel)
+    if call.span_steps is not None and kernel in ("layer", "sweep"):
+        again = ", computed again for backward" if torch.is_grad_enabled() else ""
+        plan += f"; in spans of some {call.span_steps} steps{again}"
+    return Choice(chosen.name, plan, reason, passed_over, kernel, way)
 
 
 def _loop(call: _Call) -> str:

@@ -226,7 +226,7 @@ def forward(
     since code for torch.nn.RNN calls detach_() on them. Raises RuntimeError for weights that do not fit x; `u_name` is
     what its text calls U.
     """
-    name = backends.requested(backend)
+    name, both = backends.requested(backend), 0 < rule.num_reversed < groups
     if is_fused(x, weights, h0, rows, groups, name, units, added):
         x, h0 = x.contiguous(), None if h0 is None else h0.contiguous()
         weights = Weights(*[None if w is None else w.contiguous() for w in weights])  # type: ignore[arg-type]
@@ -255,9 +255,9 @@ def forward(
                 units = units._replace(noise=units.noise.to(pre.dtype))
             out, h_n = unit_ops.recurrence(pre, u, h0, rows, rule, units, name, batch_first)
         h_n = h_n.flatten(1)
-        if not rule.num_reversed:
+        if not both:
             return out, torch.stack([h_n])
-    return out, torch.stack(h_n.reshape(h_n.shape[-2:]).chunk(2, 1)) if rule.num_reversed else h_n
+    return out, torch.stack(h_n.reshape(h_n.shape[-2:]).chunk(2, 1)) if both else h_n
 
 
 def _run_units(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import init
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import layer, reference, watchers
+from fused_rin import reference, watchers
 from fused_rin.functional import unit_factor
 from fused_rin.problem import ACTIVATIONS, Rows, Rule, Units, Weights
 from fused_rin.recurrent import Recurrent
@@ -136,7 +136,7 @@ class _UnitRNN(Recurrent):
         hx: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    ) -> tuple[Tensor | PackedSequence | None, Tensor]:
         """Run all steps of all layers; arguments and results as `RIN.forward`."""
         if not torch.compiler.is_compiling():
             leaf = None if isinstance(input, (Tensor, PackedSequence)) else watchers.fx_leaf(self, input, hx)
@@ -188,7 +188,8 @@ class LeakyRNN(_Leak, _UnitRNN):
             deviation is sqrt(2 alpha) sigma: noise sqrt(2 / alpha) sigma enters where the equation says so. A
             seed of torch repeats it, no gradient reaches alpha through it. Set the attribute to change it.
         noise_after: form="rate": noise of that standard deviation is added to the state, not within the activation.
-        num_heads: as `RIN`. backend: "auto", "cpu", "cuda", "triton" or "reference"; see `fused_rin.explain`.
+        num_heads, checkpoint_steps, return_sequences: as `RIN`. Noise is kept for backward as a whole.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; see `fused_rin.explain`.
 
     Weights are named and drawn as torch.nn.RNN's. Raises ValueError for an alpha outside (0, 1], a tau or dt that is
     not positive, and a negative noise.
@@ -216,6 +217,8 @@ class LeakyRNN(_Leak, _UnitRNN):
         noise_after: bool = False,
         num_heads: int = 1,
         backend: str = "auto",
+        checkpoint_steps: int | str | None = None,
+        return_sequences: bool = True,
     ) -> None:
         check_backend(backend)
         self._set_leak(hidden_size, nonlinearity, alpha, tau, dt, train_alpha, form, noise, noise_after)
@@ -223,7 +226,7 @@ class LeakyRNN(_Leak, _UnitRNN):
         # Drawn as torch.nn.RNN draws them; the base class knows the names of two activations.
         self._make(
             "tanh", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            num_heads,
+            num_heads, checkpoint_steps, return_sequences,
         )  # fmt: skip
         if not train_alpha:
             self.register_buffer("alpha", self._leak(self.weight_ih_l0))
@@ -244,7 +247,7 @@ class LeakyRNN(_Leak, _UnitRNN):
 
     def _run_layer(
         self, number: int, x: Tensor, h0: Tensor | None, batch: int, rows: Rows, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         directions = 2 if self.bidirectional else 1
         own, form = self._layer_weights(number), _FORMS[self.form]
         if number and form == "current":
@@ -262,10 +265,8 @@ class LeakyRNN(_Leak, _UnitRNN):
             w_ih, w_hh, *biases = (None if w is None else _scaled(w, scale) for w in own)
             own = Weights(w_ih, w_hh, *biases)  # type: ignore[arg-type]
             noise, added = None, noise
-        return layer.forward(
-            x, own, self._by_recurrence(h0, batch), rows, self._rule(), directions * self.num_heads, self.backend,
-            batch_first, self._all_weights[number * directions][1], Units(form, 1 - alpha, gain, noise), added,
-        )  # fmt: skip
+        units = Units(form, 1 - alpha, gain, noise)
+        return self._run_recurrences(number, x, own, h0, batch, rows, self._rule(), batch_first, units, added)
 
     def _draw(self, x: Tensor, alpha: Tensor, directions: int) -> Tensor:
         """Noise of a layer, [T, B, G * D] or [rows, G * D]: as it enters the sum, or after the activation."""
@@ -296,7 +297,8 @@ class PLRNN(_UnitRNN):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN.
         nonlinearity: as `LeakyRNN`, "relu" by default.
         skip: A at the start, of every unit.
-        num_heads: as `RIN`. backend: "auto", "cpu", "cuda", "triton" or "reference".
+        num_heads, checkpoint_steps, return_sequences: as `RIN`. backend: "auto", "cpu", "cuda", "triton" or
+            "reference".
 
     W, C and biases are drawn as torch.nn.RNN's. Raises ValueError for a skip that is not finite.
     """
@@ -317,6 +319,8 @@ class PLRNN(_UnitRNN):
         skip: float = 0.9,
         num_heads: int = 1,
         backend: str = "auto",
+        checkpoint_steps: int | str | None = None,
+        return_sequences: bool = True,
     ) -> None:
         check_backend(backend)
         if not math.isfinite(skip):
@@ -324,7 +328,7 @@ class PLRNN(_UnitRNN):
         self.nonlinearity, self.backend, self._first_skip = _check_activation(nonlinearity), backend, float(skip)
         self._make(
             "tanh", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            num_heads,
+            num_heads, checkpoint_steps, return_sequences,
         )  # fmt: skip
         for number in range(num_layers):
             for suffix in self._suffixes(number):
@@ -340,17 +344,13 @@ class PLRNN(_UnitRNN):
 
     def _run_layer(
         self, number: int, x: Tensor, h0: Tensor | None, batch: int, rows: Rows, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
-        directions = 2 if self.bidirectional else 1
+    ) -> tuple[Tensor | None, Tensor]:
         own = self._layer_weights(number)
         if number:
             x = reference.ACTIVATIONS[self.nonlinearity](x)
         skips = [getattr(self, f"skip_{suffix}") for suffix in self._suffixes(number)]
         units = Units("current", self._by_unit(skips, own.w_ih, "skip"))
-        return layer.forward(
-            x, own, self._by_recurrence(h0, batch), rows, self._rule(), directions * self.num_heads, self.backend,
-            batch_first, self._all_weights[number * directions][1], units,
-        )  # fmt: skip
+        return self._run_recurrences(number, x, own, h0, batch, rows, self._rule(), batch_first, units)
 
 
 class _UnitCell(torch.nn.RNNCellBase):

@@ -28,6 +28,10 @@ class RIN(SkipModule, Recurrent):
         num_heads: splits the state into heads that do not see each other: U is block-diagonal, `weight_hh_l{k}` has
             shape (hidden_size, hidden_size // num_heads), head after head.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; see `fused_rin.explain`.
+        checkpoint_steps: k, for training on long sequences: every k-th state is kept for backward, which computes the
+            others once more, k steps at a time. "auto": the square root of the steps, where the states of a layer take
+            more than 32 MB. None (default): all are kept. See docs/long-sequences.md.
+        return_sequences: False returns None in place of the output, whose memory is then not needed.
 
     Initialised as in the paper: W and U from N(0, 0.001^2), biases 0; with skip=0 as torch.nn.RNN. The paper feeds
     inputs of some size; on inputs in [0, 1] a larger W (0.1) starts faster.
@@ -52,6 +56,8 @@ class RIN(SkipModule, Recurrent):
         skip: float = 1.0,
         num_heads: int = 1,
         backend: str = "auto",
+        checkpoint_steps: int | str | None = None,
+        return_sequences: bool = True,
     ) -> None:
         check_nonlinearity(nonlinearity)
         check_backend(backend)
@@ -59,7 +65,7 @@ class RIN(SkipModule, Recurrent):
         self.nonlinearity, self.skip_factor, self.backend = nonlinearity, check_skip(skip), backend
         self._make(
             nonlinearity, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype,
-            num_heads,
+            num_heads, checkpoint_steps, return_sequences,
         )  # fmt: skip
 
     _first_recurrent_weight = "weight_hh_l0"
@@ -94,7 +100,7 @@ class RIN(SkipModule, Recurrent):
         hx: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    ) -> tuple[Tensor | PackedSequence | None, Tensor]:
         """Run all steps of all layers.
 
         Args:
@@ -105,13 +111,14 @@ class RIN(SkipModule, Recurrent):
             resets: bool, (T, B), (B, T) with batch_first, (T,) for unbatched input, or (rows,) in the order of the
                 data of a PackedSequence: where an episode starts no state crosses over.
 
-        Returns: output, the last layer's states (directions concatenated), and h_n in the shape of hx.
+        Returns: output, the last layer's states (directions concatenated), or None with return_sequences=False, and
+        h_n in the shape of hx.
         """
         if not torch.compiler.is_compiling():
             if lengths is None and resets is None:
                 direct = step.rin(self, input, hx)
                 if direct is not None:
-                    return direct
+                    return direct if self.return_sequences else (None, direct[1])
             if watchers.function_modes() and self._may_pass_modes_by(input, hx, lengths, resets):
                 with watchers.without_function_modes():
                     return RIN._forward(self, input, hx, lengths, resets)
@@ -122,7 +129,7 @@ class RIN(SkipModule, Recurrent):
 
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         groups = self.num_heads * (2 if self.bidirectional else 1)
         if x.shape[0] != 1 or not step.layers_suit_products(
             1, rows, groups, self.hidden_size, x.dtype, x.device, self.backend
@@ -140,17 +147,14 @@ class RIN(SkipModule, Recurrent):
 
     def _run_layer(
         self, number: int, x: Tensor, h0: Tensor | None, batch: int, rows: Rows, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         directions = 2 if self.bidirectional else 1
         own = self._layer_weights(number)
         rule = Rule(self.skip_factor, self.nonlinearity, self.num_heads if self.bidirectional else 0)
         if watchers.exporting_to_onnx() and onnx_rnn.suits(rows, x.dtype):
             x, h_n = onnx_rnn.layer(x, own, h0, rows, rule, self.num_heads, directions)
             return (x.transpose(0, 1) if batch_first else x), h_n
-        return layer.forward(
-            x, own, self._by_recurrence(h0, batch), rows, rule, directions * self.num_heads, self.backend, batch_first,
-            self._all_weights[number * directions][1],
-        )  # fmt: skip
+        return self._run_recurrences(number, x, own, h0, batch, rows, rule, batch_first)
 
 
 class RINCell(SkipModule, torch.nn.RNNCellBase):

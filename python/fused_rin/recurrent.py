@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import watchers
-from fused_rin.problem import ALL_ROWS, Rows, Weights, check_lengths, check_resets, unpack_batch_sizes
+from fused_rin import checkpoint, layer, ops, watchers
+from fused_rin.problem import ALL_ROWS, Rows, Rule, Units, Weights, check_lengths, check_resets, unpack_batch_sizes
 
 
 def check_heads(num_heads: int, hidden_size: int) -> None:
@@ -30,6 +31,9 @@ class Recurrent(torch.nn.RNNBase):
 
     backend: str
     weight_ih_l0: Tensor
+    # On the class: what was pickled by a release without them is as their defaults.
+    _checkpoint_steps: int | str | None = None
+    return_sequences: bool = True
 
     def _make(
         self,
@@ -44,14 +48,23 @@ class Recurrent(torch.nn.RNNBase):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         num_heads: int,
+        checkpoint_steps: int | str | None,
+        return_sequences: bool,
     ) -> None:
         """The constructor of the base class, which initialises the weights, with U a block for each head."""
+        checkpoint.check_steps(checkpoint_steps)  # before a weight is drawn
+        if not isinstance(return_sequences, bool):
+            raise TypeError(f"return_sequences must be a bool, got {return_sequences!r}")
         torch.nn.RNNBase.__init__(
             self, f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype,
         )  # fmt: skip
         check_heads(num_heads, hidden_size)
         self.num_heads = num_heads
+        if checkpoint_steps is not None:
+            self.checkpoint_steps = checkpoint_steps
+        if not return_sequences:
+            self.return_sequences = return_sequences
         if num_heads > 1:
             for names in self._all_weights:
                 full = getattr(self, names[1])
@@ -59,6 +72,23 @@ class Recurrent(torch.nn.RNNBase):
                 setattr(self, names[1], torch.nn.Parameter(block))
             self._init_flat_weights()
             self.reset_parameters()
+
+    @property
+    def checkpoint_steps(self) -> int | str | None:
+        """As the constructor's; to be set at any time."""
+        return self._checkpoint_steps
+
+    @checkpoint_steps.setter
+    def checkpoint_steps(self, steps: int | str | None) -> None:
+        self._checkpoint_steps = checkpoint.check_steps(steps)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self._checkpoint_steps is not None:
+            text += f", checkpoint_steps={self._checkpoint_steps}"
+        if not self.return_sequences:
+            text += ", return_sequences=False"
+        return text
 
     def flatten_parameters(self) -> None:
         """Nothing to do: kernels take the weights where they lie."""
@@ -86,7 +116,7 @@ class Recurrent(torch.nn.RNNBase):
 
     def _forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Any, resets: Tensor | None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    ) -> tuple[Tensor | PackedSequence | None, Tensor]:
         """The checks of a call that is none of a few steps, and all its layers."""
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, resets)
@@ -118,11 +148,13 @@ class Recurrent(torch.nn.RNNBase):
 
         rows = ALL_ROWS if lengths is None and resets is None else Rows(lengths, None, resets)
         output, h_n = self._run_layers(input, hx, batch, rows, batch_first)
+        if not self.return_sequences or output is None:
+            return None, h_n if batched else h_n.squeeze(1)
         return (output, h_n) if batched else (output.squeeze(1), h_n.squeeze(1))
 
     def _forward_packed(
         self, input: PackedSequence, hx: Tensor | None, lengths: Any, resets: Tensor | None
-    ) -> tuple[PackedSequence, Tensor]:
+    ) -> tuple[PackedSequence | None, Tensor]:
         if lengths is not None:
             raise ValueError("lengths cannot be given with a PackedSequence, whose batch_sizes say the same")
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -137,8 +169,10 @@ class Recurrent(torch.nn.RNNBase):
         if resets is not None:
             check_resets(resets, tuple(data.shape[:1]), data.device, "input")
         output, h_n = self._run_layers(data, hx, batch, Rows(lengths, offsets, resets), False)
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden(h_n, unsorted_indices)
+        h_n = self.permute_hidden(h_n, unsorted_indices)
+        if not self.return_sequences or output is None:
+            return None, h_n
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
 
     def _check(self, input: Tensor, hx: Tensor | None, batch: int) -> None:
         """Arguments against this module; the texts are torch.nn.RNN's where it has one."""
@@ -177,23 +211,64 @@ class Recurrent(torch.nn.RNNBase):
 
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """All layers on checked arguments: x (T, B, features), or (rows, features) of a packed batch."""
         directions, last = 2 if self.bidirectional else 1, self.num_layers - 1
-        states = []
+        states: list[Tensor] = []
         for number in range(self.num_layers):
             h0 = None if hx is None else hx[number * directions : (number + 1) * directions]
-            x, h_n = self._run_layer(number, x, h0, batch, rows, batch_first and number == last)
-            if self.dropout and self.training and number < last:
-                x = F.dropout(x, self.dropout, True)
+            out, h_n = self._run_layer(number, x, h0, batch, rows, batch_first and number == last)
             states.append(h_n)
-        return x, torch.cat(states) if last else states[0]
+            if number == last or out is None:
+                break
+            x = F.dropout(out, self.dropout, True) if self.dropout and self.training else out
+        return out, torch.cat(states) if last else states[0]
 
     def _run_layer(
         self, number: int, x: Tensor, h0: Tensor | None, batch: int, rows: Rows, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """Output and last states of a layer, as `layer.forward`; h0 (directions, B, hidden_size)."""
         raise NotImplementedError
+
+    def _run_recurrences(
+        self,
+        number: int,
+        x: Tensor,
+        weights: Weights,
+        h0: Tensor | None,
+        batch: int,
+        rows: Rows,
+        rule: Rule,
+        batch_first: bool,
+        units: Units | None = None,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """`layer.forward`, or, where states are not all kept, `checkpoint.forward`."""
+        directions = 2 if self.bidirectional else 1
+        groups, u_name = directions * self.num_heads, self._all_weights[number * directions][1]
+        initial, backend = self._by_recurrence(h0, batch), self.backend
+        wants_output = self.return_sequences or number + 1 < self.num_layers
+        if self._checkpoint_steps is not None or not wants_output:
+            least = self._span_steps(rows.sizes(x)[0], math.prod(x.shape[:-1]), x.dtype, wants_output)
+            if least is not None:
+                run = checkpoint.forward_past_compilers if torch.compiler.is_compiling() else checkpoint.forward
+                return run(
+                    x, weights, initial, rows, rule, groups, backend, batch_first, u_name, units, added, least,
+                    wants_output,
+                )  # fmt: skip
+        return layer.forward(
+            x, weights, initial, rows, rule, groups, backend, batch_first, u_name, units, added
+        )  # fmt: skip
+
+    def _span_steps(self, steps: int, rows: int, dtype: torch.dtype, wants_output: bool) -> int | None:
+        """Steps between two states that a layer keeps for backward, in a call made now; None: all are kept, or none."""
+        if watchers.keeps_graphs_whole() or ops._is_exporting():
+            return None
+        asked = self._checkpoint_steps
+        if not torch.is_grad_enabled():  # nothing is kept; but an output that nobody wants need not be there as a whole
+            asked = None if wants_output or torch.compiler.is_compiling() else "auto"
+        width = self.hidden_size * (2 if self.bidirectional else 1)
+        return checkpoint.span_steps(asked, steps, rows * width, dtype)
 
     def _by_recurrence(self, h0: Tensor | None, batch: int) -> Tensor | None:
         """h0 (directions, B, hidden_size) as [B, G, D]."""

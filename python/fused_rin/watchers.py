@@ -73,6 +73,11 @@ def exporting_to_onnx() -> bool:
     return within_export_onnx or torch.onnx.is_in_onnx_export()
 
 
+def keeps_graphs_whole() -> bool:
+    """Whether a call is recorded or transformed step by step, by what has no hooks on saved tensors."""
+    return _transforms() or _forward_ad._current_level >= 0 or _tracing_state() is not None
+
+
 # An offset into memory that is not there (a slice of a freed storage) looks like an address. No offset is as large as
 # this, a terabyte, and most addresses are larger.
 ANY_OFFSET = 1 << 40

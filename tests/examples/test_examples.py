@@ -32,6 +32,11 @@ def test_a_leaky_network_learns_to_decide(tmp_path):
     assert found["excitatory"] == found["inhibitory"] == 1.0
 
 
+def test_time_constants_are_found_through_a_long_recording(tmp_path):
+    found = results("long_memory.py", tmp_path, "--steps", "40000", "--updates", "40")
+    assert found["median_error_percent"] < 20 < found["first_error_percent"]
+
+
 def test_a_stream_gives_what_one_call_gives(tmp_path):
     found = results("streaming.py", tmp_path, "--samples", "500")
     assert found["distance_from_one_call"]["RIN"] < 1e-6

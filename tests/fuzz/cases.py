@@ -49,6 +49,7 @@ class Case:
     backend: str = "auto"
     mistake: str = ""  # what is wrong with the arguments, see mistakes.py
     form: str = ""  # of units with factors of their own
+    span: int = 0  # checkpoint_steps of layers, or none
 
 
 def draw(choose: Choose) -> Case:
@@ -90,6 +91,7 @@ def draw(choose: Choose) -> Case:
         backend=choose(("auto", "auto", "cpu")),
         mistake=mistake,
         form=choose(("", "", "", "inside", "outside", "current")) if kind in ("layers", "recurrence") else "",
+        span=choose((0, 0, 0, 1, 4)) if kind == "layers" else 0,
     )
     case = settled(case)
     return dataclasses.replace(case, activation=choose(tuple(ACTIVATIONS))) if case.form else case
@@ -112,12 +114,15 @@ def settled(case: Case) -> Case:
         change.update(form="outside")
     if case.form:
         change.update(skip=1.0)  # has none
+    if case.span:
+        # Some 256 rows make a span on a CPU (kOuterDepth).
+        change.update(steps=5 * case.steps, skip=min(case.skip, 1.0))
     if case.mistake:
         # The numbers are not what such a case is about.
         change.update(
             batch=max(2, case.batch), unbatched=False, rows="full", resets=False, context="grad", input_layout="plain",
             state_layout="plain", weight_layout="plain", state=True, dtype="float32",
-            form="",
+            form="", span=0,
         )  # fmt: skip
     return dataclasses.replace(case, **change)
 

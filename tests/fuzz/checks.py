@@ -208,6 +208,8 @@ class Checked:
         plain_module, exact_module = copy.deepcopy(self.module), copy.deepcopy(self.module).double()
         plain_module.backend = exact_module.backend = "reference"
         with_gradients = case.context not in ("no_grad", "inference")
+        if case.span:
+            self.module.checkpoint_steps = case.span
 
         x, h, wanted = self.leaves(self.module, self.dtype, layouts=True)
         with self.context():

@@ -110,6 +110,7 @@ struct Shape {
   bool resets;
   Form form = Form::kInside;
   Activation activation = Activation::kReLU;  // another one: units have factors of their own
+  bool spans = false;                         // a layer's, in several calls
 };
 
 // One call with all that it reads. It may be made from many threads at once.
@@ -142,6 +143,7 @@ class Call {
     state_ = numbers(s.batch * units, 1);
     saved_ = numbers(rows_ * units, 1);
     factors_ = numbers(units, 1, scalar());
+    scalars_ = numbers(s.batch * units, 1, scalar());
   }
 
   // What the call writes, one after the other; `threads` as torch has them.
@@ -174,7 +176,7 @@ class Call {
     Layer layer = this->layer();
     const bool is_layer = s.kind == Kind::kLayer;
     if (!is_layer || !backward_) p.out = output(rows_ * units);
-    p.state_out = output(s.batch * units);
+    p.state_out = output_of(s.batch * units, s.spans ? scalar() : dtype_);
     if (is_layer && backward_) {
       layer.grad_x = output(rows_ * s.inputs), layer.grad_w_ih = output(s.hidden * s.inputs);
       layer.grad_w_hh = output(s.hidden * s.hidden);
@@ -183,7 +185,36 @@ class Call {
       if (s.form == Form::kOutside) layer.grad_gains = output_of(s.hidden, scalar());
     }
     if (s.form == Form::kOutside && (!is_layer || !backward_)) p.aside = output(rows_ * units);
+    if (s.spans) return run_spans(p, layer, kernels, threads);
     sweep_cpu(p, is_layer ? &layer : nullptr, kernels, threads);
+  }
+
+  // In several calls, as checkpoint.py makes them.
+  void run_spans(const Problem& whole, const Layer& layer, const Kernels& kernels, int threads) const {
+    const int64_t size = size_of(dtype_), hidden = shape_.hidden, inputs = shape_.inputs;
+    Bytes now = scalars_, next = scalars_;
+    Bytes sums(static_cast<size_t>(sums_size(whole, layer, kernels) * size_of(scalar())));
+    int64_t blocks = 0, begin = 0;
+    for (const int64_t end : spans_cpu(whole, 0, 1)) {
+      const int64_t rows = (backward_ ? whole.steps - end : begin) * whole.batch;
+      const auto read = [&](const void*& numbers, int64_t width) {
+        if (numbers) numbers = static_cast<const char*>(numbers) + rows * width * size;
+      };
+      const auto written = [&](void*& numbers, int64_t width) {
+        if (numbers) numbers = static_cast<char*>(numbers) + rows * width * size;
+      };
+      Problem p = whole;
+      Layer l = layer;
+      p.steps = end - begin, p.scalar_states = true;
+      p.state_in = now.data(), p.state_out = next.data();
+      read(p.in, hidden), read(p.saved, hidden), read(p.noise, hidden), read(l.states, hidden), read(l.x, inputs);
+      written(p.out, hidden), written(p.aside, hidden), written(l.grad_x, inputs);
+      if (backward_) l.sums = {sums.data(), &blocks, begin > 0, end < whole.steps};
+      sweep_cpu(p, &l, kernels, threads);
+      now.swap(next);
+      begin = end;
+    }
+    std::memcpy(whole.state_out, now.data(), now.size());
   }
 
   Problem problem() const {
@@ -244,7 +275,7 @@ class Call {
   std::mt19937 draw_;
   std::vector<int64_t> lengths_, offsets_;
   std::vector<uint8_t> resets_;
-  Bytes u_, w_, bias_, x_, in_, state_, saved_, factors_;
+  Bytes u_, w_, bias_, x_, in_, state_, saved_, factors_, scalars_;
 };
 
 // A call and what it gives alone.
@@ -276,6 +307,8 @@ const Shape kShapes[] = {
     {Kind::kLayer, 12, 1, 1, 500, 0, 16, Batch::kFull, false, Form::kOutside, Activation::kTanh},
     {Kind::kLayer, 9, 33, 1, 40, 0, 21, Batch::kLengths, true, Form::kCurrent, Activation::kSigmoid},
     {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kPacked, false, Form::kInside, Activation::kLeakyReLU},
+    {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kFull, true, Form::kInside, Activation::kReLU, true},
+    {Kind::kLayer, 600, 1, 1, 300, 0, 3, Batch::kFull, false, Form::kOutside, Activation::kTanh, true},
 };
 
 // Never destroyed, as threads go on with them while the process ends.
