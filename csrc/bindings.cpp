@@ -103,6 +103,34 @@ void layer_forward_of_span(const Sizes& sizes, const Rule& rule, const RowAddres
   run(p, &layer, max_threads, isa);
 }
 
+// Deep transitions: K, the rows of a plane, the planes, and the biases of all but the first or their gradients.
+using DeepAddresses = std::tuple<int64_t, int64_t, Address, Address>;
+
+Problem with_transitions(Problem p, const DeepAddresses& deep) {
+  p.transitions = std::get<0>(deep);
+  p.plane = std::get<1>(deep);
+  p.inner = pointer<void>(std::get<2>(deep));
+  return p;
+}
+
+void layer_forward_deep(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                        const InputAddresses& input, const DeepAddresses& deep, int max_threads,
+                        const std::string& isa) {
+  const Problem p = with_transitions(make_problem(sizes, rule, rows, tensors), deep);
+  Layer layer = make_layer(input);
+  layer.b_deep = pointer<const void>(std::get<3>(deep));
+  run(p, &layer, max_threads, isa);
+}
+
+void layer_backward_deep(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                         const InputAddresses& input, Address h0, const GradientAddresses& gradients,
+                         const DeepAddresses& deep, int max_threads, const std::string& isa) {
+  const Problem p = with_transitions(make_problem(sizes, rule, rows, tensors), deep);
+  Layer layer = make_layer(input, h0, p.saved, gradients);
+  layer.grad_b_deep = pointer<void>(std::get<3>(deep));
+  run(p, &layer, max_threads, isa);
+}
+
 using SumAddresses = std::tuple<Address, Address, bool, bool>;  // memory, blocks, continues, goes_on
 
 void layer_backward_of_span(const Sizes& sizes, const Rule& rule, const RowAddresses& rows,
@@ -212,6 +240,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("sweep_of_units", &sweep_of_units);
   m.def("layer_forward_of_units", &layer_forward_of_units);
   m.def("layer_backward_of_units", &layer_backward_of_units);
+  m.def("layer_forward_deep", &layer_forward_deep);
+  m.def("layer_backward_deep", &layer_backward_deep);
   m.def("layer_forward_of_span", &layer_forward_of_span);
   m.def("layer_backward_of_span", &layer_backward_of_span);
   m.def("sums_of_spans", &sums_of_spans);

@@ -51,7 +51,13 @@ struct Problem {
   void* out;               // [rows, G, D] h | gradient of pre; rows past a length are written as zero. May be `in`
   void* state_out;         // [B, G, D] h_n | gradient of h0
   int64_t padding;         // how many of the D units, the last ones, are there for alignment alone; they stay 0
-  bool scalar_states;  // state_in and state_out are scalars, as they are carried: CPU, where a call ends mid-sequence
+  // Deep transitions, of a layer of one recurrence on a CPU, form inside: each step is K of them, with a matrix each,
+  //     x^1 = act(in_t + (U_1 + s) x_{t-1}),  x^k = act(b_k + (U_k + s) x^{k-1}),  out_t = x^K
+  // (Pascanu et al. 2013, arXiv 1312.6026). weight is [K, D, D] then.
+  int64_t transitions;  // K, or 0: one
+  int64_t plane;        // rows of each of the planes of `inner`
+  void* inner;          // [K - 1, rows, D] x^1 to x^(K-1), written (or null: not wanted) | read
+  bool scalar_states;   // state_in and state_out are scalars, as they are carried: CPU, where a call ends mid-sequence
 
   // Units with factors of their own. Scalars here are float32, float64 with a dtype of float64.
   Form form;
@@ -61,5 +67,7 @@ struct Problem {
   const void* noise;    // [rows, G, D] added to the state, or null; outside, forward
   void* aside;          // [rows, G, D] outside, or null: not wanted. z | gradient of the state
 };
+
+inline int64_t transitions_of(const Problem& p) { return p.transitions > 1 ? p.transitions : 1; }
 
 }  // namespace fused_rin

@@ -10,7 +10,7 @@ from typing import Any
 import fused_rin
 import pytest
 import torch
-from fused_rin import PLRNN, RIN, LeakyRNN, checkpoint, cpu
+from fused_rin import PLRNN, RIN, LeakyRNN, checkpoint, cpu, cpu_layers
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -75,13 +75,13 @@ class Call:
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     calls = {"forward_of_span": 0, "backward_of_span": 0}
     for name in calls:
-        function = getattr(cpu, name)
+        function = getattr(cpu_layers, name)
 
         def counted(*args: Any, name: str = name, function: Any = function, **kw: Any) -> None:
             calls[name] += 1
             function(*args, **kw)
 
-        monkeypatch.setattr(cpu, name, counted)
+        monkeypatch.setattr(cpu_layers, name, counted)
     return calls
 
 

@@ -47,15 +47,18 @@ class InputProduct {
  public:
   InputProduct(const Problem& p, const Part& part, Tiles& tiles)
       : p_(p), part_(part), layer_(*part.layer), l_(*part.input), tiles_(tiles) {
-    S* const bias = static_cast<S*>(part.bias);
+    const T* const first[] = {static_cast<const T*>(layer_.b_ih), static_cast<const T*>(layer_.b_hh)};
     for (int64_t i = 0; i < l_.padded(); i += l_.lanes) {
-      Vec<T> sum{};
       const int64_t count = l_.outputs - i < l_.lanes ? l_.outputs - i : l_.lanes;
-      const void* const biases[] = {layer_.b_ih, layer_.b_hh};
-      for (const void* b : biases) {
-        if (b) sum += load_first(static_cast<const T*>(b) + part.group * l_.outputs + i, count);
+      Vec<T> sum{};
+      for (const T* b : first) {
+        if (b) sum += load_first(b + part.group * l_.outputs + i, count);
       }
-      store(bias + i, sum);
+      store(bias(0) + i, sum);
+      for (int64_t k = 1; k < transitions_of(p); ++k) {
+        const T* const b = static_cast<const T*>(layer_.b_deep);
+        store(bias(k) + i, b ? load_first(b + (k - 1) * l_.outputs + i, count) : Vec<T>{});
+      }
     }
   }
 
@@ -73,13 +76,20 @@ class InputProduct {
         add_bias(count, column, vecs, sums);
       });
     }
+    for (int64_t k = 1; k < transitions_of(p_); ++k) {
+      S* row = to + k * chunk.rows() * l_.padded();
+      for (int64_t r = 0; r < chunk.rows(); ++r, row += l_.padded()) {
+        for (int64_t i = first_column; i < end_column; i += l_.lanes) store(row + i, load(bias(k) + i));
+      }
+    }
   }
 
  private:
+  S* bias(int64_t transition) const { return static_cast<S*>(part_.bias) + transition * l_.padded(); }
   void add_bias(int64_t rows, int64_t column, int64_t vecs, S* sums) const {
-    const S* bias = static_cast<const S*>(part_.bias) + column;
+    const S* const b = bias(0) + column;
     for (int64_t r = 0; r < rows; ++r, sums += l_.padded()) {
-      for (int64_t i = 0; i < vecs * l_.lanes; i += l_.lanes) store(sums + i, load(sums + i) + load(bias + i));
+      for (int64_t i = 0; i < vecs * l_.lanes; i += l_.lanes) store(sums + i, load(sums + i) + load(b + i));
     }
   }
 
@@ -132,8 +142,9 @@ class WeightGradient {
         tiles_(tiles),
         layer_(*part.layer),
         ascending_(is_ascending(p, part.group)),
+        transitions_(transitions_of(p)),
         state_groups_(groups_of(p.hidden)),
-        groups_(layer_.grad_w_hh ? state_groups_ + groups_of(layer_.inputs) : 0),
+        groups_(layer_.grad_w_hh ? transitions_ * state_groups_ + groups_of(layer_.inputs) : 0),
         rows_(part.sources),
         entered_(rows_ + part.max_chunk_rows) {
     if (layer_.sums.blocks) blocks_ = *layer_.sums.blocks;
@@ -141,7 +152,7 @@ class WeightGradient {
     for (int64_t i = first_group() * kLanes * l.padded(); i < end_group() * kLanes * l.padded(); i += kLanes) {
       store(sums() + i, Vec<T>{});
     }
-    for (int64_t level = 0; level < kUnitSums * kBiasLevels; ++level) {
+    for (int64_t level = 0; level < transitions_ * kUnitSums * kBiasLevels; ++level) {
       for (int64_t v = first_vec(); v < end_vec(); ++v) store(unit_sum(0, level) + v * kLanes, Vec<T>{});
     }
   }
@@ -151,9 +162,19 @@ class WeightGradient {
   void add(const Chunk& chunk, const S* grad_pre, const S* grad_state, const Row* factors, int64_t stride) {
     find_rows(chunk);
     const int64_t rows = chunk.rows();
-    for (int64_t k = 0; k < rows && first_group() < end_group(); k += kOuterDepth) {
-      add_rows(k, rows - k < kOuterDepth ? rows - k : kOuterDepth, factors + k * stride, stride);
+    for (int64_t i = 0; i < transitions_ && first_group() < end_group(); ++i) {
+      for (int64_t k = 0; k < rows; k += kOuterDepth) {
+        const int64_t first = i * rows + k;
+        add_rows(i, first, rows - k < kOuterDepth ? rows - k : kOuterDepth, factors + first * stride, stride);
+      }
     }
+    const int64_t before = blocks_;
+    for (int64_t i = 1; i < transitions_ && layer_.grad_b_deep; ++i) {
+      blocks_ = before;
+      const S* const grads = grad_pre + i * rows * l_.padded();
+      add_rows_of(i * kUnitSums, rows, [&](int64_t k, int64_t j) { return load(grads + k * l_.padded() + j); });
+    }
+    blocks_ = before;
     add_unit_sums(rows, grad_pre, grad_state ? grad_state : grad_pre);
     const int64_t rank = part_.rank, n = part_.threads;
     if (layer_.grad_x) input_gradient(rank * rows / n, (rank + 1) * rows / n, factors, stride);
@@ -163,25 +184,37 @@ class WeightGradient {
   void finish() const {
     if (layer_.sums.blocks && part_.rank == 0) *layer_.sums.blocks = blocks_;
     if (layer_.sums.goes_on) return;
+    const int64_t matrix = p_.hidden * p_.hidden;
     const int64_t begin = first_vec() * kLanes, end = end_vec() * kLanes;
     for (int64_t i = begin; i < end; i += kLanes) {
       write_unit_sum(kBias, i, static_cast<T*>(layer_.grad_b_ih));
       write_unit_sum(kBias, i, static_cast<T*>(layer_.grad_b_hh));
       write_unit_sum(kSkips, i, static_cast<S*>(layer_.grad_skips));
       write_unit_sum(kGains, i, static_cast<S*>(layer_.grad_gains));
+      for (int64_t k = 1; k < transitions_ && layer_.grad_b_deep; ++k) {
+        write_unit_sum(k * kUnitSums, i, static_cast<T*>(layer_.grad_b_deep) + (k - 1) * p_.hidden);
+      }
     }
     if (!layer_.grad_w_hh) return;
     const S* inputs = sums() + state_groups_ * kLanes * l_.padded();
     for (int64_t i = begin; i < end; i += kLanes) {
-      write(sums(), i, p_.hidden, static_cast<T*>(layer_.grad_w_hh));
+      for (int64_t k = 0; k < transitions_; ++k) {
+        const S* const states = sums() + groups_before(k) * kLanes * l_.padded();
+        write(states, i, p_.hidden, static_cast<T*>(layer_.grad_w_hh) + k * matrix);
+      }
       write(inputs, i, layer_.inputs, static_cast<T*>(layer_.grad_w_ih));
     }
   }
 
  private:
-  enum UnitSum { kBias, kSkips, kGains };
+  // Of kUnitSums for each transition.
+  static constexpr int64_t kBias = 0, kSkips = 1, kGains = 2;
+  // The groups of a transition's matrix: those of its states and, of the first one's, those of the input.
+  int64_t groups_before(int64_t transition) const {
+    return transition * state_groups_ + (transition ? groups_of(layer_.inputs) : 0);
+  }
   template <class To>
-  void write_unit_sum(UnitSum which, int64_t i, To* to) const {
+  void write_unit_sum(int64_t which, int64_t i, To* to) const {
     if (!to) return;
     Vec<T> sum{};
     for (int64_t level = 0; level < kBiasLevels; ++level) sum += load(unit_sum(which, level) + i);
@@ -232,7 +265,7 @@ class WeightGradient {
   }
 
   template <class Value>
-  void add_rows_of(UnitSum which, int64_t rows, Value value) {
+  void add_rows_of(int64_t which, int64_t rows, Value value) {
     for (int64_t begin = 0; begin < rows; begin += kBiasBlock) {
       const int64_t end = rows - begin < kBiasBlock ? rows : begin + kBiasBlock;
       for (int64_t v = first_vec(); v < end_vec(); ++v) {
@@ -264,8 +297,10 @@ class WeightGradient {
       const int64_t t = time_of(p_, ascending_, i), base = chunk.base[i - chunk.begin];
       const int64_t count = chunk.base[i + 1 - chunk.begin] - base;
       for (int64_t r = 0; r < count; ++r) {
-        rows_[base + r] = row_of(p_, t, part_.all.order[r]);
+        const int64_t row = row_of(p_, t, part_.all.order[r]);
+        rows_[base + r] = row;
         entered_[base + r] = entered(t, r);
+        for (int64_t k = 1; k < transitions_; ++k) entered_[k * chunk.rows() + base + r] = row;
       }
     }
   }
@@ -278,17 +313,18 @@ class WeightGradient {
   }
 
   // As many groups at a time as stay in the second-level cache while the panels of gradients pass by.
-  void add_rows(int64_t first, int64_t rows, const Row* factors, int64_t stride) {
+  void add_rows(int64_t transition, int64_t first, int64_t rows, const Row* factors, int64_t stride) {
     constexpr int64_t kAtATime = outer_groups(FUSED_RIN_VECTOR_BYTES, kTerms);
-    const int64_t all = end_group();
-    for (int64_t begin = first_group(); begin < all; begin += kAtATime) {
+    const int64_t before = groups_before(transition), after = groups_before(transition + 1);
+    const int64_t all = end_group() < after ? end_group() : after;
+    for (int64_t begin = first_group() < before ? before : first_group(); begin < all; begin += kAtATime) {
       const int64_t end = all - begin < kAtATime ? all : begin + kAtATime;
-      for (int64_t g = begin; g < end; ++g) gather(g, first, rows, gathered(g - begin));
-      add_groups(begin, end, rows, factors, stride);
+      for (int64_t g = begin; g < end; ++g) gather(transition, g - before, first, rows, gathered(g - begin));
+      add_groups(begin, end, before, rows, factors, stride);
     }
   }
 
-  void add_groups(int64_t begin, int64_t end, int64_t rows, const Row* factors, int64_t stride) {
+  void add_groups(int64_t begin, int64_t end, int64_t before, int64_t rows, const Row* factors, int64_t stride) {
     const int64_t vecs = l_.vecs, blocks = (vecs + kVecs - 1) / kVecs, depth = depth_of(rows);
     F* const panel = static_cast<F*>(part_.panel);
     constexpr int64_t kNear = 768 * 1024 / sizeof(S);
@@ -311,7 +347,7 @@ class WeightGradient {
         }
       } else {
         for (int64_t g = begin; g < end; ++g) {
-          for (int64_t r = 0; r < columns_in(g); r += kOuterRows<F>) {
+          for (int64_t r = 0; r < columns_in(g - before); r += kOuterRows<F>) {
             S* const tile = to + (g * kLanes + r) * l_.padded();
             outer(width, gathered(g - begin) + r, panel, depth, tile, l_.padded(), far);
           }
@@ -324,6 +360,7 @@ class WeightGradient {
     constexpr int64_t kWhole = kByTiles ? kTerms * kTileUnits : kTerms;
     return (rows + kWhole - 1) / kWhole * kWhole / kTerms;
   }
+  // Of a group among those of its transition.
   int64_t columns_in(int64_t group) const {
     const int64_t left =
         group < state_groups_ ? p_.hidden - group * kLanes : layer_.inputs - (group - state_groups_) * kLanes;
@@ -331,10 +368,12 @@ class WeightGradient {
   }
 
   // One group of columns of the left factor: [rows, in units][lanes], for tiles [lanes][kOuterDepth, in units].
-  void gather(int64_t group, int64_t first, int64_t rows, F* to) const {
+  void gather(int64_t transition, int64_t group, int64_t first, int64_t rows, F* to) const {
     const bool states = group < state_groups_;
     const int64_t column = (states ? group : group - state_groups_) * kLanes, count = columns_in(group);
-    const T* const out = static_cast<const T*>(layer_.states) + column;
+    // What entered a transition is what the one before it left.
+    const T* const inner = static_cast<const T*>(p_.inner) + (transition - 1) * p_.plane * p_.hidden;
+    const T* const out = (transition ? inner : static_cast<const T*>(layer_.states)) + column;
     const T* const h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
     const T* const x = static_cast<const T*>(layer_.x) + column;
     const auto state = [&](int64_t k) -> const T* {
@@ -423,7 +462,7 @@ class WeightGradient {
   Tiles& tiles_;
   const Layer& layer_;
   const bool ascending_;
-  const int64_t state_groups_, groups_;
+  const int64_t transitions_, state_groups_, groups_;
   int64_t *rows_, *entered_;
   int64_t blocks_ = 0;  // of each unit's sums
 };

@@ -91,7 +91,7 @@ double product_cycles(const Problem& p, const Layer* layer, const Layout& l, con
   const double vecs = static_cast<double>(l.vecs), lanes = static_cast<double>(l.lanes);
   double multiply_adds = 0;
   if (!p.backward) multiply_adds += inputs * vecs;
-  if (layer->grad_w_hh) multiply_adds += (hidden + inputs) * vecs;
+  if (layer->grad_w_hh) multiply_adds += (static_cast<double>(transitions_of(p)) * hidden + inputs) * vecs;
   if (layer->grad_x) multiply_adds += hidden * inputs / lanes;
   return static_cast<double>(p.batch * p.groups) * multiply_adds *
          multiply_add_cycles(static_cast<double>(kernels.vector_bytes)) /
@@ -112,7 +112,9 @@ CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, c
   const double rows = static_cast<double>(p.batch), groups = static_cast<double>(p.groups);
   const double steps = static_cast<double>(std::max<int64_t>(p.steps, 1));
   const Layout alone = make_layout(p, kernels, 1);
-  const double sweep = groups * step_cycles(alone, bytes, rows, 1), products = product_cycles(p, layer, alone, kernels);
+  const double turns = static_cast<double>(transitions_of(p));
+  const double sweep = groups * turns * step_cycles(alone, bytes, rows, 1),
+               products = product_cycles(p, layer, alone, kernels);
   CpuPlan best{1, Sharing::kNothing, alone, sweep + products};
   const double by_one = best.cycles_per_step * steps;
   // On a crowded machine a second thread may come a time slice late, 4 ms: worth it for long work alone, and not if
@@ -130,14 +132,14 @@ CpuPlan plan_cpu(const Problem& p, const Layer* layer, const Kernels& kernels, c
     const double n = static_cast<double>(apart);
     const double share = std::max(1.0, rows * groups / n);  // rows of one thread, over one or more recurrences
     const double parts = std::max(1.0, groups / n);
-    consider(apart, Sharing::kRows, alone, parts * step_cycles(alone, bytes, share / parts, 1) + products / n);
+    consider(apart, Sharing::kRows, alone, parts * turns * step_cycles(alone, bytes, share / parts, 1) + products / n);
   }
   const int64_t together = std::min<int64_t>(most, alone.vecs);
   if (together > 1 && !company.crowded) {
     const Layout shared = make_layout(p, kernels, together);
     const double n = static_cast<double>(together);
     consider(together, Sharing::kOutputs, shared,
-             groups * (step_cycles(shared, bytes, rows, 1 / n) + kMeetCycles) + products / n);
+             groups * turns * (step_cycles(shared, bytes, rows, 1 / n) + kMeetCycles) + products / n);
   }
   return best;
 }

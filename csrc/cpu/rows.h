@@ -29,7 +29,7 @@ inline bool is_ascending(const Problem& p, int64_t group) { return (group < p.gr
 inline int64_t time_of(const Problem& p, bool ascending, int64_t step) { return ascending ? step : p.steps - 1 - step; }
 
 // Steps [begin, end) of a sweep and the rows that run then, one after the other: the row r of step i is number
-// base[i - begin] + r.
+// base[i - begin] + r, in its transition k number k * rows() + that.
 struct Chunk {
   int64_t begin = 0, end = 0;
   int64_t base[kMaxChunkSteps + 1];

@@ -124,7 +124,8 @@ int64_t groups_of(int64_t columns, int64_t lanes) { return (columns + lanes - 1)
 // Scalars that the weight gradients of a layer are summed up in (layer.h).
 int64_t sums_of(const Problem& p, const Layer& layer, int64_t lanes) {
   const int64_t groups = groups_of(p.hidden, lanes) + groups_of(layer.inputs, lanes);
-  return (groups * lanes + kUnitSums * kBiasLevels) * groups_of(p.hidden, lanes) * lanes;
+  const int64_t units = groups_of(p.hidden, lanes) * lanes, more = transitions_of(p) - 1;
+  return ((groups + more * groups_of(p.hidden, lanes)) * lanes + (1 + more) * kUnitSums * kBiasLevels) * units;
 }
 
 Panels make_panels(int64_t terms, int64_t outputs, int64_t lanes, DType dtype, const Kernels& kernels) {
@@ -193,11 +194,14 @@ class Call {
   int64_t input_bytes() const { return input_.scalars() * scalar_; }
   bool needs_input() const { return layer_ && (!p_.backward || layer_->grad_x); }
   int64_t state_bytes() const { return plan_.layout.padded() * p_.batch * scalar_; }
-  int64_t max_chunk_rows() const { return std::max(p_.batch, p_.backward ? kOuterDepth : kInputRows); }
+  int64_t matrices() const { return p_.groups * transitions_of(p_); }
+  int64_t max_chunk_rows() const {
+    return transitions_of(p_) * std::max(p_.batch, p_.backward ? kOuterDepth : kInputRows);
+  }
 
   size_t carve(Carver carver) {
     const auto scalars = [&](int64_t count) { return carver.take(count * scalar_); };
-    panels_ = static_cast<char*>(scalars(p_.groups * plan_.layout.scalars()));
+    panels_ = static_cast<char*>(scalars(matrices() * plan_.layout.scalars()));
     const auto factors = [&](int64_t rows) {
       return static_cast<char*>(carver.take(unit_ > 1 ? rows * plan_.layout.halves() * kHalf : 0));
     };
@@ -231,7 +235,7 @@ class Call {
         own.panel = scalars(kOuterDepth * kOuterVecs * lanes);
         own.sources = static_cast<int64_t*>(carver.take(2 * rows * static_cast<int64_t>(sizeof(int64_t))));
       } else {
-        own.bias = scalars(padded);
+        own.bias = scalars(transitions_of(p_) * padded);
       }
     }
     return carver.used();
@@ -249,10 +253,10 @@ class Call {
     for (char* rows : chunk_factors_) clear(rows, max_chunk_rows());
   }
 
-  // Calls body(recurrence, first block, end block) for this thread's share of the panels of all recurrences.
+  // Calls body(matrix, block) for this thread's share of the panels of all of them.
   template <class Body>
-  void for_blocks(int rank, int64_t blocks, Body body) const {
-    const int64_t all = blocks * p_.groups, begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
+  void for_blocks(int rank, int64_t blocks, int64_t matrices, Body body) const {
+    const int64_t all = blocks * matrices, begin = rank * all / plan_.threads, end = (rank + 1) * all / plan_.threads;
     for (int64_t i = begin; i < end; ++i) body(i / blocks, i % blocks);
   }
 
@@ -261,15 +265,15 @@ class Call {
     const auto matrix = [&](const void* all, int64_t group, const Panels& l) {
       return static_cast<const char*>(all) + group * l.terms * l.outputs * scalar;
     };
-    for_blocks(rank, plan_.layout.blocks, [&](int64_t group, int64_t block) {
-      const void* u = matrix(p_.weight, group, plan_.layout);
-      char* panels = panels_ + group * panel_bytes();
+    for_blocks(rank, plan_.layout.blocks, matrices(), [&](int64_t number, int64_t block) {
+      const void* u = matrix(p_.weight, number, plan_.layout);
+      char* panels = panels_ + number * panel_bytes();
       if (!kernels_.pack(p_.dtype, u, p_.backward, plan_.layout, block, block + 1, panels)) {
         finite_.store(false, std::memory_order_relaxed);
       }
     });
     if (!needs_input()) return;
-    for_blocks(rank, input_.blocks, [&](int64_t group, int64_t block) {
+    for_blocks(rank, input_.blocks, p_.groups, [&](int64_t group, int64_t block) {
       const void* w = matrix(layer_->w_ih, group, input_);
       kernels_.pack(p_.dtype, w, p_.backward, input_, block, block + 1, input_panels_ + group * input_bytes());
     });
@@ -304,7 +308,7 @@ class Call {
     part.rows = rows.list(with_lengths);
     part.block_begin = team ? rank * l.blocks / plan_.threads : 0;
     part.block_end = team ? (rank + 1) * l.blocks / plan_.threads : l.blocks;
-    part.panels = panels_ + group * panel_bytes();
+    part.panels = panels_ + group * transitions_of(p_) * panel_bytes();
     part.finite = finite_.load(std::memory_order_relaxed);
     part.index = own.index;
     // Rows of different threads never overlap in state memory: a run of rows starts at its batch index, and rows dealt

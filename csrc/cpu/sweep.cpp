@@ -38,11 +38,13 @@ class Sweep {
         ascending_(is_ascending(p, part.group)),
         rest_(p.form == Form::kCurrent && !p.backward ? at_rest<S>(p.activation) : 0),
         // From no state there is nothing to multiply, unless U holds an Inf or a NaN, which times zero is NaN.
+        transitions_(transitions_of(p)),
         direct_(p.backward || (!p.state_in && part.finite && rest_ == 0)),
         first_column_(l.first_column(part.block_begin)),
         end_column_(l.end_column(part.block_end - 1)),
         state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])},
-        factors_{static_cast<Row*>(part.factors[0]), static_cast<Row*>(part.factors[1])} {
+        factors_{static_cast<Row*>(part.factors[0]), static_cast<Row*>(part.factors[1])},
+        panels_(static_cast<const F*>(part.panels)) {
     nonzero_.index = part.index;
     if (splits(p)) carried_ = static_cast<S*>(part.carried);
   }
@@ -122,19 +124,30 @@ class Sweep {
     if (rows_.count == 0) return true;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = time_of(p_, ascending_, i);
-      if (part_.layer) chunk_base_ = chunk_.base[i - chunk_.begin];
       const int64_t now = rows_at(p_, rows_, t);
       if (now < active_) leave(now, active_);
       const int64_t stay = now < active_ ? now : active_;
       if (now > active_ && !direct_ && !enter(active_, now)) return false;
-      multiply(0, direct_ ? stay : now, t);
-      if (direct_) start_from_carry(stay, now, t);
-      active_ = now;
-      if (p_.resets) drop_states(active_, t);
-      if (part_.meets && !meet()) return false;
-      swap_states();
+      for (int64_t turn = 0; turn < transitions_; ++turn) {
+        take_turn(turn);
+        if (part_.layer) chunk_base_ = chunk_.base[i - chunk_.begin] + transition_ * chunk_.rows();
+        const bool starts = direct_ && turn == 0;
+        multiply(0, starts ? stay : now, t);
+        if (starts) start_from_carry(stay, now, t);
+        active_ = now;
+        if (p_.resets && turn + 1 == transitions_) drop_states(active_, t);
+        if (part_.meets && !meet()) return false;
+        swap_states();
+      }
     }
     return true;
+  }
+  // What is multiplied comes from the transition before, in a backward sweep the one after, by whose matrix it went.
+  void take_turn(int64_t turn) {
+    if (transitions_ == 1) return;
+    transition_ = p_.backward ? transitions_ - 1 - turn : turn;
+    const int64_t matrix = p_.backward ? (transition_ + 1) % transitions_ : transition_;
+    panels_ = static_cast<const F*>(part_.panels) + matrix * l_.scalars();
   }
 
   int64_t element(int64_t t, int64_t row) const {
@@ -169,7 +182,7 @@ class Sweep {
   // A block of the product for a tile of rows, into its columns of scratch.
   void dot_block(int64_t row, int64_t rows, int64_t block) {
     const int64_t vec = l_.first_vec(block), vecs = l_.first_vec(block + 1) - vec;
-    const F* panel = static_cast<const F*>(part_.panels) + vec * l_.lanes * l_.depth;
+    const F* panel = panels_ + vec * l_.lanes * l_.depth;
     S* const to = sums(0) + vec * l_.lanes;
     if (l_.slices > 1) {
       const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
@@ -192,12 +205,18 @@ class Sweep {
     }
   }
 
+  // Where the states of the transition at hand are, those of the last one being `last`.
+  template <class P>
+  P* plane(P* last) const {
+    if (transition_ + 1 == transitions_) return last;
+    return p_.inner ? static_cast<T*>(p_.inner) + transition_ * p_.plane * p_.hidden : nullptr;
+  }
   // This part's columns of a row at step t.
   void set(Columns<T>& c, int64_t row, int64_t t) const {
     const int64_t at = element(t, row) + first_column_;
-    if (p_.in) c.in = static_cast<const T*>(p_.in) + at;
-    if (p_.backward) c.saved = static_cast<const T*>(p_.saved) + at;
-    if (p_.out) c.out = static_cast<T*>(p_.out) + at;
+    if (p_.in && transition_ == (p_.backward ? transitions_ - 1 : 0)) c.in = static_cast<const T*>(p_.in) + at;
+    if (p_.backward) c.saved = static_cast<const T*>(plane(p_.saved)) + at;
+    if (void* const out = p_.backward ? p_.out : plane(p_.out)) c.out = static_cast<T*>(out) + at;
     c.next = next_state(row) + first_column_;
     if constexpr (kPaired<T>) c.factor = factor_row(1, row) + first_column_;
     c.count = end_column_ - first_column_;
@@ -371,6 +390,7 @@ class Sweep {
   // Rows that have run all their steps: h_n is the state, the gradient of h0 one more product.
   void leave(int64_t begin, int64_t end) {
     if (!p_.state_out || begin == end) return;
+    take_turn(0);
     if (!p_.backward) {
       for (int64_t row = begin; row < end; ++row) store_state(row, skipped(row));
       return;
@@ -404,12 +424,17 @@ class Sweep {
   }
 
   void zero_padding() const {
+    const auto zero = [&](T* columns) {
+      memset(columns + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
+    };
     for (int64_t row = 0; row < rows_.count; ++row) {
       for (int64_t t = length(row); t < p_.steps; ++t) {
         for (void* const out : {p_.out, p_.aside}) {
           if (!out) continue;
-          memset(static_cast<T*>(out) + element(t, row) + first_column_, 0,
-                 static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
+          zero(static_cast<T*>(out) + element(t, row));
+        }
+        for (int64_t k = 0; k + 1 < transitions_ && p_.inner && !p_.backward; ++k) {
+          zero(static_cast<T*>(p_.inner) + k * p_.plane * p_.hidden + element(t, row));
         }
         if (part_.layer && part_.layer->grad_x && first_column_ == 0) {
           const int64_t inputs = part_.layer->inputs;
@@ -424,14 +449,17 @@ class Sweep {
   const Layout& l_;
   Part part_;  // changes where the team ends
   const RowList& rows_;
-  const bool ascending_;  // in time, this sweep
-  const S rest_;          // what is multiplied of a state of zero
-  const bool direct_;     // sequences start from a carry, not from a state to be multiplied
+  const bool ascending_;       // in time, this sweep
+  const S rest_;               // what is multiplied of a state of zero
+  const int64_t transitions_;  // of a step
+  const bool direct_;          // sequences start from a carry, not from a state to be multiplied
   int64_t first_column_, end_column_;
-  S* state_[2];           // this step's and the next's,
-  Row* factors_[2];       // and as a product takes them (kPaired)
-  S* carried_ = nullptr;  // what the skip is of, where it is not the state
-  int64_t active_ = 0;    // rows that have begun and not ended
+  S* state_[2];             // this step's and the next's,
+  Row* factors_[2];         // and as a product takes them (kPaired)
+  S* carried_ = nullptr;    // what the skip is of, where it is not the state
+  const F* panels_;         // of the matrix at hand,
+  int64_t transition_ = 0;  // and whose states it makes
+  int64_t active_ = 0;      // rows that have begun and not ended
   const InputProduct<T>* input_ = nullptr;
   Chunk chunk_;              // of a layer: the steps at hand,
   S* chunk_data_ = nullptr;  // their input products or gradients of pre,

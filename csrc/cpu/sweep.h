@@ -84,11 +84,13 @@ struct Layer {
   const void* x;                  // [rows, I]
   const void* w_ih;               // [G * D, I]
   const void *b_ih, *b_hh;        // [G * D] or null; forward
+  const void* b_deep;             // of the transitions after the first, [K - 1, D] or null; forward
   const void* h0;                 // backward: [B, D] or null, zero
   const void* states;             // backward: [rows, D], the output
   void* grad_x;                   // backward: [rows, I] or null, not wanted
-  void *grad_w_ih, *grad_w_hh;    // backward: [D, I] and [D, D], or both null
+  void *grad_w_ih, *grad_w_hh;    // backward: [D, I] and [K, D, D], or both null
   void *grad_b_ih, *grad_b_hh;    // backward: [D], or both null
+  void* grad_b_deep;              // backward: [K - 1, D], or null
   void *grad_skips, *grad_gains;  // backward, where units have factors of their own: [D] scalars or null, gains outside
   Sums sums;
 };
@@ -98,7 +100,7 @@ struct Part {
   int64_t group;
   RowList rows;
   int64_t block_begin, block_end;
-  const void* panels;  // packed U of this recurrence
+  const void* panels;  // packed U of this recurrence, one after the other those of its K transitions
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
   void* state[2];      // each [rows, padded], scalars; shared by a team
   void* factors[2];    // each [rows, halves], the states as a product takes them, if that is not as they are (factor.h)
@@ -115,9 +117,9 @@ struct Part {
   int64_t position, stride;  // row r of this thread is row position + r * stride of all
   const Panels* input;       // W
   const void* input_panels;  // packed W of this recurrence
-  void* bias;                // [padded] scalars of this thread's own
+  void* bias;                // [K, padded] scalars of this thread's own
   void* gathered;            // this thread's own: input of a chunk; backward: what entered its steps (WeightGradient)
-  void* chunk_rows[2];       // [max_chunk_rows, padded] scalars: input products, or gradients of them
+  void* chunk_rows[2];       // [max_chunk_rows, padded] scalars: what the sums start from, or gradients of pre
   void* chunk_factors[2];  // [max_chunk_rows, halves], backward: those gradients as a product takes them, like factors
   void* chunk_aside[2];    // backward, outside, with gradients of s or a: the gradients of the state, like chunk_rows
   void* panel;             // backward: [kOuterDepth, kOuterVecs vectors] of this thread's own

@@ -8,6 +8,7 @@ import torch as _torch
 from fused_rin import onnx, parametrize
 from fused_rin.backends import BackendError, use_backend
 from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restore_rnn
+from fused_rin.deep import DeepTransitionRIN
 from fused_rin.device import Device
 from fused_rin.explanation import Choice, explain
 from fused_rin.functional import recurrence
@@ -16,7 +17,7 @@ from fused_rin.library import operator_library
 from fused_rin.modules import RIN, RINCell
 
 # A model saved whole loads under weights_only=True, torch.load's default, as far as it is ours.
-_torch.serialization.add_safe_globals([RIN, RINCell, LeakyRNN, LeakyRNNCell, PLRNN, PLRNNCell])
+_torch.serialization.add_safe_globals([RIN, RINCell, DeepTransitionRIN, LeakyRNN, LeakyRNNCell, PLRNN, PLRNNCell])
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "RIN",
     "BackendError",
     "Choice",
+    "DeepTransitionRIN",
     "Device",
     "LeakyRNN",
     "LeakyRNNCell",

@@ -65,6 +65,30 @@ def layer_backward_of_units(
     isa: str,
     /,
 ) -> None: ...
+def layer_forward_deep(
+    sizes: _Sizes,
+    rule: _Rule,
+    rows: _Rows,
+    tensors: _Sweep,
+    input: _Input,
+    deep: tuple[int, int, int, int],  # K, rows, inner, b_deep
+    max_threads: int,
+    isa: str,
+    /,
+) -> None: ...
+def layer_backward_deep(
+    sizes: _Sizes,
+    rule: _Rule,
+    rows: _Rows,
+    tensors: _Sweep,
+    input: _Input,
+    h0: int,
+    gradients: tuple[int, int, int, int, int],
+    deep: tuple[int, int, int, int],  # K, rows, inner, grad_b_deep
+    max_threads: int,
+    isa: str,
+    /,
+) -> None: ...
 def layer_forward_of_span(
     sizes: _Sizes,
     rule: _Rule,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_rin import backends, cpu, layer, ops, watchers
+from fused_rin import backends, cpu, cpu_layers, layer, ops, watchers
 from fused_rin.problem import ALL_ROWS, Rows, Rule, Units, Weights, sum_dtype
 from fused_rin.watchers import DIRECT
 
@@ -121,7 +121,7 @@ class _Layer(NamedTuple):
     def spans(self, x: Tensor) -> list[Span]:
         """x: [T, B, I], or [rows, I] of a packed batch."""
         steps, batch = self.rows.sizes(x)
-        ends = cpu.spans(steps, batch, self.rows, self.rule.num_reversed, self.least)
+        ends = cpu_layers.spans(steps, batch, self.rows, self.rule.num_reversed, self.least)
         if not self.rule.num_reversed:  # the backward sweep goes down from the last step
             ends = [steps - end for end in reversed(ends[:-1])] + [steps]
         return spans(ends, x, self.rows, self.rule.num_reversed > 0)
@@ -182,7 +182,7 @@ def _run(
         place = span.place
         if i and span.cut is not None:
             kept[i].masked_fill_(span.cut, 0)
-        cpu.forward_of_span(
+        cpu_layers.forward_of_span(
             x[place].contiguous(), weights, kept[i] if i or h0 is not None else None, span.rows, call.rule,
             call.units(skip, gain, span), span.of(call.added),
             out=scratch[: place.stop - place.start] if out is None else states[place], state_out=kept[i + 1],
@@ -220,17 +220,17 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tup
     grad_state = None
     if grad_h_n is not None:  # written to
         grad_state = grad_h_n.reshape(kept.shape[1:]).to(kept.dtype).clone(memory_format=torch.contiguous_format)
-    sums, other = cpu.Sums(w_ih, kept.dtype), torch.empty_like(kept[0])
+    sums, other = cpu_layers.Sums(w_ih, kept.dtype), torch.empty_like(kept[0])
     for i in range(last, -1, -1):
         span, units = all_spans[i], call.units(skip, gain, all_spans[i])
         state = kept[i] if i or h0 is not None else None
         x_here, place = x[span.place].contiguous(), span.place
         out, *values = scratch[:, : place.stop - place.start]
         aside = values[0] if values else None
-        cpu.forward_of_span(
+        cpu_layers.forward_of_span(
             x_here, weights, state, span.rows, call.rule, units, span.of(added), out=out, aside=aside
         )  # fmt: skip
-        cpu.backward_of_span(
+        cpu_layers.backward_of_span(
             span.of(grad_out), grad_state, x_here, weights.w_ih, weights.w_hh,
             None if state is None else state.to(x.dtype), out, span.rows, call.rule,
             None if units is None else units._replace(noise=None), aside,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_rin import backends, cpu, step, watchers
+from fused_rin.deep import DeepTransitionRIN
 from fused_rin.leaky import PLRNN, LeakyRNN, _UnitRNN
 from fused_rin.modules import RIN, RINCell
 from fused_rin.problem import ALL_ROWS, Rows
+from fused_rin.recurrent import Recurrent
 from fused_rin.watchers import OPERATOR, REFERENCE
 
 
@@ -60,6 +62,7 @@ class _Call:
     rows: Rows = ALL_ROWS
     activation: str = "relu"
     form: str | None = None  # of units with factors of their own
+    transitions: int = 1
     span_steps: int | None = None  # of the last layer, where its states are not all kept (checkpoint.py)
 
 
@@ -67,7 +70,7 @@ def _grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _of_module(module: RIN | RINCell | _UnitRNN, input: Any, hx: Tensor | None, lengths: Any, resets: Any) -> _Call:
+def _of_module(module: Recurrent | RINCell, input: Any, hx: Tensor | None, lengths: Any, resets: Any) -> _Call:
     if input is None:
         raise TypeError("explain of a module needs the input of the call: a tensor, a PackedSequence or a shape")
     weights = list(module.parameters())
@@ -101,6 +104,11 @@ def _of_module(module: RIN | RINCell | _UnitRNN, input: Any, hx: Tensor | None, 
             steps, batch = batch, steps
         given = [None if t is None else torch.empty(0, device="cpu") for t in (lengths, resets)]
         rows = ALL_ROWS if given == [None, None] else Rows(given[0], None, given[1])
+    if isinstance(module, DeepTransitionRIN):
+        return _of_transitions(_Call(
+            steps, batch, 1, module.hidden_size, short=False, batch_first=module.batch_first, rows=rows,
+            transitions=module.transitions, **common,
+        ))  # fmt: skip
     return _Call(
         steps, batch, module.num_heads * (2 if module.bidirectional else 1), module.hidden_size // module.num_heads,
         short=rows is ALL_ROWS
@@ -110,6 +118,17 @@ def _of_module(module: RIN | RINCell | _UnitRNN, input: Any, hx: Tensor | None, 
             module.return_sequences,
         ), **common,
     )  # fmt: skip
+
+
+def _of_transitions(call: _Call) -> _Call:
+    """As deep.py has it: one layer of K transitions, or one recurrence over a state K times as large."""
+    name, seen = backends.requested(call.backend), watchers.observer(product=True)
+    if seen is None and name in ("auto", "cpu") and cpu.unavailable_reason(call.device, call.dtype) is None:
+        return call
+    deep, wide = call.transitions, torch.promote_types(call.dtype, torch.float32)
+    return replace(
+        call, steps=deep * call.steps, hidden=deep * call.hidden, dtype=wide, input_size=0, rows=ALL_ROWS, transitions=1
+    )
 
 
 def _kernel(call: _Call, name: str, chosen: backends.Backend) -> str:
@@ -124,15 +143,19 @@ def _kernel(call: _Call, name: str, chosen: backends.Backend) -> str:
         return "step"
     if call.cell:
         return "torch" if step.suits_products(call.dtype, call.device, call.backend) else "sweep"
-    if call.form is None and step.layers_suit_products(
-        call.steps, call.rows, call.groups, call.hidden, call.dtype, call.device, call.backend
+    if (
+        call.form is None
+        and call.transitions == 1
+        and step.layers_suit_products(
+            call.steps, call.rows, call.groups, call.hidden, call.dtype, call.device, call.backend
+        )
     ):
         return "torch"
     return "layer" if unobserved else "sweep"
 
 
 def explain(
-    problem: RIN | RINCell | LeakyRNN | PLRNN | Tensor | Sequence[int],
+    problem: RIN | RINCell | DeepTransitionRIN | LeakyRNN | PLRNN | Tensor | Sequence[int],
     input: Any = None,
     hx: Tensor | None = None,
     *,
@@ -150,8 +173,8 @@ def explain(
     Here and now: under autocast, a transform, `no_grad` or a compiler it says what happens there.
 
     Args:
-        problem: a RIN, RINCell, LeakyRNN or PLRNN; or `pre` of `recurrence`, or its shape (T, B, G, D), or (T, B, D)
-            for one recurrence.
+        problem: a RIN, RINCell, DeepTransitionRIN, LeakyRNN or PLRNN; or `pre` of `recurrence`, or its shape
+            (T, B, G, D), or (T, B, D) for one recurrence.
         input, hx, lengths, resets: of the module's call; a shape may stand for the input.
         dtype, device: of the problem where only its shape is given.
         backend: as in `recurrence`; a module has its own.
@@ -161,7 +184,7 @@ def explain(
     Raises ValueError for a shape of another rank or a negative input_size, TypeError for a module without input, and
     BackendError if the backend named cannot run the problem.
     """
-    if isinstance(problem, (RIN, RINCell, _UnitRNN)):
+    if isinstance(problem, (Recurrent, RINCell)):
         call = _of_module(problem, input, hx, lengths, resets)
     else:
         training = False
@@ -197,6 +220,8 @@ def explain(
     if seen is not None and seen[0] is OPERATOR:
         way = f"as operators of torch, since {seen[1]}"
     plan = _plan(call, chosen, kernel)
+    if call.transitions > 1:
+        plan += f"; {call.transitions} transitions a step"
     if call.span_steps is not None and kernel in ("layer", "sweep"):
         again = ", computed again for backward" if torch.is_grad_enabled() else ""
         plan += f"; in spans of some {call.span_steps} steps{again}"

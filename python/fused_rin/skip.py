@@ -91,8 +91,8 @@ class SkipModule(torch.nn.Module):
             error_msgs.append(
                 f"{first}: this is the state of a torch.nn.RNN or RNNCell (it has no '{key}'), whose recurrent "
                 f"matrix is V = U + {self.skip_factor:g} I, while a {type(self).__name__} holds U. Load it with "
-                f"fused_rin.load_rnn_state_dict, convert the module with {type(self).__name__}.from_rnn, or make "
-                "the module with skip=0, which takes V as it is."
+                "fused_rin.load_rnn_state_dict, convert the module with from_rnn of RIN or RINCell, or make the module "
+                "with skip=0, which takes V as it is."
             )
             return
         super()._load_from_state_dict(

@@ -85,7 +85,10 @@ CYCLES = [*TRAIN, "--recurrent-init", "cycles", "--recurrent-cycles"]
             [*TRAIN, "--model", "irnn", "--identity-decay", "1"],
             "identity_decay is for the models rin, rin-dt, got 'irnn'",
         ),
-        ([*TRAIN, "--model", "lstm", "--state-noise", "1"], "state_noise is for the models rin, irnn, tanh, rnn, gru"),
+        (
+            [*TRAIN, "--model", "lstm", "--state-noise", "1"],
+            "state_noise is for the models rin, rin-dt, irnn, tanh, rnn, gru",
+        ),
         (["train", "--task", "babi", "--state-noise", "1"], "on tasks of one sequence, got 'rin' on 'babi'"),
         ([*TRAIN, "--length", "1"], "length must be at least 2"),
         ([*TRAIN, "--no-such-option"], "unrecognized arguments: --no-such-option"),

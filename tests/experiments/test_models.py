@@ -9,8 +9,6 @@ from torch import nn
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_reads_the_last_state_of_the_last_layer(name, layers):
-    if name == "rin-dt" and layers > 1:
-        pytest.skip("one layer only")
     torch.manual_seed(0)
     model = SequenceModel(make_rnn(name, 3, 17, layers, input_std=0.3, recurrent_std=0.01), 4)
     x = torch.randn(7, 5, 3)
@@ -22,9 +20,9 @@ def test_reads_the_last_state_of_the_last_layer(name, layers):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_biases_start_at_zero(name):
-    rnn = make_rnn(name, 3, 17, 1 if name == "rin-dt" else 2)
+    rnn = make_rnn(name, 3, 17, 2)
     biases = {key: value for key, value in rnn.named_parameters() if "bias" in key}
-    assert len(biases) == (1 if name == "rin-dt" else 4)
+    assert len(biases) == (6 if name == "rin-dt" else 4)
     assert all((value == 0).all() for value in biases.values())
 
 
@@ -90,20 +88,21 @@ def test_a_rin_is_the_relu_rnn_with_the_identity_added():
 def test_deep_transition_is_two_transitions_a_step():
     torch.manual_seed(0)
     rnn = make_rnn("rin-dt", 3, 7, input_std=0.5, recurrent_std=0.2).double()
-    nn.init.normal_(rnn.bias, std=0.1)
+    for bias in (rnn.bias_ih_l0, rnn.bias_deep_l0):
+        nn.init.normal_(bias, std=0.1)
     x = torch.randn(11, 4, 3, dtype=torch.double, requires_grad=True)
     eye = torch.eye(7, dtype=torch.double)
     h, states = torch.zeros(4, 7, dtype=torch.double), []
     for x_t in x:
-        between = torch.relu(x_t @ rnn.weight_ih.T + h @ (rnn.weight_hh[0] + eye).T + rnn.bias[0])
-        h = torch.relu(between @ (rnn.weight_hh[1] + eye).T + rnn.bias[1])
+        between = torch.relu(x_t @ rnn.weight_ih_l0.T + h @ (rnn.weight_hh_l0 + eye).T + rnn.bias_ih_l0)
+        h = torch.relu(between @ (rnn.weight_deep_l0[0] + eye).T + rnn.bias_deep_l0[0])
         states.append(h)
     expected = torch.stack(states)
     assert (expected > 0).any()
     output, last = rnn(x)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(last[0], expected[-1])
-    wanted = (x, *rnn.parameters())
+    wanted = (x, *(p for name, p in rnn.named_parameters() if name != "bias_hh_l0"))
     upstream = torch.randn_like(output)
     for ours, theirs in zip(
         torch.autograd.grad(output, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True

@@ -50,6 +50,7 @@ class Case:
     mistake: str = ""  # what is wrong with the arguments, see mistakes.py
     form: str = ""  # of units with factors of their own
     span: int = 0  # checkpoint_steps of layers, or none
+    transitions: int = 1  # of layers, in a step
 
 
 def draw(choose: Choose) -> Case:
@@ -92,6 +93,7 @@ def draw(choose: Choose) -> Case:
         mistake=mistake,
         form=choose(("", "", "", "inside", "outside", "current")) if kind in ("layers", "recurrence") else "",
         span=choose((0, 0, 0, 1, 4)) if kind == "layers" else 0,
+        transitions=choose((1, 1, 1, 2, 3)) if kind == "layers" else 1,
     )
     case = settled(case)
     return dataclasses.replace(case, activation=choose(tuple(ACTIVATIONS))) if case.form else case
@@ -114,6 +116,8 @@ def settled(case: Case) -> Case:
         change.update(form="outside")
     if case.form:
         change.update(skip=1.0)  # has none
+    if case.form or case.heads > 1 or case.span:
+        change.update(transitions=1)
     if case.span:
         # Some 256 rows make a span on a CPU (kOuterDepth).
         change.update(steps=5 * case.steps, skip=min(case.skip, 1.0))
@@ -122,7 +126,7 @@ def settled(case: Case) -> Case:
         change.update(
             batch=max(2, case.batch), unbatched=False, rows="full", resets=False, context="grad", input_layout="plain",
             state_layout="plain", weight_layout="plain", state=True, dtype="float32",
-            form="", span=0,
+            form="", span=0, transitions=1,
         )  # fmt: skip
     return dataclasses.replace(case, **change)
 

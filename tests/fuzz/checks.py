@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fused_rin import PLRNN, RIN, LeakyRNN, RINCell, recurrence, reference
+from fused_rin import PLRNN, RIN, DeepTransitionRIN, LeakyRNN, RINCell, recurrence, reference
 from torch import Tensor, nn
 from torch.nn.utils import rnn as rnn_utils
 
@@ -121,6 +121,11 @@ class Checked:
                 case.inputs, case.hidden, case.layers, batch_first=case.batch_first, num_heads=case.heads,
                 bidirectional=case.directions == 2, **options, **kind,
             )  # fmt: skip
+        elif case.transitions > 1:
+            module = DeepTransitionRIN(
+                case.inputs, case.hidden, case.layers, batch_first=case.batch_first,
+                bidirectional=case.directions == 2, transitions=case.transitions, **options,
+            )  # fmt: skip
         elif case.kind == "layers":
             module = RIN(
                 case.inputs, case.hidden, case.layers, batch_first=case.batch_first, num_heads=case.heads,
@@ -137,7 +142,8 @@ class Checked:
         module = module.to(self.dtype)
         growth = max(1.0, case.steps / 4)
         for name, parameter in module.named_parameters():
-            scale = 0.5 / math.sqrt(parameter.shape[-1]) / (growth if "weight_hh" in name else 1.0)
+            recurrent = "weight_hh" in name or "weight_deep" in name
+            scale = 0.5 / math.sqrt(parameter.shape[-1]) / (growth if recurrent else 1.0)
             values = draw(*parameter.shape, dtype=torch.float64) * (scale if "weight" in name else 0.3)
             parameter.data = laid_out(values.to(self.dtype), case.weight_layout)
         return module
@@ -274,7 +280,13 @@ class Checked:
     def compare_with_torch(self, out: list[Tensor], exact: list[Tensor], terms: int) -> None:
         """torch.nn's own module, where it has the arguments."""
         case = self.case
-        if case.heads > 1 or case.resets or case.rows == "lengths" or case.context == "autocast":
+        if (
+            case.heads > 1
+            or case.transitions > 1
+            or case.resets
+            or case.rows == "lengths"
+            or case.context == "autocast"
+        ):
             return
         theirs = self.module.to_rnn()
         x, h, _ = self.leaves(theirs, self.dtype, layouts=False)

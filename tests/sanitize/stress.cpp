@@ -111,6 +111,7 @@ struct Shape {
   Form form = Form::kInside;
   Activation activation = Activation::kReLU;  // another one: units have factors of their own
   bool spans = false;                         // a layer's, in several calls
+  int64_t transitions = 1;                    // of a layer
 };
 
 // One call with all that it reads. It may be made from many threads at once.
@@ -135,13 +136,14 @@ class Call {
     if (s.resets) {
       for (int64_t r = 0; r < rows_; ++r) resets_.push_back(r % 5 == 3);
     }
-    u_ = numbers(s.groups * s.hidden * s.hidden, 0.3 / std::sqrt(static_cast<double>(s.hidden)));
+    u_ = numbers(s.transitions * s.groups * s.hidden * s.hidden, 0.3 / std::sqrt(static_cast<double>(s.hidden)));
     w_ = numbers(units * s.inputs, 0.5 / std::sqrt(static_cast<double>(s.inputs + 1)));
     bias_ = numbers(units, 0.5);
     x_ = numbers(rows_ * s.inputs, 1);
     in_ = numbers(rows_ * units, 1);
     state_ = numbers(s.batch * units, 1);
-    saved_ = numbers(rows_ * units, 1);
+    saved_ = numbers(s.transitions * rows_ * units, 1);
+    deep_ = numbers((s.transitions - 1) * units, 1);
     factors_ = numbers(units, 1, scalar());
     scalars_ = numbers(s.batch * units, 1, scalar());
   }
@@ -179,12 +181,14 @@ class Call {
     p.state_out = output_of(s.batch * units, s.spans ? scalar() : dtype_);
     if (is_layer && backward_) {
       layer.grad_x = output(rows_ * s.inputs), layer.grad_w_ih = output(s.hidden * s.inputs);
-      layer.grad_w_hh = output(s.hidden * s.hidden);
+      layer.grad_w_hh = output(s.transitions * s.hidden * s.hidden);
+      if (s.transitions > 1) layer.grad_b_deep = output((s.transitions - 1) * s.hidden);
       layer.grad_b_ih = output(s.hidden), layer.grad_b_hh = output(s.hidden);
       if (has_units()) layer.grad_skips = output_of(s.hidden, scalar());
       if (s.form == Form::kOutside) layer.grad_gains = output_of(s.hidden, scalar());
     }
     if (s.form == Form::kOutside && (!is_layer || !backward_)) p.aside = output(rows_ * units);
+    if (s.transitions > 1 && !backward_) p.inner = output((s.transitions - 1) * rows_ * units);
     if (s.spans) return run_spans(p, layer, kernels, threads);
     sweep_cpu(p, is_layer ? &layer : nullptr, kernels, threads);
   }
@@ -230,6 +234,8 @@ class Call {
     p.offsets = offsets_.empty() ? nullptr : offsets_.data();
     p.resets = resets_.empty() ? nullptr : resets_.data();
     p.weight = u_.data(), p.state_in = state_.data();
+    p.transitions = s.transitions, p.plane = rows_;
+    if (backward_ && s.transitions > 1) p.inner = const_cast<char*>(saved_.data()) + rows_ * s.hidden * size_of(dtype_);
     if (s.kind == Kind::kSweep || backward_) p.in = in_.data();
     if (backward_) p.saved = saved_.data();
     return p;
@@ -238,7 +244,7 @@ class Call {
     Layer layer{};
     layer.inputs = shape_.inputs, layer.x = x_.data(), layer.w_ih = w_.data();
     if (backward_) layer.h0 = state_.data(), layer.states = saved_.data();
-    if (!backward_) layer.b_ih = layer.b_hh = bias_.data();
+    if (!backward_) layer.b_ih = layer.b_hh = bias_.data(), layer.b_deep = deep_.data();
     return layer;
   }
   Sharing sharing(const Kernels& kernels) const {
@@ -275,7 +281,7 @@ class Call {
   std::mt19937 draw_;
   std::vector<int64_t> lengths_, offsets_;
   std::vector<uint8_t> resets_;
-  Bytes u_, w_, bias_, x_, in_, state_, saved_, factors_, scalars_;
+  Bytes u_, w_, bias_, x_, in_, state_, saved_, factors_, scalars_, deep_;
 };
 
 // A call and what it gives alone.
@@ -308,6 +314,8 @@ const Shape kShapes[] = {
     {Kind::kLayer, 9, 33, 1, 40, 0, 21, Batch::kLengths, true, Form::kCurrent, Activation::kSigmoid},
     {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kPacked, false, Form::kInside, Activation::kLeakyReLU},
     {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kFull, true, Form::kInside, Activation::kReLU, true},
+    {Kind::kLayer, 9, 33, 1, 40, 0, 21, Batch::kLengths, true, Form::kInside, Activation::kReLU, false, 3},
+    {Kind::kLayer, 12, 1, 1, 500, 0, 16, Batch::kFull, false, Form::kInside, Activation::kReLU, false, 2},
     {Kind::kLayer, 600, 1, 1, 300, 0, 3, Batch::kFull, false, Form::kOutside, Activation::kTanh, true},
 };
 

@@ -13,54 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fused_rin import RIN, recurrence
+from fused_rin import RIN, DeepTransitionRIN
 
 # "tanh" is the function of "rnn" on our kernels; the others but "rnn", "lstm" and "gru" run on them, too.
 MODELS = ("rin", "rin-dt", "irnn", "tanh", "rnn", "lstm", "gru")
 RECURRENT_INITS = ("normal", "shift", "cycles")
 IDENTITY_FIXED = ("rin", "rin-dt")  # what they train is U = V - I
-STATE_GIVEN = ("rin", "irnn", "tanh", "rnn", "gru")  # they take a first state that is one tensor
+STATE_GIVEN = ("rin", "rin-dt", "irnn", "tanh", "rnn", "gru")  # they take a first state that is one tensor
 
 
-class DeepTransitionRIN(nn.Module):
-    """RIN-DT, two transitions a step (arXiv 1801.06105 after 1312.6026; the equations are inferred from the text):
-
-        h'_t = ReLU(W x_t + (U1 + I) h_{t-1} + b1),    h_t = ReLU((U2 + I) h'_t + b2)
-
-    Runs as one recurrence of 2T steps over the state [h', h], with V = [[0, U1 + I], [U2 + I, 0]] and no
-    skip: the even steps write h', the odd ones h. The other half of the state is zero throughout, as its
-    inputs are. That is four times the arithmetic that is needed, on kernels that are fast.
-    """
-
-    def __init__(self, input_size: int, hidden_size: int):
-        super().__init__()
-        self.input_size, self.hidden_size = input_size, hidden_size
-        self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(2, hidden_size, hidden_size))  # U1, U2
-        self.bias = nn.Parameter(torch.empty(2, hidden_size))
-
-    def identity_weights(self) -> list[Tensor]:
-        """What `fused_rin.identity_prior` pulls to zero, that is, V to the identity."""
-        return [self.weight_hh]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, B, input_size] -> (h [T, B, hidden_size], h_T [1, B, hidden_size]), as torch.nn.RNN."""
-        steps, batch, _ = x.shape
-        first, second = self.weight_hh + torch.eye(self.hidden_size, device=x.device, dtype=self.weight_hh.dtype)
-        zero = torch.zeros_like(first)
-        weight = torch.cat([torch.cat([zero, first], 1), torch.cat([second, zero], 1)])
-        into_first = F.linear(x, self.weight_ih, self.bias[0])
-        into_second = self.bias[1].to(x.dtype).expand(steps, batch, -1)
-        # [T, 2 (even, odd), B, 2 (h', h), D]: diagonal in the two pairs.
-        pre = torch.stack([F.pad(into_first, (0, self.hidden_size)), F.pad(into_second, (self.hidden_size, 0))], 1)
-        out, _ = recurrence(pre.reshape(2 * steps, batch, 1, 2 * self.hidden_size), weight[None], skip=0.0)
-        output = out[1::2, :, 0, self.hidden_size :]
-        return output, output[-1:]
-
-
-Recurrent = RIN | DeepTransitionRIN | nn.RNNBase  # torch.nn.RNN's call, and a hidden_size
+Recurrent = nn.RNNBase  # torch.nn.RNN's call, and a hidden_size
 
 
 class SequenceModel(nn.Module):
@@ -134,7 +97,7 @@ def make_rnn(
     """
     makers: dict[str, Callable[[], Recurrent]] = {
         "rin": lambda: RIN(input_size, hidden_size, num_layers),
-        "rin-dt": lambda: DeepTransitionRIN(input_size, hidden_size),
+        "rin-dt": lambda: DeepTransitionRIN(input_size, hidden_size, num_layers),
         "irnn": lambda: RIN(input_size, hidden_size, num_layers, skip=0.0),
         "tanh": lambda: RIN(input_size, hidden_size, num_layers, nonlinearity="tanh", skip=0.0),
         "rnn": lambda: nn.RNN(input_size, hidden_size, num_layers, nonlinearity="tanh"),
@@ -146,7 +109,7 @@ def make_rnn(
         if parameter_name.startswith("bias"):
             nn.init.zeros_(parameter)
             continue
-        recurrent = parameter_name.startswith("weight_hh")
+        recurrent = parameter_name.startswith(("weight_hh", "weight_deep"))
         for gate in parameter.view(-1, hidden_size, parameter.shape[-1]):
             if name == "irnn" and recurrent:
                 nn.init.eye_(gate)

@@ -126,8 +126,6 @@ class Settings:
                 raise UserError(f"{name} must be a positive integer, got {value}")
             if least == 0 and not isinstance(value, str) and not 0 <= value < math.inf:
                 raise UserError(f"{name} must be finite and not negative, got {value}")
-        if self.model == "rin-dt" and self.num_layers > 1:
-            raise UserError(f"num_layers must be 1 for the model 'rin-dt', got {self.num_layers}")
         if self.recurrent_init != "normal" and self.model != "rin":
             raise UserError(f"recurrent_init {self.recurrent_init!r} is for the model 'rin', got {self.model!r}")
         if (self.recurrent_init == "cycles") != bool(self.recurrent_cycles):
