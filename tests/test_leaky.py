@@ -400,3 +400,19 @@ def test_dendritic_plrnn():
         states.append(z)
     out, _ = module(torch.zeros(7, 3, 1, **draw), first[None])
     torch.testing.assert_close(out[..., :4] - shift[:4], torch.stack(states))
+
+
+@pytest.mark.parametrize("form", ["rate", "current"])
+def test_batched_gradients(form):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    net = LeakyRNN(3, 5, alpha=0.3, train_alpha=True, form=form, dtype=torch.float64)
+    logit = net.logit_alpha_l0.detach()
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def states(x, logit):
+        return torch.func.functional_call(net, {"logit_alpha_l0": logit}, (x,))[0]
+
+    by_row = torch.autograd.functional.jacobian(states, (x, logit))
+    at_once = torch.autograd.functional.jacobian(states, (x, logit), vectorize=True)
+    for a, b in zip(at_once, by_row, strict=True):
+        torch.testing.assert_close(a, b)

@@ -169,8 +169,8 @@ class DeepTransitionRIN(SkipModule, Recurrent):
 
     Args:
         transitions: K, 2 by default; 1 is a RIN.
-        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype,
-            skip, backend, return_sequences: as `RIN`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN.
+        nonlinearity, skip, backend, return_sequences: as `RIN`.
 
     Raises ValueError for transitions below 1, TypeError for what is no int.
     """

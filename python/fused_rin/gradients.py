@@ -103,7 +103,7 @@ def weight_gradient_of_units(
     rest = act(out.new_zeros(()))
     h0 = None if h0 is None else act(h0) - rest
     above = weight_gradient(grad_pre, act(out) - rest, h0, rows, num_reversed)
-    total = grad_pre.flatten(0, -3).sum(0)
+    total = _by_row(grad_pre).sum(0)
     return above + (total * rest)[..., None].expand_as(above)
 
 
@@ -117,4 +117,9 @@ def unit_gradients(
         return (a.to(dtype) * b.to(dtype)).sum(0)
 
     skip = _sum_over_steps(product, grad_state, out, h0, rows, num_reversed)
-    return skip, None if values is None else product(grad_state.flatten(0, -3), values.flatten(0, -3))
+    return skip, None if values is None else product(_by_row(grad_state), _by_row(values))
+
+
+def _by_row(states: Tensor) -> Tensor:
+    """[..., G, D] as [rows, G, D]; by `reshape`, since batched gradients have no `flatten`."""
+    return states.reshape(-1, *states.shape[-2:])
