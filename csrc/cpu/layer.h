@@ -372,8 +372,8 @@ class WeightGradient {
     const bool states = group < state_groups_;
     const int64_t column = (states ? group : group - state_groups_) * kLanes, count = columns_in(group);
     // What entered a transition is what the one before it left.
-    const T* const inner = static_cast<const T*>(p_.inner) + (transition - 1) * p_.plane * p_.hidden;
-    const T* const out = (transition ? inner : static_cast<const T*>(layer_.states)) + column;
+    const T* const all = static_cast<const T*>(transition ? p_.inner : layer_.states);
+    const T* const out = all + (transition ? (transition - 1) * p_.plane * p_.hidden : 0) + column;
     const T* const h0 = layer_.h0 ? static_cast<const T*>(layer_.h0) + column : nullptr;
     const T* const x = static_cast<const T*>(layer_.x) + column;
     const auto state = [&](int64_t k) -> const T* {
