@@ -119,12 +119,12 @@ $(COMPAT)/.deps: pyproject.toml constraints.txt tools/environment.py
 	$(PYTHON) tools/environment.py $(COMPAT) $(TORCH_INDEX)
 	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt $(BUILD_TOOLS)
 	$(COMPAT)/bin/python -c "import tomllib" 2>/dev/null || $(COMPAT)/bin/python -m pip install -q tomli
-	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt $$($(COMPAT)/bin/python tools/extras.py real-models)
+	$(COMPAT)/bin/python -m pip install -q -c $(COMPAT)/constraints.txt $$($(COMPAT)/bin/python tools/extras.py real-models rl experiments)
 	touch $@
 
 compat: $(COMPAT)/.deps
 	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
-	$(COMPAT)/bin/python -m pytest compat -rs
+	$(COMPAT)/bin/python -m pytest compat tests/test_rl.py -rs
 
 # The variable silences a notice about the theme's next years, which is no warning about a page.
 docs: $(VENV)/.deps

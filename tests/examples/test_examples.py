@@ -37,6 +37,15 @@ def test_time_constants_are_found_through_a_long_recording(tmp_path):
     assert found["median_error_percent"] < 20 < found["first_error_percent"]
 
 
+def test_policies_of_both_libraries_are_trained(tmp_path):
+    for library in ("sb3_contrib", "torchrl"):
+        pytest.importorskip(library, reason="the extra `rl` was not installed")
+    found = results("reinforcement.py", tmp_path, "--steps", "3072")["runs"]
+    assert len(found) == 5
+    assert all(len(row["returns"]) == 2 and 0.3 < row["returns"][-1] < 0.8 for row in found.values())
+    assert all(0 < row["updates"] < row["seconds"] for row in found.values())
+
+
 def test_a_stream_gives_what_one_call_gives(tmp_path):
     found = results("streaming.py", tmp_path, "--samples", "500")
     assert found["distance_from_one_call"]["RIN"] < 1e-6
