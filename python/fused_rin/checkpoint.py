@@ -270,12 +270,12 @@ def forward(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return cast("tuple[Tensor | None, Tensor]", _Checkpointed.apply(*tensors, call))
         return _run(x, plain, h0, skip, gain, call)[:2]
-    return _by_torch(
+    return _span_by_span(
         x, weights, h0, rows, rule, groups, backend, batch_first, u_name, units, added, least, wants_output
     )
 
 
-def _by_torch(
+def _span_by_span(
     x: Tensor,
     weights: Weights,
     h0: Tensor | None,

@@ -54,9 +54,10 @@ class _RINPolicy(RecurrentActorCriticPolicy):
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         self.rnn_class, self.lstm_kwargs = rnn_class, lstm_kwargs
         layers, _, hidden = self.lstm_hidden_state_shape
-        self.lstm_actor = rnn_class(self.features_dim, hidden, layers, **lstm_kwargs)
-        if self.lstm_critic is not None:
-            self.lstm_critic = rnn_class(self.features_dim, hidden, layers, **lstm_kwargs)
+        make: Any = rnn_class
+        for name in ("lstm_actor", "lstm_critic"):
+            if getattr(self, name) is not None:
+                setattr(self, name, make(self.features_dim, hidden, layers, **lstm_kwargs))
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

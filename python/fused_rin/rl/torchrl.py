@@ -63,7 +63,8 @@ class RINModule(TensorDictModuleBase):
         if rnn is None:
             if input_size is None or hidden_size is None:
                 raise ValueError("input_size and hidden_size must be given, or rnn")
-            rnn = rnn_class(input_size, hidden_size, num_layers, **options)  # type: ignore[call-arg]
+            make: Any = rnn_class
+            rnn = make(input_size, hidden_size, num_layers, **options)
         elif input_size is not None or hidden_size is not None or options:
             raise ValueError("rnn cannot be given with the arguments of a new one")
         if rnn.batch_first or rnn.bidirectional or not rnn.return_sequences:
@@ -71,7 +72,7 @@ class RINModule(TensorDictModuleBase):
                 "rnn must have batch_first=False, bidirectional=False and return_sequences=True, got "
                 f"{rnn.batch_first}, {rnn.bidirectional} and {rnn.return_sequences}"
             )
-        self.rnn = rnn
+        self.rnn: Recurrent = rnn
         self.in_keys = [*_keys("in", in_key, in_keys, "recurrent_state"), "is_init"]
         self.out_keys = _keys("out", out_key, out_keys, ("next", "recurrent_state"))
         self.default_recurrent_mode = default_recurrent_mode
