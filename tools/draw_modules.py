@@ -65,7 +65,8 @@ def needed(found: Mapping[str, set[str]]) -> set[tuple[str, str]]:
 def draw(found: Mapping[str, set[str]]) -> str:
     """The picture as SVG text."""
     level = levels(found)
-    arrows = needed(found) | {(name, native) for name, native in NATIVE.items() if name in found}
+    # In an order of their own: a sum over a set rounds differently from run to run, and equal places change sides.
+    arrows = sorted(needed(found) | {(name, native) for name, native in NATIVE.items() if name in found})
     rows: dict[int, list[str]] = {0: list(NATIVE.values())}
     for name in sorted(found):
         rows.setdefault(level[name], []).append(name)
@@ -93,7 +94,7 @@ def draw(found: Mapping[str, set[str]]) -> str:
         '<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#789"/></marker>',
     ]
-    for a, b in sorted(arrows):
+    for a, b in arrows:
         x1, y1, x2, y2 = place[a] + WIDTH / 2, top[a] + HEIGHT, place[b] + WIDTH / 2, top[b]
         middle = (y1 + y2) / 2
         parts.append(
