@@ -81,7 +81,7 @@ struct Columns {
       if constexpr (!std::is_same_v<Saved, std::nullptr_t>) h = load(saved + i);
       a = op(a, h);
       store(next + i, a);
-      if constexpr (!std::is_same_v<Out, std::nullptr_t>) store(out + i, a);
+      store(out + i, a);
     }
   }
 

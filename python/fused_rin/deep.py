@@ -218,6 +218,16 @@ class DeepTransitionRIN(SkipModule, Recurrent):
 
     _first_recurrent_weight = "weight_hh_l0"
 
+    @property
+    def checkpoint_steps(self) -> int | str | None:
+        """None: every state is kept."""
+        return None
+
+    @checkpoint_steps.setter
+    def checkpoint_steps(self, steps: int | str | None) -> None:
+        if steps is not None:
+            raise ValueError(f"DeepTransitionRIN keeps every state, got checkpoint_steps={steps!r}")
+
     def identity_weights(self) -> list[Tensor]:
         """What an identity prior pulls to zero: all of U, that is, V to skip * I."""
         names = [name for name in dict(self.named_parameters()) if name.startswith(("weight_hh", "weight_deep"))]
