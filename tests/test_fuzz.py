@@ -38,8 +38,15 @@ def test_every_mistake(mistake):
         check(Case(kind, 0, steps=3, batch=3, inputs=4, hidden=6, layers=2, directions=directions, mistake=mistake))
 
 
-def test_it_sees_a_wrong_number(monkeypatch):
-    case = Case("layers", 1, steps=5, batch=4, inputs=3, hidden=8, activation="tanh")
+def test_what_is_right_by_chance_of_rounding_is_no_measure():
+    """The state grows: plain PyTorch's gradients are ten times nearer here, and ours on an average of seeds."""
+    growing = {"activation": "tanh", "skip": 2.0, "state": True, "state_layout": "zero", "transitions": 3}
+    check(Case("layers", 12537, steps=9, batch=1, inputs=2, hidden=32, context="autocast", **growing))
+
+
+@pytest.mark.parametrize("skip", [1.0, 2.0])
+def test_it_sees_a_wrong_number(monkeypatch, skip):
+    case = Case("layers", 1, steps=5, batch=4, inputs=3, hidden=8, activation="tanh", skip=skip)
     assert failure(case) is None
     real = cpu.layer_forward
 
