@@ -7,9 +7,9 @@ import pytest
 from experiment_helpers import needs
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.files import read_results
-from fused_rin.experiments.identity import folder as identity_folder
 from fused_rin.experiments.identity import plots as identity_plots
 from fused_rin.experiments.identity import report as identity_report
+from fused_rin.experiments.identity.experiment import IdentityPrior
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "identity-prior" / "results.json"
@@ -68,9 +68,11 @@ def test_finished_trials_are_not_run_again_and_cut_ones_are(finished, tmp_path, 
     end = next(number for number, line in enumerate(lines, 1) if '"last"' in line)
     (there / "records.jsonl").write_text("".join(lines[end:])[:-100])  # the first trial is lost, the last one cut
     ran = []
-    run_trial = identity_folder.run_trial
+    run_trial = IdentityPrior.run_trial
     monkeypatch.setattr(
-        identity_folder, "run_trial", lambda trial, *rest: (ran.append(trial.name), run_trial(trial, *rest))[1]
+        IdentityPrior,
+        "run_trial",
+        lambda self, trial, *rest: (ran.append(trial.name), run_trial(self, trial, *rest))[1],
     )
     assert call(there, *SOME, "--seeds", 2) == 0
     assert len(ran) == 2
@@ -82,15 +84,15 @@ def test_finished_trials_are_not_run_again_and_cut_ones_are(finished, tmp_path, 
 
 
 def test_an_interrupted_experiment_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
-    run_trial, ran = identity_folder.run_trial, []
+    run_trial, ran = IdentityPrior.run_trial, []
 
-    def interrupted(trial, *rest):
+    def interrupted(self, trial, *rest):
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(trial.name)
-        return run_trial(trial, *rest)
+        return run_trial(self, trial, *rest)
 
-    monkeypatch.setattr(identity_folder, "run_trial", interrupted)
+    monkeypatch.setattr(IdentityPrior, "run_trial", interrupted)
     assert call(tmp_path / "run", *SOME) == 130
     assert "interrupted after 2 trials; the same command goes on" in capsys.readouterr().err
     records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]

@@ -8,7 +8,8 @@ import pytest
 from fused_rin.experiments.cli import main
 from fused_rin.experiments.errors import UserError
 from fused_rin.experiments.files import FolderLock, write_atomically
-from fused_rin.experiments.identity import folder as identity_folder
+from fused_rin.experiments.identity.experiment import IdentityPrior
+from fused_rin.experiments.trial_folder import run_experiment
 
 EXPERIMENT = ["experiment", "identity-prior", "--only", "digits-sgd-N90-none*", "--budget", "0.02"]
 KILLS = Path(__file__).with_name("kills.py")
@@ -75,10 +76,10 @@ def test_a_folder_is_free_again_after_a_failure(tmp_path, monkeypatch):
     def fail(*arguments):
         raise UserError("no")
 
-    monkeypatch.setattr(identity_folder, "run_trial", fail)
+    monkeypatch.setattr(IdentityPrior, "run_trial", fail)
     for _ in range(2):
         with pytest.raises(UserError, match="no"):
-            identity_folder.experiment(tmp_path / "run", budget=0.02, only="digits-sgd-N90-none*")
+            run_experiment(IdentityPrior(), tmp_path / "run", budget=0.02, only="digits-sgd-N90-none*")
 
 
 def test_the_old_content_is_kept_where_it_was_asked_for(tmp_path):

@@ -21,6 +21,7 @@ from .training.defaults import RECIPES, TASK_DEFAULTS
 from .training.runs import Run
 from .training.settings import TASKS, Settings
 
+EXPERIMENTS = ("identity-prior", "precision")
 OPTIONS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
@@ -204,13 +205,14 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _add_experiment(commands: Any) -> None:
     parser = commands.add_parser(
         "experiment",
-        help="what the paper does not show: does decay towards the identity help?",
-        description="Decay of U, decay of V, no decay, small rate: over sizes of the training set, strengths and "
-        "optimizers, on digits and mnist-rows. On the CPU; the same command goes on with it.",
+        help="what the paper does not show: does decay towards the identity help? must U be kept, not U + I?",
+        description="identity-prior: decay of U, decay of V, no decay, small rate, over sizes of the training set, "
+        "strengths and optimizers. precision: U or U + I rounded after training to bfloat16, float16, float8 and int8, "
+        "and trained in bfloat16. On the CPU; the same command goes on with it.",
     )
     parser.set_defaults(run=_experiment)
-    parser.add_argument("experiment", choices=("identity-prior",))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/identity-prior")
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/EXPERIMENT")
     parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of the planned updates")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of every trial (default: 3)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="trials to run, e.g. 'digits-adam-*'")
@@ -220,13 +222,22 @@ def _add_experiment(commands: Any) -> None:
 
 
 def _experiment(options: argparse.Namespace) -> int:
-    from .identity.folder import experiment, redraw
+    from .trial_folder import redraw, run_experiment
 
+    experiment: Any  # of trials of its own
+    if options.experiment == "precision":
+        from .precision.experiment import Precision
+
+        experiment = Precision()
+    else:
+        from .identity.experiment import IdentityPrior
+
+        experiment = IdentityPrior()
     out = options.out or Path("runs") / options.experiment
     if options.draw is not None:
-        return redraw(options.draw, out)
-    return experiment(
-        out, budget=options.budget, seeds=options.seeds, only=options.only, data_dir=options.data_dir,
+        return redraw(experiment, options.draw, out)
+    return run_experiment(
+        experiment, out, budget=options.budget, seeds=options.seeds, only=options.only, data_dir=options.data_dir,
         threads=options.threads,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""The folder of `fused-rin experiment identity-prior`, and the command: trials are run, reported and drawn.
+"""The folder of `fused-rin experiment`, and the command: trials are run, reported and drawn.
 
     config.json      what is run, and the versions it started with
-    records.jsonl    one JSON object for every recorded update of every trial
-    results.json     means over the seeds, table.md and *.png made of it
+    records.jsonl    one JSON object for every record of every trial
+    results.json     what the report keeps of them, table.md and *.png made of it
 
 A trial's lines are written together when it is finished, so what is there is whole, and the same command goes
 on where it was interrupted.
@@ -17,28 +17,97 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
+from matplotlib.figure import Figure
 
-from ..bars import Bar, say
-from ..errors import INTERRUPTED, UserError
-from ..files import FolderLock, is_free, read_results, reporting, write_atomically
-from ..plots import save_figure
-from ..tasks import Classification
-from . import report
-from .plots import draw
-from .trials import PLANS, Trial, run_trial, trials
+from .bars import Bar, say
+from .errors import INTERRUPTED, UserError
+from .files import FolderLock, is_free, read_results, reporting, write_atomically
+from .plots import save_figure
+from .tasks import Task
+from .training.settings import Settings
 
-FORMAT = "fused-rin identity-prior"
-VERSION = 1
 Records = list[dict[str, Any]]
 
 
-def experiment(
+class Plan(Protocol):
+    """What is trained on one task; a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def updates(self) -> int: ...
+
+    def to_settings(self, task: str, seed: int = 0, **others: Any) -> Settings: ...
+
+
+class Trial(Protocol):
+    """One training run; a dataclass whose fields are in each of its records."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Trial)
+
+
+class Experiment(Generic[T]):
+    """What `fused-rin experiment` runs. Subclasses define the constants, the trials and what is made of their records.
+
+    Raising one of the versions refuses what was written before.
+    """
+
+    name: str
+    version: int  # of the folder
+    results_version: int
+    plans: Mapping[str, Plan]  # by task
+    trial: type[T]
+
+    @property
+    def format(self) -> str:
+        return f"fused-rin {self.name}"
+
+    @property
+    def results_format(self) -> str:
+        return f"{self.format} results"
+
+    def trials(self, seeds: int) -> Iterator[T]:
+        """All training runs, seed after seed, so that an interrupted experiment has whole seeds."""
+        raise NotImplementedError
+
+    def run_trial(self, trial: T, task: Task, updates: int) -> Records:
+        """The records of a trial, the last one with "last": True, and "diverged": True where it was lost."""
+        raise NotImplementedError
+
+    def outcome(self, record: dict[str, Any]) -> str:
+        """What the last record of a trial that did not diverge says, in a few words."""
+        raise NotImplementedError
+
+    def summarise(self, trials: Iterable[Records], budget: float) -> str:
+        """The text of the results file, JSON with "format", "version" and "cells"."""
+        raise NotImplementedError
+
+    def table(self, content: dict[str, Any]) -> str:
+        """A results file's content in Markdown."""
+        raise NotImplementedError
+
+    def draw(self, content: dict[str, Any]) -> dict[str, Figure]:
+        """Pictures of a results file's content by the names of their files."""
+        raise NotImplementedError
+
+
+def run_experiment(
+    experiment: Experiment,
     out: Path,
     *,
     budget: float = 1.0,
@@ -59,44 +128,45 @@ def experiment(
     for name, value, least in (("seeds", seeds, 1), ("threads", threads, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
-    chosen = [trial for trial in trials(seeds) if fnmatch.fnmatch(trial.name, only)]
+    chosen = [trial for trial in experiment.trials(seeds) if fnmatch.fnmatch(trial.name, only)]
     if not chosen:
-        raise UserError(f"no trial matches {only!r}; the first is {next(trials(1)).name!r}")
+        raise UserError(f"no trial matches {only!r}; the first is {next(experiment.trials(1)).name!r}")
     if threads:
         torch.set_num_threads(threads)
-    tasks = {name: _build(name, data_dir) for name in dict.fromkeys(trial.task for trial in chosen)}
-    with closing(Folder(out, budget)) as folder:
+    tasks = {
+        name: experiment.plans[name].to_settings(name, data_dir=data_dir).build_task()
+        for name in dict.fromkeys(trial.task for trial in chosen)
+    }
+    with closing(Folder(experiment, out, budget)) as folder:
         return _run(folder, chosen, tasks)
 
 
-def _run(folder: Folder, chosen: Sequence[Trial], tasks: dict[str, Classification]) -> int:
-    finished, out, budget = folder.open(), folder.path, folder.budget
+def _run(folder: Folder, chosen: Sequence[Trial], tasks: Mapping[str, Task]) -> int:
+    finished, out, budget, experiment = folder.open(), folder.path, folder.budget, folder.experiment
     try:
         waiting = [trial for trial in chosen if trial.name not in finished]
         with Bar(total=len(chosen), initial=len(chosen) - len(waiting), unit="trial") as bar:
             for trial in waiting:
                 bar.set_description(trial.name)
-                plan = PLANS[trial.task]
-                records = run_trial(trial, tasks[trial.task], plan, max(1, round(budget * plan.updates)))
+                updates = max(1, round(budget * experiment.plans[trial.task].updates))
+                records = experiment.run_trial(trial, tasks[trial.task], updates)
                 folder.append(records)
                 finished[trial.name] = records
                 bar.update()
-                last = records[-1]
-                outcome = "diverged" if "diverged" in last else f"accuracy {last['accuracy']:.1%}"
-                say(trial.name, outcome)
+                say(trial.name, "diverged" if "diverged" in records[-1] else experiment.outcome(records[-1]))
     except KeyboardInterrupt:
         print(f"interrupted after {len(finished)} trials; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     with reporting(out, "write the results"):
-        write_atomically(folder.results_path, report.summarise(finished.values(), budget).encode())
-    return redraw(folder.results_path, out)
+        write_atomically(folder.results_path, experiment.summarise(finished.values(), budget).encode())
+    return redraw(experiment, folder.results_path, out)
 
 
-def redraw(results: Path, out: Path) -> int:
+def redraw(experiment: Experiment, results: Path, out: Path) -> int:
     """Writes table.md and the pictures of a results file into `out`; runs nothing. Returns the exit code."""
-    content = read_results(results, report.FORMAT, report.VERSION, "cells")
+    content = read_results(results, experiment.results_format, experiment.results_version, "cells")
     try:
-        text, figures = report.table(content) + "\n", draw(content)
+        text, figures = experiment.table(content) + "\n", experiment.draw(content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{results}: is damaged: {error!r}") from error
     with reporting(out, "write the table"):
@@ -111,8 +181,8 @@ def redraw(results: Path, out: Path) -> int:
 class Folder:
     """Where the records of finished trials are. Every method raises UserError when the disk refuses."""
 
-    def __init__(self, path: Path, budget: float):
-        self.path, self.budget = path, budget
+    def __init__(self, experiment: Experiment, path: Path, budget: float):
+        self.experiment, self.path, self.budget = experiment, path, budget
         self.records_path, self.results_path = path / "records.jsonl", path / "results.json"
         self._lock = FolderLock(path)
 
@@ -122,8 +192,13 @@ class Folder:
         Raises UserError for a folder that holds anything else, or trials with another budget or plan, or that another
         process runs trials in.
         """
-        plans = {name: json.loads(json.dumps(dataclasses.asdict(plan))) for name, plan in PLANS.items()}
-        asked = {"format": FORMAT, "version": VERSION, "budget": self.budget, "plans": plans}
+        plans = {name: json.loads(json.dumps(dataclasses.asdict(plan))) for name, plan in self.experiment.plans.items()}
+        asked = {
+            "format": self.experiment.format,
+            "version": self.experiment.version,
+            "budget": self.budget,
+            "plans": plans,
+        }
         with reporting(self.path, "use the folder"):
             new = is_free(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -136,7 +211,7 @@ class Folder:
             there = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError):
             there = None
-        if not isinstance(there, dict) or there.get("format") != FORMAT:
+        if not isinstance(there, dict) or there.get("format") != self.experiment.format:
             raise UserError(f"{self.path}: is not empty and not a folder of this experiment")
         for name, value in asked.items():
             if there.get(name) != value:
@@ -162,11 +237,12 @@ class Folder:
             with reporting(self.path, "read the records"):
                 lines = self.records_path.read_text().splitlines()
         trials: dict[str, Records] = {}
-        fields = [field.name for field in dataclasses.fields(Trial)]
+        make = self.experiment.trial
+        fields = [field.name for field in dataclasses.fields(make)]
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                name = Trial(**{field: record[field] for field in fields}).name
+                name = make(**{field: record[field] for field in fields}).name
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
                     break
@@ -178,9 +254,3 @@ class Folder:
             with reporting(self.path, "write the records"):
                 write_atomically(self.records_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         return whole
-
-
-def _build(task: str, data_dir: str) -> Classification:
-    built = PLANS[task].to_settings(task, data_dir=data_dir).build_task()
-    assert isinstance(built, Classification)
-    return built
