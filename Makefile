@@ -25,7 +25,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py 
 NEW_ENOUGH = @$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
     { echo "fused-rin: PYTHON must be Python 3.10 or newer, got '$(PYTHON)'" >&2; exit 1; }
 
-.PHONY: all setup demo test lint fuzz sanitize bench-cpu bench-crowd bench-leaky bench-checkpoint bench-deep bench-where bench-peers bench-compare compat docs wheel gpu cuda-all test-triton clean
+.PHONY: all setup demo test lint fuzz sanitize bench-cpu bench-crowd bench-leaky bench-checkpoint bench-chunks bench-deep bench-where bench-peers bench-compare compat docs wheel gpu cuda-all test-triton clean
 all: setup
 
 # The build tools go into the environment first, so that the build needs no isolated one with a torch of its own.
@@ -89,6 +89,9 @@ bench-checkpoint: setup
 
 bench-deep: setup
 	$(BIN)/python -m benchmarks.deep $(RESULTS)
+
+bench-chunks: setup
+	$(BIN)/python -m benchmarks.chunks $(RESULTS)
 
 bench-leaky: setup
 	$(BIN)/python -m benchmarks.leaky $(RESULTS)

@@ -7,6 +7,7 @@ import torch as _torch
 
 from fused_rin import onnx, parametrize
 from fused_rin.backends import BackendError, use_backend
+from fused_rin.chunks import parallel_recurrence
 from fused_rin.convert import Replaced, load_rnn_state_dict, replace_rnn, restore_rnn
 from fused_rin.deep import DeepTransitionRIN
 from fused_rin.device import Device
@@ -37,6 +38,7 @@ __all__ = [
     "load_rnn_state_dict",
     "onnx",
     "operator_library",
+    "parallel_recurrence",
     "parametrize",
     "recurrence",
     "replace_rnn",

@@ -201,7 +201,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tup
     if watchers.way_back(grad_out, grad_h_n) is not DIRECT:
         # To be differentiated again, or watched by somebody: those of the layer as a whole.
         tensors = (x, *weights, h0, skip, gain)
-        return *_gradients(call.whole, tensors, (grad_out, grad_h_n), needs[:8]), None
+        return *gradients_of(call.whole, tensors, (grad_out, grad_h_n), needs[:8]), None
     weights = Weights(*[None if w is None else w.contiguous() for w in weights])  # type: ignore[arg-type]
     skip, gain = (None if t is None else t.contiguous() for t in (skip, gain))
     kept = kept.contiguous()
@@ -346,11 +346,11 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         enabled, dtype = ctx.autocast
         with torch.autocast(ctx.device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            found = _gradients(ctx.run, ops.restored(ctx), grads, ctx.needs_input_grad[1:])
+            found = gradients_of(ctx.run, ops.restored(ctx), grads, ctx.needs_input_grad[1:])
         return None, *found
 
 
-def _gradients(
+def gradients_of(
     run: Callable[..., tuple[Tensor, Tensor]],
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],

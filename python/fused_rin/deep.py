@@ -57,7 +57,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tup
     rows = Rows(*[None if t is None else t.contiguous() for t in (lengths, offsets, resets)])
     if watchers.way_back(grad_out, grad_h_n) is not DIRECT:
         run = partial(_by_recurrence, rows=rows, rule=rule, batch_first=batch_first, backend="auto")
-        return *checkpoint._gradients(run, tensors, (grad_out, grad_h_n), ctx.needs_input_grad[:7]), None
+        return *checkpoint.gradients_of(run, tensors, (grad_out, grad_h_n), ctx.needs_input_grad[:7]), None
     if batch_first:
         out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
     x, w_ih, u, _, _, _, h0 = tensors

@@ -117,7 +117,7 @@ def _recurrence(
     if pre.dtype not in _FLOATS:
         raise ValueError(f"pre must have a floating point dtype, got {pre.dtype}")
     groups, hidden = pre.shape[-2:]
-    _check("weight", weight, (groups, hidden, hidden), pre)
+    check_tensor("weight", weight, (groups, hidden, hidden), pre)
 
     offsets: Tensor | None = None
     if batch_sizes is not None:
@@ -132,7 +132,7 @@ def _recurrence(
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, pre.device)
     if h0 is not None:
-        _check("h0", h0, (batch, groups, hidden), pre)
+        check_tensor("h0", h0, (batch, groups, hidden), pre)
     if resets is not None:
         check_resets(resets, shape, pre.device, "pre")
 
@@ -178,7 +178,7 @@ def _units(form: str, skip: float | Tensor, gain: float | Tensor, noise: Tensor 
         return None
     factors = unit_factor("skip", skip, pre)
     if noise is not None:
-        _check("noise", noise, tuple(pre.shape), pre)
+        check_tensor("noise", noise, tuple(pre.shape), pre)
     return Units(form, factors, unit_factor("gain", gain, pre) if form == "outside" else None, noise)
 
 
@@ -203,7 +203,8 @@ def unit_factor(name: str, value: float | Tensor, states: Tensor) -> Tensor:
     return value.to(dtype).expand(shape)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], pre: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], pre: Tensor) -> None:
+    """RuntimeError or ValueError unless it has this shape, and the dtype and device of `pre`."""
     if tensor.dim() != len(shape):
         raise RuntimeError(f"{name} must have {len(shape)} dimensions, got {tensor.dim()}")
     if tuple(tensor.shape) != tuple(shape):
