@@ -46,6 +46,15 @@ def test_policies_of_both_libraries_are_trained(tmp_path):
     assert all(0 < row["updates"] < row["seconds"] for row in found.values())
 
 
+def test_a_forecasting_model_keeps_its_numbers_after_replace_rnn(tmp_path):
+    pytest.importorskip("darts", reason="the extra `real-models` was not installed")
+    found = results("forecasting.py", tmp_path, "--epochs", "1")["runs"]
+    theirs, ours = (found[name]["forecast"] for name in ("torch.nn.RNN", "replace_rnn"))
+    assert len(theirs) == 168
+    assert max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) < 1e-3 < max(theirs) - min(theirs)
+    assert found["RIN"]["error"] < 0.3
+
+
 def test_a_stream_gives_what_one_call_gives(tmp_path):
     found = results("streaming.py", tmp_path, "--samples", "500")
     assert found["distance_from_one_call"]["RIN"] < 1e-6
