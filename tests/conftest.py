@@ -220,15 +220,16 @@ def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int =
 
 # Minutes each: first, so that no process is left with one of them at the end.
 LONGEST = ("test_triton_interpreted.py", "test_triton_resources.py", "test_native.py", "test_block.py")
-# What a module's tests have built for all of them, each process would build anew.
-BUILT_ONCE = ("test_triton_resources.py",)
+# What the tests of a module or folder have built for all of them, each process would build anew.
+BUILT_ONCE = ("test_triton_resources.py", "cuda_on_cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
-        if item.path.name in BUILT_ONCE:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+        for name in (item.path.name, item.path.parent.name):
+            if name in BUILT_ONCE:
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(params=cpu.instruction_sets())

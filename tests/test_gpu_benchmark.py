@@ -49,7 +49,8 @@ def test_a_step_is_a_difference_of_launches(monkeypatch):
     step = object.__new__(steps.Step)
     step.run = lambda count: 50 + 0.2 * count
     assert step.seconds(3) == pytest.approx(0.2e-6)
-    assert steps.name_of((2, 0, 1, 128, 8, 128, 0)) == "bfloat16 mma 128x8 backward"
+    assert steps.name_of((2, 0, 1, 0, 128, 8, 128, 0)) == "bfloat16 mma 128x8 backward"
+    assert steps.name_of((0, 3, 0, 1, 64, 2, 128, 0)) == "float32 units-fma 64x2 forward"
 
 
 def test_results_survive_the_file(tmp_path):
@@ -284,7 +285,7 @@ def test_the_sanitizer_is_given_tests_that_exist(tmp_path):
     memcheck = next(s for s in run.stages(tmp_path, "90a", tmp_path, part=2) if s.name == "memcheck")
     command = memcheck.commands[0][memcheck.commands[0].index(sys.executable) :]
     listed = subprocess.run([*command, "--collect-only"], cwd=run.ROOT, capture_output=True, text=True)
-    assert re.search(r"^9/\d+ tests collected", listed.stdout, re.MULTILINE), listed.stdout
+    assert re.search(r"^12/\d+ tests collected", listed.stdout, re.MULTILINE), listed.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -299,9 +299,12 @@ def test_what_is_wrong_is_said_before_anything_runs():
     refused(ValueError, "activation must be one of", activation="gelu")
 
 
-def test_a_backend_that_lacks_a_form_says_so():
-    from fused_rin import backends
+def test_a_backend_that_lacks_a_form_says_so(monkeypatch):
+    from fused_rin import backends, cuda
 
+    assert all(backends._rule_reason(name, "sigmoid", "outside") is None for name in ("cuda", "triton", "reference"))
+    monkeypatch.setattr(cuda, "forms", frozenset())
+    monkeypatch.setattr(cuda, "activations", frozenset({"relu", "tanh"}))
     reason = backends._rule_reason("cuda", "relu", "outside")
     assert reason == "it has no kernel for units with factors of their own in the form 'outside'"
     assert "it has no kernel for the activation 'sigmoid'" in backends._rule_reason("cuda", "sigmoid", None)

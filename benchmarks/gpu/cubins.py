@@ -69,15 +69,17 @@ def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
 
 
 def readable(mangled: str) -> str:
-    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false>."""
+    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false, false>; `units-mma` if the last is true."""
     kind = re.search(r"(Mma|Fma)ConfigI", mangled)
     assert kind, f"a kernel that is not a block sweep: {mangled}"
     numbers = re.findall(r"Li(\d+)E", mangled)
     found = re.search(r"MathE(\d)E", mangled)
     math = ("mma", "tf32", "tf32x3")[int(found.group(1))] if found else "fma"
     dtype = next((n for tag, n in (("8BFloat16", "bfloat16"), ("7Float16", "float16")) if tag in mangled), "float32")
-    direction = "backward" if "ELb1E" in mangled else "forward"
-    return f"{dtype} {math} {numbers[0]}x{numbers[1]} {direction}"
+    flags = re.search(r"ELb(\d)ELb(\d)E", mangled)
+    assert flags, f"a block sweep of an older form: {mangled}"
+    direction, of = "backward" if flags.group(1) == "1" else "forward", "units-" if flags.group(2) == "1" else ""
+    return f"{dtype} {of}{math} {numbers[0]}x{numbers[1]} {direction}"
 
 
 def compiler_release(path: Path) -> str:

@@ -9,8 +9,9 @@ round a loop from barrier to barrier; the other three schedulers run in step wit
 for a warp it does four times. Three latencies of a load from device memory, or of a copy into shared memory: 30 cycles,
 as if there were none, 280, as from L2, and 650. Where they differ, reading ahead does not hide the latency.
 
-What the model does not know: bank conflicts, caches, clocks, that an instruction cache may miss. What it is worth is in
-benchmarks/NOTES-cuda.md, beside measured times.
+What the model does not know: bank conflicts, caches, clocks, that an instruction cache may miss. It plays a loop's code
+from the first instruction to the last: of the kernels of units, whose loop has six activations and three forms, all of
+them, and what it says is a bound. What it is worth is in benchmarks/NOTES-cuda.md, beside measured times.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ class Scheduler:
 
 def kernel_of(name: str) -> cuda_plan.Kernel:
     _, math_, size, _ = name.split()
-    return next(k for k in cuda_plan.KERNELS if (k.math, f"{k.hidden}x{k.rows}") == (math_, size))
+    every = cuda_plan.UNIT_KERNELS if math_.startswith("units-") else cuda_plan.KERNELS
+    return next(k for k in every if (k.math, f"{k.hidden}x{k.rows}") == (math_.removeprefix("units-"), size))
 
 
 def wavefronts(kernel: cuda_plan.Kernel) -> float:
@@ -182,7 +184,9 @@ def wavefronts(kernel: cuda_plan.Kernel) -> float:
 
 
 def named(found: list[list[Instruction]]) -> dict[str, list[Instruction]]:
-    """The three loops of a kernel: ReLU is the shortest, and the general one compares the most."""
+    """A kernel's three loops: ReLU is the shortest, and the general one compares the most. Or, of units, the one."""
+    if len(found) == 1:
+        return {"general": found[0]}
     relu, *others = sorted(found, key=len)
     tanh, general = sorted(others, key=lambda loop: sum(line.opcode.startswith("ISETP") for line in loop))
     return {"relu": relu, "tanh": tanh, "general": general}

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.steps OUT.json [--only SUBSTRING] [--launches N]
 
 Each kernel runs its own tile (hidden x rows, no padding) in one block: with ReLU, with tanh, and with lengths, which
-takes the general loop. Then with ReLU in a block on every SM. Cycles are the time times the clock that the card held,
-which a kernel that counts clock cycles measures before and after.
+takes the general loop; units with factors of their own have one loop for all. Then with ReLU in a block on every SM.
+Cycles are the time times the clock that the card held, which a kernel that counts cycles measures before and after.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from fused_rin import cuda_plan
-from fused_rin.problem import ACTIVATIONS
+from fused_rin.problem import ACTIVATIONS, FORMS
 
 from benchmarks.gpu.measure import elapsed_us
 
@@ -44,7 +44,7 @@ class Step:
     """One kernel on `blocks` tiles of its own size; `run(steps)` launches it once."""
 
     def __init__(self, instance: tuple[int, ...], blocks: int, activation: str = "relu", lengths: bool = False) -> None:
-        dtype, math, self.backward, self.hidden, self.rows, _, _ = instance
+        dtype, math, self.backward, self.units, self.hidden, self.rows, _, _ = instance
         self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, 0), dtype, self.rows * blocks
         options = {"device": "cuda", "dtype": DTYPES[dtype]}
         torch.manual_seed(0)
@@ -55,18 +55,26 @@ class Step:
         self.last = torch.empty(self.batch, self.hidden, **options)
         self.activation = ACTIVATIONS[activation]
         self.lengths = {n: torch.full((self.batch,), n, device="cuda") for n in (SHORT, LONG)} if lengths else {}
+        self.factors = torch.full((2, self.hidden), 0.5, device="cuda")
+        self.values = torch.empty(size, **options) if self.units else None
 
     def run(self, steps: int) -> None:
         from fused_rin import _cuda
 
         saved = self.saved.data_ptr() if self.saved is not None else 0
-        _cuda.sweep_block(
+        problem = (
             (steps, self.batch, 1, self.hidden),
             (self.dtype, self.activation, bool(self.backward), 1.0, 0),
             (self.lengths[steps].data_ptr() if self.lengths else 0, 0, 0),
             (self.weight.data_ptr(), self.into.data_ptr(), saved, 0, self.out.data_ptr(), self.last.data_ptr()),
-            self.kernel, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
+        where = self.kernel, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+        if self.values is None:
+            _cuda.sweep_block(*problem, *where)
+        else:  # a leaky rate network
+            skip, gain = self.factors
+            units = FORMS["outside"], skip.data_ptr(), gain.data_ptr(), 0, 0, self.values.data_ptr()
+            _cuda.sweep_block_of_units(*problem, units, *where)
 
     def seconds(self, launches: int) -> float:
         self.run(LONG)
@@ -76,9 +84,9 @@ class Step:
 
 
 def name_of(instance: tuple[int, ...]) -> str:
-    dtype, math, backward, hidden, rows, _, _ = instance
+    dtype, math, backward, units, hidden, rows, _, _ = instance
     kind = str(DTYPES[dtype]).removeprefix("torch.")
-    return f"{kind} {MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
+    return f"{kind} {'units-' * bool(units)}{MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
 
 
 def main() -> None:
@@ -96,13 +104,15 @@ def main() -> None:
         name = name_of(instance)
         if arguments.only not in name:
             continue
-        row: dict[str, object] = {"kernel": name, "rows": instance[4], "threads": instance[5]}
+        row: dict[str, object] = {"kernel": name, "rows": instance[5], "threads": instance[6]}
         for label, blocks, activation, lengths in (
             ("alone", 1, "relu", False),
             ("tanh", 1, "tanh", False),
             ("general", 1, "relu", True),
             ("full", sms, "relu", False),
         ):
+            if instance[3] and label in ("tanh", "general"):  # units have one loop
+                continue
             step = Step(instance, blocks, activation, lengths)
             before = clock()
             seconds = step.seconds(arguments.launches)
@@ -110,7 +120,7 @@ def main() -> None:
             row[label] = {"ns": seconds * 1e9, "cycles": seconds * hz, "ghz": hz / 1e9}
             del step
         rows.append(row)
-        kinds = " ".join(f"{kind} {row[kind]['ns']:6.1f}" for kind in ("alone", "tanh", "general", "full"))  # type: ignore[index]
+        kinds = " ".join(f"{kind} {value['ns']:6.1f}" for kind, value in row.items() if isinstance(value, dict))
         print(f"{name:38} ns: {kinds}", flush=True)
         arguments.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
 

@@ -13,19 +13,27 @@ namespace {
 
 using KernelId = std::tuple<int, int, int, int64_t>;  // math, hidden, rows: the instance; how much of D is padding
 
-void sweep_block(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
-                 const KernelId& kernel, int device, Address stream) {
-  Problem p = make_problem(sizes, rule, rows, tensors);
+void launch(Problem p, const KernelId& kernel, int device, Address stream) {
   const auto& [math, hidden, tile_rows, padding] = kernel;
   p.padding = padding;
   launch_block(p, static_cast<Math>(math), hidden, tile_rows, device, pointer<void>(stream));
+}
+
+void sweep_block(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                 const KernelId& kernel, int device, Address stream) {
+  launch(make_problem(sizes, rule, rows, tensors), kernel, device, stream);
+}
+
+void sweep_block_of_units(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                          const UnitAddresses& units, const KernelId& kernel, int device, Address stream) {
+  launch(with_units(make_problem(sizes, rule, rows, tensors), units), kernel, device, stream);
 }
 
 py::list instances() {
   py::list list;
   for (const BlockInstance& i : block_instances())
     list.append(py::make_tuple(static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward),
-                               i.hidden, i.rows, i.threads, i.shared_bytes));
+                               static_cast<int>(i.units), i.hidden, i.rows, i.threads, i.shared_bytes));
   return list;
 }
 
@@ -43,7 +51,9 @@ std::tuple<int, int> versions() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA sweeps of fused_rin; see csrc/problem.h for the meaning of the arguments.";
   m.def("sweep_block", &sweep_block);
-  m.def("instances", &instances, "(dtype, math, backward, hidden, rows, threads, shared bytes) of every kernel.");
+  m.def("sweep_block_of_units", &sweep_block_of_units);
+  m.def("instances", &instances,
+        "(dtype, math, backward, units, hidden, rows, threads, shared bytes) of every kernel.");
   m.def("versions", &versions, "(driver, runtime) in CUDA's numbers, 12040 for 12.4.");
   m.attr("architectures") = FUSED_RIN_CUDA_ARCHS;  // that there is machine code for, such as "80 90a"
   m.attr("ptx") = FUSED_RIN_CUDA_PTX;              // and PTX, for what comes after them

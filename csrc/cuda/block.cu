@@ -13,6 +13,9 @@ void append_float16_instances(std::vector<BlockInstance>& instances);
 void append_float32_fma_instances(std::vector<BlockInstance>& instances);
 void append_float32_tf32x3_instances(std::vector<BlockInstance>& instances);
 void append_float32_tf32_instances(std::vector<BlockInstance>& instances);
+void append_bfloat16_unit_instances(std::vector<BlockInstance>& instances);
+void append_float16_unit_instances(std::vector<BlockInstance>& instances);
+void append_float32_unit_instances(std::vector<BlockInstance>& instances);
 
 const std::vector<BlockInstance>& block_instances() {
   static const std::vector<BlockInstance> instances = [] {
@@ -22,6 +25,9 @@ const std::vector<BlockInstance>& block_instances() {
     append_float32_fma_instances(all);
     append_float32_tf32x3_instances(all);
     append_float32_tf32_instances(all);
+    append_bfloat16_unit_instances(all);
+    append_float16_unit_instances(all);
+    append_float32_unit_instances(all);
     return all;
   }();
   return instances;
@@ -38,13 +44,15 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int d
                                 std::to_string(problem.hidden));
   const auto bits = [](auto... tensors) { return (reinterpret_cast<uintptr_t>(tensors) | ...); };
   const int64_t row_bytes = problem.hidden * (problem.dtype == DType::kFloat32 ? 4 : 2);
-  if ((bits(problem.weight, problem.in, problem.saved, problem.state_in, problem.out, problem.state_out) | row_bytes) %
+  if ((bits(problem.weight, problem.in, problem.saved, problem.state_in, problem.out, problem.state_out,
+            problem.initial, problem.noise, problem.aside) |
+       row_bytes) %
       16)
     throw std::invalid_argument("the block kernels need rows of whole 16 bytes, and tensors aligned to them");
   if (problem.batch == 0 || problem.groups == 0 || problem.hidden == 0) return;
   for (const BlockInstance& instance : block_instances()) {
     if (instance.dtype != problem.dtype || instance.math != math || instance.backward != problem.backward ||
-        instance.hidden != hidden || instance.rows != rows)
+        instance.units != (problem.skips != nullptr) || instance.hidden != hidden || instance.rows != rows)
       continue;
     if (problem.hidden > hidden)
       throw std::invalid_argument("hidden size " + std::to_string(problem.hidden) +

@@ -10,6 +10,7 @@
 //   carrier.cuh          how a step's tile travels between device memory and shared memory
 //   schedule.cuh         where a packed step begins and which rows start anew, staged
 //   epilogues.cuh        activation and slope
+//   units.cuh            the same of units with factors of their own: leaky networks
 //   sweep.cuh            the loop
 //   block_configs.h      the sizes that are compiled; block.cu launches one, plan.cpp and cuda_plan.py choose it
 #pragma once
@@ -25,41 +26,42 @@
 
 namespace fused_rin {
 
-template <class Config, bool kBackward>
+template <class Config, bool kBackward, bool kUnits>
 __global__ void __launch_bounds__(Config::kThreads, 1) block_sweep(const Problem problem) {
   // Where a block cannot have the shared memory, nothing is compiled: no launch gets here (launch.h asks for it first).
-  if constexpr (Layout<Config, kBackward>::kBytes <= device::kMaxSharedBytes)
-    sweep<Config, typename Config::template Product<kBackward>, kBackward>(problem);
+  if constexpr (Layout<Config, kBackward, kUnits>::kBytes <= device::kMaxSharedBytes)
+    sweep<Config, typename Config::template Product<kBackward>, kBackward, kUnits>(problem);
   else
     device::trap();
 }
 
-template <class Config, bool kBackward>
+template <class Config, bool kBackward, bool kUnits>
 void launch_block_sweep(const Problem& problem, void* stream) {
   const int64_t blocks = problem.groups * ((problem.batch + Config::kRows - 1) / Config::kRows);
-  launch_kernel(block_sweep<Config, kBackward>, problem, blocks, Config::kThreads, Layout<Config, kBackward>::kBytes,
-                stream);
+  launch_kernel(block_sweep<Config, kBackward, kUnits>, problem, blocks, Config::kThreads,
+                Layout<Config, kBackward, kUnits>::kBytes, stream);
 }
 
-template <class Config, bool kBackward>
+template <class Config, bool kBackward, bool kUnits>
 BlockInstance block_instance() {
   return {Element<typename Config::T>::kDType,
           Config::kMath,
           kBackward,
+          kUnits,
           Config::kHidden,
           Config::kRows,
           Config::kThreads,
-          Layout<Config, kBackward>::kBytes,
+          Layout<Config, kBackward, kUnits>::kBytes,
           Config::kMatrixBytes,
-          &launch_block_sweep<Config, kBackward>,
-          [] { return ptx_version(block_sweep<Config, kBackward>); }};
+          &launch_block_sweep<Config, kBackward, kUnits>,
+          [] { return ptx_version(block_sweep<Config, kBackward, kUnits>); }};
 }
 
-template <class... Configs>
+template <bool kUnits, class... Configs>
 struct BlockConfigs {
   static void append(std::vector<BlockInstance>& instances) {
-    (instances.push_back(block_instance<Configs, false>()), ...);
-    (instances.push_back(block_instance<Configs, true>()), ...);
+    (instances.push_back(block_instance<Configs, false, kUnits>()), ...);
+    (instances.push_back(block_instance<Configs, true, kUnits>()), ...);
   }
 };
 

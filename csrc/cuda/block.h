@@ -14,6 +14,7 @@ struct BlockInstance {
   DType dtype;
   Math math;
   bool backward;
+  bool units;  // with factors of their own: problem.skips is given
   int hidden;  // compiled size; any smaller D runs in it
   int rows;    // batch rows of a CTA
   int threads;

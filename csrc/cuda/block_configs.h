@@ -15,7 +15,7 @@ namespace fused_rin {
 
 // clang-format off
 template <class T>
-using MmaConfigs = BlockConfigs<
+using MmaConfigs = BlockConfigs<false,
     MmaConfig<T, Math::kMma,  64,  8,  4,  4, 8, 8>,
     MmaConfig<T, Math::kMma,  64, 16,  4,  4, 8, 6>,
     MmaConfig<T, Math::kMma, 128,  8,  4,  8, 8, 8>,
@@ -26,7 +26,7 @@ using MmaConfigs = BlockConfigs<
     MmaConfig<T, Math::kMma, 256, 16,  8, 15, 4, 4>,
     MmaConfig<T, Math::kMma, 384,  8,  8, 14, 2, 2>>;
 
-using Tf32Configs = BlockConfigs<
+using Tf32Configs = BlockConfigs<false,
     MmaConfig<float, Math::kTf32,  64,  8,  4,  8, 8, 8>,
     MmaConfig<float, Math::kTf32, 128,  8,  8, 16, 6, 6>,
     MmaConfig<float, Math::kTf32, 192,  8, 12, 18, 4, 4>,
@@ -34,17 +34,35 @@ using Tf32Configs = BlockConfigs<
 
 // Only where they take less time a row than FMA does: at 128 and 256 they did not (135 and 497 ns against 114 and 620 a
 // row on an H100, and the latter only from 1,056 rows on).
-using Tf32x3Configs = BlockConfigs<
+using Tf32x3Configs = BlockConfigs<false,
     MmaConfig<float, Math::kTf32x3,  64, 16,  4,  8, 4, 4>,
     MmaConfig<float, Math::kTf32x3, 192,  8, 12, 13, 4, 4>>;
 
-using FmaConfigs = BlockConfigs<
+using FmaConfigs = BlockConfigs<false,
     FmaConfig< 64, 1,  4,  4, 8, 8>,
     FmaConfig< 64, 2,  4,  4, 8, 8>,
     FmaConfig< 64, 4,  4,  4, 8, 8>,
     FmaConfig<128, 1,  4,  8, 8, 8>,
     FmaConfig<128, 2,  4,  8, 8, 8>,
     FmaConfig<128, 4,  4,  8, 8, 8>,
+    FmaConfig<192, 1, 12, 12, 8, 8>,
+    FmaConfig<192, 2, 12, 12, 8, 8>,
+    FmaConfig<256, 1,  8,  8, 8, 8>,
+    FmaConfig<256, 2,  8,  8, 6, 6>>;
+
+// Of units with factors of their own: some of the above, each with one loop, the general one.
+template <class T>
+using MmaUnitConfigs = BlockConfigs<true,
+    MmaConfig<T, Math::kMma,  64,  8,  4,  4, 8, 8>,
+    MmaConfig<T, Math::kMma, 128,  8,  4,  8, 8, 8>,
+    MmaConfig<T, Math::kMma, 256,  8,  8, 16, 6, 6>,
+    MmaConfig<T, Math::kMma, 384,  8,  8, 14, 2, 2>>;
+
+using FmaUnitConfigs = BlockConfigs<true,
+    FmaConfig< 64, 1,  4,  4, 8, 8>,
+    FmaConfig< 64, 2,  4,  4, 8, 8>,
+    FmaConfig<128, 1,  4,  8, 8, 8>,
+    FmaConfig<128, 2,  4,  8, 8, 8>,
     FmaConfig<192, 1, 12, 12, 8, 8>,
     FmaConfig<192, 2, 12, 12, 8, 8>,
     FmaConfig<256, 1,  8,  8, 8, 8>,

@@ -282,10 +282,15 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t halves) {
 __device__ __forceinline__ float as_float(uint32_t word) { return __uint_as_float(word); }
 __device__ __forceinline__ uint32_t as_word(float value) { return __float_as_uint(value); }
 
-// ex2, rcp (PTX 9.7.3.20, 9.7.3.12): relative errors of 2^-22 and 2^-23.
+// ex2, lg2, rcp (PTX 9.7.3.20, 9.7.3.18, 9.7.3.12): relative errors of 2^-22, 2^-22 (an absolute one near 1) and 2^-23.
 __device__ __forceinline__ float exp2(float x) {
   float value;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+__device__ __forceinline__ float log2(float x) {
+  float value;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
   return value;
 }
 __device__ __forceinline__ float reciprocal(float x) {

@@ -67,4 +67,75 @@ class Epilogue {
   float floor_;
 };
 
+// The activations of units with factors of their own, and their slopes.
+template <class T>
+class UnitActivation {
+ public:
+  __device__ __forceinline__ explicit UnitActivation(Activation activation) : activation_(activation) {}
+
+  // a = f(a)
+  template <int n>
+  __device__ __forceinline__ void apply(float2 (&a)[n]) const {
+    choose(
+        a, [](float x) { return x; }, [](float x) { return device::max_nan(x, 0.f); },
+        [](float x) { return Tanh<T>::of(x); }, [](float x) { return device::reciprocal(1.f + exp(-x)); }, &softplus,
+        [](float x) { return x < 0.f ? 0.01f * x : x; });
+  }
+
+  // h = f'(a), from h = f(a) alone.
+  template <int n>
+  __device__ __forceinline__ void slope(float2 (&h)[n]) const {
+    choose(
+        h, [](float) { return 1.f; }, [](float y) { return y <= 0.f ? 0.f : 1.f; },
+        [](float y) { return fmaf(-y, y, 1.f); }, [](float y) { return y - y * y; }, &minus_expm1_of_minus,
+        [](float y) { return y <= 0.f ? 0.01f : 1.f; });
+  }
+
+ private:
+  static __device__ __forceinline__ float exp(float x) { return device::exp2(1.44269504f * x); }
+
+  // max(x, 0) + log(1 + e), e = exp(-|x|). In float32 1 + e loses e's last digits; log(u) * e / (u - 1) of what u
+  // became has them (Kahan's, as in Goldberg 1991, doi 10.1145/103162.103163, theorem 4).
+  static __device__ __forceinline__ float softplus(float x) {
+    const float e = exp(-fabsf(x)), u = 1.f + e;
+    const float log = u == 1.f ? e : 0.693147181f * device::log2(u) * (e * device::reciprocal(u - 1.f));
+    return device::max_nan(x, 0.f) + log;
+  }
+
+  // 1 - exp(-y) for y >= 0; of small ones by its series, whose rest is 2^-24 of it.
+  static __device__ __forceinline__ float minus_expm1_of_minus(float y) {
+    float p = fmaf(y, -1.f / 6, 1.f);
+    p = fmaf(y * p, -1.f / 5, 1.f);
+    p = fmaf(y * p, -1.f / 4, 1.f);
+    p = fmaf(y * p, -1.f / 3, 1.f);
+    p = fmaf(y * p, -1.f / 2, 1.f);
+    return y < 0.25f ? y * p : 1.f - exp(-y);
+  }
+
+  template <int n, class None, class Relu, class Tanh_, class Sigmoid, class Softplus, class Leaky>
+  __device__ __forceinline__ void choose(float2 (&a)[n], const None& none, const Relu& relu_, const Tanh_& tanh,
+                                         const Sigmoid& sigmoid, const Softplus& softplus_, const Leaky& leaky) const {
+    const auto each = [&](const auto& f) {
+#pragma unroll
+      for (int p = 0; p < n; ++p) a[p] = {f(a[p].x), f(a[p].y)};
+    };
+    switch (activation_) {
+      case Activation::kNone:
+        return each(none);
+      case Activation::kReLU:
+        return each(relu_);
+      case Activation::kTanh:
+        return each(tanh);
+      case Activation::kSigmoid:
+        return each(sigmoid);
+      case Activation::kSoftplus:
+        return each(softplus_);
+      case Activation::kLeakyReLU:
+        return each(leaky);
+    }
+  }
+
+  Activation activation_;
+};
+
 }  // namespace fused_rin

@@ -39,15 +39,16 @@ double work_cycles(const BlockInstance& kernel, const DeviceLimits& device) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool suits(const BlockInstance& kernel, DType dtype, bool allow_tf32) {
-  return !kernel.backward && kernel.dtype == dtype && kernel.math != (allow_tf32 ? Math::kTf32x3 : Math::kTf32);
+bool suits(const BlockInstance& kernel, DType dtype, bool allow_tf32, bool units) {
+  return !kernel.backward && kernel.units == units && kernel.dtype == dtype &&
+         kernel.math != (allow_tf32 ? Math::kTf32x3 : Math::kTf32);
 }
 
 // Of either direction: a plan is for both.
 int most_shared_bytes(const BlockInstance& forward) {
   for (const BlockInstance& i : block_instances())
-    if (i.backward && i.dtype == forward.dtype && i.math == forward.math && i.hidden == forward.hidden &&
-        i.rows == forward.rows)
+    if (i.backward && i.units == forward.units && i.dtype == forward.dtype && i.math == forward.math &&
+        i.hidden == forward.hidden && i.rows == forward.rows)
       return std::max(forward.shared_bytes, i.shared_bytes);
   return forward.shared_bytes;
 }
@@ -60,7 +61,7 @@ int shared_bytes_of_code(int ptx_version) {
 }
 
 const BlockInstance& plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtype, bool allow_tf32,
-                                const DeviceLimits& device) {
+                                const DeviceLimits& device, bool units) {
   if (dtype == DType::kFloat64) throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
   if (device.major < 8)
     throw std::invalid_argument("the CUDA kernels need compute capability 8.0 or later, this device has " +
@@ -69,7 +70,7 @@ const BlockInstance& plan_block(int64_t batch, int64_t groups, int64_t hidden, D
   std::tuple<double, int, int> least;
   int largest = 0;
   for (const BlockInstance& kernel : block_instances()) {
-    if (!suits(kernel, dtype, allow_tf32)) continue;
+    if (!suits(kernel, dtype, allow_tf32, units)) continue;
     largest = std::max(largest, kernel.hidden);
     const int shared = most_shared_bytes(kernel);
     if (kernel.hidden < hidden || shared > device.shared_bytes_per_block ||

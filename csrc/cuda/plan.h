@@ -18,8 +18,9 @@ struct DeviceLimits {
 // What kernels that were compiled from PTX of this version have of it, the larger ones being empty.
 int shared_bytes_of_code(int ptx_version);
 
-// The forward kernel of the pair. Throws std::invalid_argument, with the reason, where none fits.
+// The forward kernel of the pair; `units`: with factors of their own. Throws std::invalid_argument, with the reason,
+// where none fits.
 const BlockInstance& plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtype, bool allow_tf32,
-                                const DeviceLimits& device);
+                                const DeviceLimits& device, bool units = false);
 
 }  // namespace fused_rin

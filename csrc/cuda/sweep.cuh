@@ -19,6 +19,9 @@
 // The skip term is added in float32, not fed to the tensor core as its accumulator: that one truncates, once per
 // k-step, an error of the size of x's last bit that would all go in one direction.
 //
+// Units with factors of their own (kUnits; problem.h): what is multiplied, x, and what is carried, a, differ then, as
+// may what is written. The loop is the general one; out is written from registers.
+//
 // All rows of a block share the time t. A row that is past its length, or running down not yet within it, holds what
 // it has: the state, or backward the gradient of the state.
 #pragma once
@@ -30,28 +33,34 @@
 #include "schedule.cuh"
 #include "share.cuh"
 #include "state.cuh"
+#include "units.cuh"
 
 namespace fused_rin {
 
-// A block's shared memory: two buffers of the state, what of the matrix is not in registers, the ring, the schedule.
-template <class Config, bool kBackward>
+// A block's shared memory: two buffers of the state, what of the matrix is not in registers, the ring, the schedule,
+// the factors of the units.
+template <class Config, bool kBackward, bool kUnits>
 struct Layout {
   static constexpr int kSlots = kBackward ? Config::kSlotsBackward : Config::kSlotsForward;
-  static constexpr int kSlotBytes = (kBackward ? 2 : 1) * Config::kStateBytes;  // in, and backward saved
+  // in, and backward saved; of units forward noise
+  static constexpr int kSlotBytes = (kBackward || kUnits ? 2 : 1) * Config::kStateBytes;
   static constexpr int kRing = 2 * Config::kStateBytes + Config::kMatrixBytes;
   static constexpr int kSchedule = kRing + kSlots * kSlotBytes;
-  static constexpr int kBytes = kSchedule + Schedule<Config::kRows, kSlots>::kBytes;
+  static constexpr int kFactors = kSchedule + Schedule<Config::kRows, kSlots>::kBytes;
+  static constexpr int kBytes = kFactors + (kUnits ? 8 * Config::kHidden : 0);
   static_assert(kSlots >= 2, "one that is read, one that is filled");
 };
 
-template <class Config, class Product, bool kBackward>
+template <class Config, class Product, bool kBackward, bool kUnits>
 __device__ __forceinline__ void sweep(const Problem& problem) {
   using T = typename Config::T;
   using E = Element<T>;
   using Pair = typename E::Pair;
-  using Places = Layout<Config, kBackward>;
+  using Places = Layout<Config, kBackward, kUnits>;
   constexpr int kPairs = Product::kPairs, kColumns = Product::kColumns, kTogether = Product::kTogether;
   constexpr int kSlots = Places::kSlots;
+  constexpr bool kTileIsOutput = Product::kStateIsOutput && !kUnits;
+  using UnitsOrNone = std::conditional_t<kUnits, UnitStep<Config, Product, kBackward>, NoUnits>;
   using Group = Pairs<Pair, kTogether>;
 
   const uint32_t block = static_cast<uint32_t>(device::block_idx());  // fewer than 2^31: see launch.h
@@ -85,6 +94,14 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     return problem.offsets ? device::load_global(problem.offsets + t) : t * problem.batch;
   };
 
+  const auto without_padding = [&](int p, Pair pair) {
+    const int units = share.hidden - static_cast<int>(problem.padding);
+    return E::both(pair, E::mask(share.neuron(p) < units, share.neuron(p) + 1 < units));
+  };
+  const auto initial = [&](int p) {
+    return device::load_if(problem.initial && share.owns(p), at(problem.initial, share.tile + share.offset(p)));
+  };
+
   // ---- the state before the first step: h0; backward 0, and the gradient of h_n carried beside it
   const float skip = static_cast<float>(problem.skip);
   Pair x[kPairs];    // the state as tensors hold it
@@ -107,6 +124,15 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     x[p] = kBackward ? Pair{} : given;
     a[p] = E::unpack(given);
   }
+  const UnitsOrNone units(problem, shared, Places::kFactors, share);
+  Pair values[kUnits ? kPairs : 1] = {};  // of act in the last step
+  if constexpr (kUnits && !kBackward) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) x[p] = without_padding(p, units.multiplied(x[p]));
+  }
+  // What is written of the last step, and beside it.
+  const auto written = [&](int p) { return kUnits && !kBackward && units.current ? E::pack(a[p]) : x[p]; };
+  const auto beside = [&](int p) { return kBackward ? E::pack(a[p]) : values[kUnits ? p : 0]; };
   store_state(Product::in_state(share.thread), true);
   store_state(Product::in_state(share.thread) + Config::kStateBytes, true);
 
@@ -134,7 +160,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     // Where the first of what the thread carries is in the rows of the step to fetch, and of the step to write.
     const int64_t step_bytes = device::opaque(problem.batch * row_bytes), stride = down ? -step_bytes : step_bytes;
     const int64_t first_in = share.tile + carry.offset(0);
-    const int64_t first_out = Product::kStateIsOutput ? first_in : share.tile + share.offset(0);
+    const int64_t first_out = kTileIsOutput ? first_in : share.tile + share.offset(0);
     const int64_t start = stop > 0 ? row_at(time(0)) * row_bytes : 0;
     int64_t read_at = first_in + start, write_at = first_out + start - stride;
     const auto fetch = [&](int s, uint32_t slot, const auto& row_of) {
@@ -153,9 +179,12 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
         const uint32_t to = Places::kRing + slot + carry.in_tile(i);
         device::cp_async<16>(shared, to, static_cast<const char*>(problem.in) + read_at + carry.further(i),
                              active && (!kBackward || problem.in));
-        if constexpr (kBackward)
+        if constexpr (kBackward || kUnits) {
+          const void* const second = kBackward ? problem.saved : problem.noise;
           device::cp_async<16>(shared, to + Config::kStateBytes,
-                               static_cast<const char*>(problem.saved) + read_at + carry.further(i), active);
+                               static_cast<const char*>(second) + read_at + carry.further(i),
+                               active && (kBackward || second));
+        }
       }
       read_at += stride;
       device::cp_async_commit();
@@ -175,7 +204,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       for (int p = 0; p < kPairs; p += kTogether) {
         const uint32_t place = here + Product::in_state_step(p);
         const Group in = shared.template load<Group>(place);
-        const Group was = kBackward ? shared.template load<Group>(place + Config::kStateBytes) : Group{};
+        const Group was = kBackward || kUnits ? shared.template load<Group>(place + Config::kStateBytes) : Group{};
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) next_in[p + i] = in.pair[i], next_saved[p + i] = was.pair[i];
       }
@@ -189,6 +218,22 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     device::cp_async_wait<kSlots - 2>();
     device::sync_block();
     look(0, 0);
+    // A state that does not cross into the next step is 0: where act of it is multiplied, that is act(0), and has to be
+    // there before the product.
+    const bool drops = kUnits && !kBackward && units.current && cuts;
+    const auto drop_states = [&] {
+      if constexpr (kUnits && !kBackward) {
+        const Pair of_zero = units.multiplied(Pair{});
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          if (drops && next_cut[Product::column(p)]) x[p] = without_padding(p, of_zero);
+        }
+      }
+    };
+    if constexpr (kUnits) {
+      if (stop > 0) drop_states();
+      if (drops) store_state(own);
+    }
 
     // a = in + factor * state + x M. Backward the first state is the gradient of h_n, which counts once: until a row's
     // first step. Where all rows begin at once there is one factor.
@@ -226,7 +271,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
           write_at = first_out + (s > 0 ? schedule.row(s - 1) * row_bytes : 0);
           schedule.fetch_row(s, stop, time);
         }
-        if constexpr (Product::kStateIsOutput) {
+        if constexpr (kTileIsOutput) {
 #pragma unroll
           for (int i = 0; i < kPieces; ++i) {
             if (!carry.has(i)) continue;
@@ -237,10 +282,15 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
           }
         } else {
 #pragma unroll
-          for (int p = 0; p < kPairs; ++p)
-            device::store_global_if(
-                time(s - 1) < limit[Product::column(p)] && share.owns(p),
-                reinterpret_cast<Pair*>(static_cast<char*>(problem.out) + write_at + share.further(p)), x[p]);
+          for (int p = 0; p < kPairs; ++p) {
+            const bool wanted = time(s - 1) < limit[Product::column(p)] && share.owns(p);
+            const int64_t here = write_at + share.further(p);
+            device::store_global_if(wanted, reinterpret_cast<Pair*>(static_cast<char*>(problem.out) + here),
+                                    written(p));
+            if constexpr (kUnits)
+              device::store_global_if(wanted && problem.aside,
+                                      reinterpret_cast<Pair*>(static_cast<char*>(problem.aside) + here), beside(p));
+          }
         }
         write_at += stride;
         fetch(s + kSlots, slot, staged_row);
@@ -253,6 +303,31 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       else
         product.multiply(buffer, sum, [&] { prepare(), carry_on(); }, [] {});
 
+      if constexpr (kUnits) {
+        const bool last = kBackward && s == stop;
+        if (last && units.current) {
+#pragma unroll
+          for (int p = 0; p < kPairs; ++p) next_saved[p] = initial(p);
+        }
+        bool first[kColumns];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          first[c] = !begun[c];
+          begun[c] = begun[c] || last || time(s) < limit[c];
+        }
+        units.apply(sum, values, next_in, next_saved, a, first, next_cut, drops, last,
+                    [&](int p, float2 carried, float2 times) {
+                      if (last || time(s) < limit[Product::column(p)])
+                        a[p] = carried, x[p] = without_padding(p, E::pack(times));
+                    });
+        if (last) return;
+        look(s + 1, slot);
+        if (s + 1 < stop) drop_states();
+        buffer ^= Config::kStateBytes;
+        store_state(buffer + own);
+        if (kSlots == 2) device::cp_async_wait<0>();
+        continue;
+      }
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
         if (Product::kSumInside)
@@ -287,10 +362,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
           x[p] = begun[Product::column(p)] ? E::pack(a[p]) : Pair{};
         }
         if (problem.padding) {  // stays 0: an infinite state would make NaN of it
-          const int units = share.hidden - static_cast<int>(problem.padding);
 #pragma unroll
-          for (int p = 0; p < kPairs; ++p)
-            x[p] = E::both(x[p], E::mask(share.neuron(p) < units, share.neuron(p) + 1 < units));
+          for (int p = 0; p < kPairs; ++p) x[p] = without_padding(p, x[p]);
         }
       }
       buffer ^= Config::kStateBytes;
@@ -299,8 +372,11 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       if (kSlots == 2) device::cp_async_wait<0>();
     }
   };
-  const bool plain = problem.activation != Activation::kNone && !problem.lengths && !problem.resets && !problem.padding;
-  if (plain && problem.activation == Activation::kReLU)
+  const bool plain =
+      !kUnits && problem.activation != Activation::kNone && !problem.lengths && !problem.resets && !problem.padding;
+  if constexpr (kUnits)
+    run(std::false_type{}, std::false_type{});
+  else if (plain && problem.activation == Activation::kReLU)
     run(std::true_type{}, std::false_type{});
   else if (plain)
     run(std::true_type{}, std::true_type{});
@@ -316,13 +392,20 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   for (int p = 0; p < kPairs; ++p) {
     if (!again.owns(p)) continue;
     const uint32_t steps = length(again.row(p));
-    if (!kBackward && stop > 0 && last < steps)
-      device::store_global(at(problem.out, last_bytes + again.offset(p)), x[p]);
-    device::store_global(at(problem.state_out, again.tile + again.offset(p)), kBackward ? E::pack(a[p]) : x[p]);
+    const bool writes = !kBackward && stop > 0 && last < steps;
+    if (writes) device::store_global(at(problem.out, last_bytes + again.offset(p)), written(p));
+    if constexpr (kUnits) {
+      if (writes && problem.aside) device::store_global(at(problem.aside, last_bytes + again.offset(p)), beside(p));
+    }
+    device::store_global(at(problem.state_out, again.tile + again.offset(p)),
+                         kBackward || kUnits ? E::pack(a[p]) : x[p]);
     if (!problem.lengths || problem.offsets) continue;
 #pragma unroll 1
-    for (int64_t t = steps; t < problem.steps; ++t)
-      device::store_global(at(problem.out, again.tile + t * problem.batch * again.row_bytes + again.offset(p)), Pair{});
+    for (int64_t t = steps; t < problem.steps; ++t) {
+      const int64_t here = again.tile + t * problem.batch * again.row_bytes + again.offset(p);
+      device::store_global(at(problem.out, here), Pair{});
+      if (kUnits && problem.aside) device::store_global(at(problem.aside, here), Pair{});
+    }
   }
 }
 

@@ -227,6 +227,7 @@ inline uint32_t opaque(uint32_t word) { return word; }
 inline int64_t opaque(int64_t value) { return value; }
 inline const char* opaque(const char* address) { return address; }
 inline float exp2(float x) { return std::exp2(x); }
+inline float log2(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float max_nan(float a, float b) { return a != a || b != b ? as_float(0x7fffffff) : a > b ? a : b; }
 

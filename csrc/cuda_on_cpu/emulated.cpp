@@ -15,13 +15,13 @@ int emulate_block(const Problem* problem, int math, int hidden, int rows, int se
                  [&] { launch_block(*problem, static_cast<Math>(math), hidden, rows, seed, nullptr); });
 }
 
-// Seven integers per instance: dtype, math, backward, hidden, rows, threads, shared bytes. Returns their number.
+// Eight integers per instance: dtype, math, backward, units, hidden, rows, threads, shared bytes. Returns their number.
 int emulated_instances(int32_t* values, int capacity) {
   int n = 0;
   for (const BlockInstance& i : block_instances()) {
     if (n++ >= capacity) continue;
-    for (const int value : {static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward), i.hidden,
-                            i.rows, i.threads, i.shared_bytes})
+    for (const int value : {static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward),
+                            static_cast<int>(i.units), i.hidden, i.rows, i.threads, i.shared_bytes})
       *values++ = value;
   }
   return n;
@@ -29,11 +29,11 @@ int emulated_instances(int32_t* values, int capacity) {
 
 // The plan for processes without Python. `device`: capability's two numbers, SMs, shared bytes of a block, registers of
 // an SM. Fills in math, hidden and rows and returns 0, or 1 where there is no plan.
-int emulated_plan(int64_t batch, int64_t groups, int64_t hidden, int dtype, int allow_tf32, const int32_t* device,
-                  int32_t* chosen) {
+int emulated_plan(int64_t batch, int64_t groups, int64_t hidden, int dtype, int allow_tf32, int units,
+                  const int32_t* device, int32_t* chosen) {
   try {
     const BlockInstance& kernel = plan_block(batch, groups, hidden, static_cast<DType>(dtype), allow_tf32 != 0,
-                                             {device[0], device[1], device[2], device[3], device[4]});
+                                             {device[0], device[1], device[2], device[3], device[4]}, units != 0);
     chosen[0] = static_cast<int>(kernel.math);
     chosen[1] = kernel.hidden;
     chosen[2] = kernel.rows;

@@ -24,8 +24,14 @@ void run(const Problem& p, int64_t rows, int) {
       {"state_in", p.state_in, bytes(p.batch * row), false},
       {"out", p.out, bytes(rows * row), true},
       {"state_out", p.state_out, bytes(p.batch * row), true},
+      {"skips", p.skips, bytes(p.groups * p.hidden * 4), false},
+      {"gains", p.gains, bytes(p.groups * p.hidden * 4), false},
+      {"initial", p.initial, bytes(p.batch * row), false},
+      {"noise", p.noise, bytes(rows * row), false},
+      {"aside", p.aside, bytes(rows * row), true},
   };
-  const BlockInstance& kernel = plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, false, kH200);
+  const BlockInstance& kernel =
+      plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, false, kH200, p.skips != nullptr);
   launch_block(p, kernel.math, kernel.hidden, kernel.rows, 0, nullptr);
 }
 
@@ -39,4 +45,5 @@ STABLE_TORCH_LIBRARY(fused_rin_fibres, library) { fused_rin::operators::define_s
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rin_fibres, CompositeExplicitAutograd, library) {
   fused_rin::operators::implement_sweeps<fused_rin::operators::kFibres>(library);
+  fused_rin::operators::implement_units<fused_rin::operators::kFibres>(library);
 }

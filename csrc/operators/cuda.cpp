@@ -57,9 +57,10 @@ void* stream(int device) {
 
 // In float32's own accuracy: torch's switch for TF32 is not part of its stable ABI.
 void run(const Problem& p, int64_t, int device) {
-  check(p.activation <= Activation::kTanh, "there is no CUDA kernel for activations but relu, tanh and none");
-  const BlockInstance& kernel =
-      plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, /*allow_tf32=*/false, limits(device));
+  check(p.skips || p.activation <= Activation::kTanh,
+        "there is no CUDA kernel for activations but relu, tanh and none");
+  const BlockInstance& kernel = plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, /*allow_tf32=*/false,
+                                           limits(device), /*units=*/p.skips != nullptr);
   launch_block(p, kernel.math, kernel.hidden, kernel.rows, device, stream(device));
 }
 
@@ -71,4 +72,5 @@ constexpr Device kCuda{"cuda", [](const Tensor& tensor) { return tensor.is_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rin, CUDA, library) {
   fused_rin::operators::implement_sweeps<fused_rin::operators::kCuda>(library);
+  fused_rin::operators::implement_units<fused_rin::operators::kCuda>(library);
 }

@@ -101,7 +101,8 @@ class Readable {
   // In the type that sums have.
   const void* scalars(const Tensor& tensor, const char* name, const Shape& shape) {
     const bool wide = states_.scalar_type() == ScalarType::Double;
-    return kept(checked(tensor, name, shape, wide ? ScalarType::Double : ScalarType::Float));
+    const Tensor plain = checked(tensor, name, shape, wide ? ScalarType::Double : ScalarType::Float);
+    return kept(padding_ ? torch::stable::pad(plain, Shape{0, padding_}) : plain);
   }
 
   const int64_t* numbers(const Optional& tensor, const char* name, const Shape& shape) {
@@ -227,13 +228,13 @@ UnitsResult sweep(const Sweep& s, const Units* units, const Device& device) {
     if (p.form == Form::kCurrent && backward) p.initial = readable.units(*units->h0, "h0", state);
   }
   Written out(s.states, shape, split, p.padding), state_out(s.states, state, state, p.padding);
-  Tensor aside = torch::stable::new_empty(s.states, aside_shape);
+  Written aside(s.states, aside_shape, outside ? split : aside_shape, outside ? p.padding : 0);
   p.out = out.address();
   p.state_out = state_out.address();
-  if (outside) p.aside = aside.data_ptr();
+  if (outside) p.aside = aside.address();
   p.hidden += p.padding;
   device.run(p, s.offsets ? rows[0] : p.steps * p.batch, s.states.get_device());
-  return {out.tensor(), state_out.tensor(), aside};
+  return {out.tensor(), state_out.tensor(), aside.tensor()};
 }
 
 }  // namespace fused_rin::operators

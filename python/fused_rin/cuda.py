@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fused_rin import cuda_plan, native
 from fused_rin.device import Device, NoPlan, aligned, allow_tf32, device_record, launches
-from fused_rin.problem import ACTIVATIONS, Rows, Rule
+from fused_rin.problem import ACTIVATIONS, FORMS, Rows, Rule, Units
 
 # Missing where it was built without nvcc.
 _cuda, _missing = native.load(
@@ -19,7 +19,8 @@ _cuda, _missing = native.load(
 )
 
 name = "cuda"
-activations, forms = frozenset({"none", "relu", "tanh"}), frozenset[str]()
+activations, forms = frozenset(ACTIVATIONS), frozenset(FORMS)
+_OWN = frozenset({"none", "relu", "tanh"})  # activations of the kernels without units' factors
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype, hidden: int | None = None) -> str | None:
@@ -58,15 +59,30 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _plan(batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device) -> cuda_plan.BlockPlan:
-    return cuda_plan.plan(batch, groups, hidden, dtype, _runnable(_index(device), _cuda), allow_tf32=allow_tf32())
+def has_factors(activation: str, form: str | None) -> bool:
+    """Whether such a rule is run by the kernels for units with factors of their own."""
+    return form is not None or activation not in _OWN
+
+
+def _plan(
+    batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device, units: bool = False
+) -> cuda_plan.BlockPlan:
+    record = _runnable(_index(device), _cuda)
+    return cuda_plan.plan(batch, groups, hidden, dtype, record, allow_tf32=allow_tf32(), units=units)
 
 
 def describe(
-    steps: int, batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device | str = "cuda"
+    steps: int,
+    batch: int,
+    groups: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cuda",
+    *,
+    units: bool = False,
 ) -> str:
-    """The plan for a problem, in words; raises NoPlan where there is none."""
-    return _plan(batch, groups, hidden, dtype, torch.device(device)).describe()
+    """The plan for a problem, in words; raises NoPlan where there is none. `units`: with factors of their own."""
+    return _plan(batch, groups, hidden, dtype, torch.device(device), units).describe()
 
 
 def _whole(tensor: Tensor | None, padding: int, sides: int = 1) -> Tensor | None:
@@ -97,34 +113,53 @@ def _sweep(
     rows: Rows,
     rule: Rule,
     out: Tensor | None,
+    units: Units | None,
+    initial: Tensor | None = None,
+    aside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     groups, hidden = weight.shape[:2]
     steps, batch = rows.sizes(like)
     record, index, stream = _place(like)
-    kernel = cuda_plan.plan(batch, groups, hidden, like.dtype, record, allow_tf32=allow_tf32()).kernel
+    if units is None and has_factors(rule.activation, None):
+        factors = torch.full((groups, hidden), rule.skip, dtype=torch.float32, device=like.device)
+        units = Units("inside", factors)
+    kernel = cuda_plan.plan(
+        batch, groups, hidden, like.dtype, record, allow_tf32=allow_tf32(), units=units is not None
+    ).kernel
     if out is None:
         out = like.new_empty(like.shape)
     padding = -hidden % (16 // like.element_size())
-    target = out
+    target, beside = out, aside
+    noise = None if units is None else units.noise
     if padding:
         split = (*like.shape[: 2 if rows.offsets is None else 1], groups, hidden)
-        in_, saved = (None if t is None else t.view(split) for t in (in_, saved))
+        in_, saved, noise = (None if t is None else t.view(split) for t in (in_, saved, noise))
         target = like.new_empty(*split[:-1], hidden + padding)
+        beside = None if aside is None else like.new_empty(target.shape)
     elif out.data_ptr() % 16:
         target = torch.empty_like(out)
     in_, saved, state_in = _whole(in_, padding), _whole(saved, padding), _whole(state_in, padding)
     weight = _whole(weight, padding, sides=2)  # type: ignore[assignment]
     resets = _whole_words(rows.resets)
     state_out = like.new_empty(batch, groups, hidden + padding)
-    _cuda.sweep_block(
+    problem = (
         (steps, batch, groups, hidden + padding),
         (cuda_plan.DTYPES[like.dtype], ACTIVATIONS[rule.activation], saved is not None, rule.skip, rule.num_reversed),
         (_address(rows.lengths), _address(rows.offsets), _address(resets)),
         (_address(weight), _address(in_), _address(saved), _address(state_in), _address(target), _address(state_out)),
-        (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, padding), index, stream,
     )  # fmt: skip
+    where = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, padding), index, stream
+    if units is None:
+        _cuda.sweep_block(*problem, *where)
+    else:
+        skip, gain = _whole(units.skip, padding), _whole(units.gain, padding)
+        initial, noise = _whole(initial, padding), _whole(noise, padding)
+        addresses = map(_address, (skip, gain, initial, noise, beside))
+        _cuda.sweep_block_of_units(*problem, (FORMS[units.form], *addresses), *where)
     if padding:
         out.view(split).copy_(target[..., :hidden])
+        if aside is not None and beside is not None:
+            aside.view(split).copy_(beside[..., :hidden])
         state_out = state_out[..., :hidden].contiguous()
     elif target is not out:
         out.copy_(target)
@@ -132,21 +167,39 @@ def _sweep(
 
 
 def forward(
-    pre: Tensor, weight: Tensor, h0: Tensor | None, rows: Rows, rule: Rule, *, out: Tensor | None = None
+    pre: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    rows: Rows,
+    rule: Rule,
+    *,
+    out: Tensor | None = None,
+    units: Units | None = None,
+    aside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The forward sweep; shapes and meaning as in `fused_rin.reference.forward`, all tensors contiguous.
 
     Rows that are not whole 16 bytes (an odd hidden size, say) cost a padded copy of `pre` and one of the output. Raises
     NoPlan where no kernel fits.
     """
-    return _sweep(pre, None, h0, weight, pre, rows, rule, out)
+    return _sweep(pre, None, h0, weight, pre, rows, rule, out, units, aside=aside)
 
 
 def backward(
-    grad_out: Tensor | None, grad_h_n: Tensor | None, weight: Tensor, out: Tensor, rows: Rows, rule: Rule
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    weight: Tensor,
+    saved: Tensor,
+    rows: Rows,
+    rule: Rule,
+    *,
+    units: Units | None = None,
+    h0: Tensor | None = None,
+    aside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The backward sweep; shapes and meaning as in `fused_rin.reference.backward`, all tensors contiguous.
 
     Raises NoPlan where no kernel fits.
     """
-    return _sweep(grad_out, out, grad_h_n, weight, out, rows, rule, None)
+    initial = h0 if units is not None and units.form == "current" else None
+    return _sweep(grad_out, saved, grad_h_n, weight, saved, rows, rule, None, units, initial, aside)

@@ -44,6 +44,11 @@ _TABLES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
         (256, 1, 8, 8, 8, 8), (256, 2, 8, 8, 6, 6),
     ),
 }  # fmt: skip
+# (hidden, batch rows) of those that are compiled for units with factors of their own too.
+_UNIT_TABLES: dict[str, tuple[tuple[int, int], ...]] = {
+    "mma": ((64, 8), (128, 8), (256, 8), (384, 8)),
+    "fma": ((64, 1), (64, 2), (128, 1), (128, 2), (192, 1), (192, 2), (256, 1), (256, 2)),
+}
 
 # Cycles that one mma.sync (m16n8k16 of 16-bit types, m16n8k8 of tf32) occupies one of an SM's four tensor cores, by
 # compute capability. sm_80: 1,024 FMA per clock and SM. sm_90: measured on an H100, two thirds of 2,048.
@@ -66,6 +71,7 @@ class Kernel:
     register_parts: int
     forward_slots: int
     backward_slots: int
+    units: bool = False  # with factors of their own
 
     @property
     def element_bytes(self) -> int:
@@ -83,11 +89,12 @@ class Kernel:
         return (parts - self.register_parts) * per_thread * 16 * self.threads
 
     def shared_bytes(self, *, backward: bool) -> int:
-        """Of a block: the state twice, what of the matrix is there, the ring, and what is staged of the layout."""
+        """Of a block: the state twice, what of the matrix is there, the ring, what is staged, the units' factors."""
         state = self.rows * (self.hidden * self.element_bytes + 64) + self.rows // 2 * 32
         slots = self.backward_slots if backward else self.forward_slots
         schedule = 4 * slots * 8 + -(-slots * self.rows * 4 // 16) * 16
-        return self.matrix_shared_bytes + (2 + slots * (1 + backward)) * state + schedule
+        tiles, factors = 1 + (backward or self.units), 8 * self.hidden * self.units
+        return self.matrix_shared_bytes + (2 + slots * tiles) * state + schedule + factors
 
     @property
     def most_shared_bytes(self) -> int:
@@ -114,6 +121,7 @@ class Kernel:
 
 
 KERNELS = tuple(Kernel(math, *columns) for math, table in _TABLES.items() for columns in table)
+UNIT_KERNELS = tuple(replace(k, units=True) for k in KERNELS if (k.hidden, k.rows) in _UNIT_TABLES.get(k.math, ()))
 
 
 @dataclass(frozen=True)
@@ -135,14 +143,15 @@ class BlockPlan:
             "tf32x3": "tensor cores, three TF32 products for float32 accuracy",
             "fma": "float32 FMA",
         }[k.math]
-        where = "registers"
+        where, of_units = "registers", ", units with factors of their own" if k.units else ""
         if k.matrix_shared_bytes:
             total = k.hidden**2 * k.element_bytes
             where = f"registers ({100 * (1 - k.matrix_shared_bytes / total):.0f}%) and shared memory"
         return (
             f"block plan on {self.device}: {self.blocks} CTA(s) of {k.threads} threads for {self.sms} SMs, "
-            f"{k.rows} batch row(s) each, matrix padded to {k.hidden} x {k.hidden} in {where}, {arithmetic}, one "
-            f"barrier a step; about {self.estimated_cycles:.0f} cycles a step by the model (not a measurement)"
+            f"{k.rows} batch row(s) each, matrix padded to {k.hidden} x {k.hidden} in {where}, {arithmetic}, "
+            f"one barrier a step{of_units}; about {self.estimated_cycles:.0f} cycles a step by the model (not a "
+            "measurement)"
         )
 
 
@@ -200,11 +209,19 @@ def _resident(kernel: Kernel, device: Device) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    batch: int, groups: int, hidden: int, dtype: torch.dtype, device: Device, *, allow_tf32: bool = False
+    batch: int,
+    groups: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    allow_tf32: bool = False,
+    units: bool = False,
 ) -> BlockPlan:
     """The fastest kernel, by the model, for `groups` recurrences of `hidden` units over `batch` rows.
 
-    `allow_tf32`: torch's setting for float32 matrix products; without it float32 means float32 accuracy.
+    `allow_tf32`: torch's setting for float32 matrix products; without it float32 means float32 accuracy. `units`: with
+    factors of their own.
     Raises NoPlan, with the reason and an alternative, where no kernel fits.
     """
     if dtype not in DTYPES:
@@ -221,9 +238,10 @@ def plan(
         maths: tuple[str, ...] = ("mma",)
     else:
         maths = ("fma", "tf32") if allow_tf32 else ("fma", "tf32x3")
-    wide_enough = [k for k in KERNELS if k.math in maths and k.hidden >= hidden]
+    compiled = [k for k in (UNIT_KERNELS if units else KERNELS) if k.math in maths]
+    wide_enough = [k for k in compiled if k.hidden >= hidden]
     if not wide_enough:
-        largest = max(k.hidden for k in KERNELS if k.math in maths)
+        largest = max(k.hidden for k in compiled)
         raise NoPlan(
             f"the block plan keeps U in one SM and is compiled for hidden sizes up to {largest} in {dtype}, got "
             f"{hidden}; use backend='triton', or split the layer into heads of at most {largest} units"

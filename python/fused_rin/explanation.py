@@ -245,4 +245,8 @@ def _plan(call: _Call, chosen: backends.Backend, kernel: str) -> str:
         return _loop(call)
     if kernel == "layer":
         return cpu.describe(*size, call.input_size)
+    if chosen.name == "cuda":
+        from fused_rin import cuda  # not before a GPU is asked about
+
+        return cuda.describe(*size, units=cuda.has_factors(call.activation, call.form))
     return chosen.describe(*size)

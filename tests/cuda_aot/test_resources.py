@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 from fused_rin import cuda_plan
 
+from benchmarks.gpu import predict
 from benchmarks.gpu.cubins import Resources, compiler_release, cubins, readable
 from tools import cuda_toolkit
 
@@ -36,7 +37,7 @@ EMPTY = 16  # registers that a kernel without a body may take
 SHORT_OF_REGISTERS = {
     86: ("float16 mma 192x8",),
     89: ("bfloat16 mma 192x8",),
-    100: ("float16 mma 384x8", "float32 tf32x3 192x8", "float32 tf32 256x8"),
+    100: ("float16 mma 384x8", "float16 units-mma 384x8", "float32 tf32x3 192x8", "float32 tf32 256x8"),
     120: ("bfloat16 mma 192x8", "float32 tf32 128x8"),
 }
 
@@ -79,9 +80,7 @@ def find_nvcc() -> str:
 
 
 def kernel_of(name: str) -> cuda_plan.Kernel:
-    _, math, size, _ = name.split()
-    hidden, rows = map(int, size.split("x"))
-    return next(k for k in cuda_plan.KERNELS if (k.math, k.hidden, k.rows) == (math, hidden, rows))
+    return predict.kernel_of(name)
 
 
 def can_run(name: str, arch: int) -> bool:
@@ -91,8 +90,8 @@ def can_run(name: str, arch: int) -> bool:
 
 def every_kernel() -> set[str]:
     return {
-        f"{dtype} {k.math} {k.hidden}x{k.rows} {direction}"
-        for k in cuda_plan.KERNELS
+        f"{dtype} {'units-' * k.units}{k.math} {k.hidden}x{k.rows} {direction}"
+        for k in (*cuda_plan.KERNELS, *cuda_plan.UNIT_KERNELS)
         for dtype in (("bfloat16", "float16") if k.math == "mma" else ("float32",))
         for direction in ("forward", "backward")
     }
@@ -192,6 +191,7 @@ def instantiations(kernels: tuple[str, ...]) -> str:
     for kernel in kernels:
         dtype, math, size = kernel.split()
         element = {"float32": "float", "bfloat16": "T", "float16": "T"}[dtype]
+        units, math = str(math.startswith("units-")).lower(), math.removeprefix("units-")
         math_name = {"mma": "kMma", "tf32": "kTf32", "tf32x3": "kTf32x3"}[math]
         columns = r",\s*".join(size.split("x"))
         found = re.search(rf"MmaConfig<{element}, Math::{math_name},\s*{columns},[^>]*>", configs)
@@ -199,7 +199,7 @@ def instantiations(kernels: tuple[str, ...]) -> str:
         tag = {"bfloat16": "BFloat16", "float16": "Float16"}.get(dtype, "")
         config = found.group().replace("<T,", f"<device::{tag},")
         for backward in ("false", "true"):
-            lines.append(f"template __global__ void block_sweep<{config}, {backward}>(const Problem);")
+            lines.append(f"template __global__ void block_sweep<{config}, {backward}, {units}>(const Problem);")
     return "\n".join([*lines, "}", ""])
 
 

@@ -31,10 +31,19 @@ class NativeOnFibres:
         self.kernels: set[tuple[int, int, int]] = set()
 
     def sweep_block(self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, kernel: Any, *_: Any) -> None:
+        self.run(sizes, rule, row_tensors, tensors, (0,) * 6, kernel)
+
+    def sweep_block_of_units(
+        self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, units: Any, kernel: Any, *_: Any
+    ) -> None:
+        self.run(sizes, rule, row_tensors, tensors, units, kernel)
+
+    def run(self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, units: Any, kernel: Any) -> None:
         steps, batch, groups, hidden = sizes
         dtype, activation, backward, skip, reversed_ = rule
         lengths, offsets, resets = row_tensors
         weight, in_, saved, state_in, out, state_out = tensors
+        form, skips, gains, initial, noise, aside = units
         math, padded, rows, padding = kernel
         size = 4 if dtype == 0 else 2
         row_count = self.rows_of(steps, batch, lengths, offsets)
@@ -49,10 +58,16 @@ class NativeOnFibres:
             "state_in": (state_in, batch * row_bytes, False),
             "out": (out, row_count * row_bytes, True),
             "state_out": (state_out, batch * row_bytes, True),
+            "skips": (skips, groups * hidden * 4, False),
+            "gains": (gains, groups * hidden * 4, False),
+            "initial": (initial, batch * row_bytes, False),
+            "noise": (noise, row_count * row_bytes, False),
+            "aside": (aside, row_count * row_bytes, True),
         }
         problem = Problem(
             steps, batch, groups, hidden, reversed_, dtype, activation, backward, skip, lengths, offsets, resets,
-            weight, in_, saved, state_in, out, state_out, padding,
+            weight, in_, saved, state_in, out, state_out, padding, 0, 0, 0, False, form, skips, gains, initial, noise,
+            aside,
         )  # fmt: skip
         self.kernels.add((math, padded, rows))
         self.machine.run_block(problem, math, padded, rows, self.seed, extents)

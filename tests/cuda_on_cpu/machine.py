@@ -38,6 +38,11 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("lengths", "offsets", "resets", "weight", "in_", "saved")),
         *((name, ctypes.c_void_p) for name in ("state_in", "out", "state_out")),
         ("padding", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("transitions", "plane")),
+        ("inner", ctypes.c_void_p),
+        ("scalar_states", ctypes.c_bool),
+        ("form", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("skips", "gains", "initial", "noise", "aside")),
     ]
 
 
@@ -100,20 +105,27 @@ class Machine:
         self.library = build()
 
     def plan(
-        self, batch: int, groups: int, hidden: int, dtype: int, allow_tf32: bool, device: tuple[int, ...]
+        self,
+        batch: int,
+        groups: int,
+        hidden: int,
+        dtype: int,
+        allow_tf32: bool,
+        device: tuple[int, ...],
+        units: bool = False,
     ) -> tuple[int, int, int] | None:
         """(math, hidden, rows) that processes without Python choose, or None where no kernel fits."""
         call, chosen = self.library.emulated_plan, (ctypes.c_int32 * 3)()
-        call.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_int] * 2, *[ctypes.POINTER(ctypes.c_int32)] * 2]
-        failed = call(batch, groups, hidden, dtype, allow_tf32, (ctypes.c_int32 * 5)(*device), chosen)
+        call.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_int] * 3, *[ctypes.POINTER(ctypes.c_int32)] * 2]
+        failed = call(batch, groups, hidden, dtype, allow_tf32, units, (ctypes.c_int32 * 5)(*device), chosen)
         return None if failed else tuple(chosen)
 
     def instances(self) -> list[tuple[int, ...]]:
-        """(dtype, math, backward, hidden, rows, threads, shared bytes) of every compiled kernel."""
+        """(dtype, math, backward, units, hidden, rows, threads, shared bytes) of every compiled kernel."""
         count = self.library.emulated_instances(None, 0)
-        values = (ctypes.c_int32 * (7 * count))()
+        values = (ctypes.c_int32 * (8 * count))()
         self.library.emulated_instances(values, count)
-        return [tuple(values[7 * i : 7 * i + 7]) for i in range(count)]
+        return [tuple(values[8 * i : 8 * i + 8]) for i in range(count)]
 
     def call(self, function: str, *arguments: object, tensors: dict[str, tuple[int, int, bool]]) -> None:
         """`function(*arguments, ...)` with tensors {name: (address, bytes, writable)} as all that it may touch.

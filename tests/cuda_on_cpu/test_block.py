@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
-from fused_rin.cuda_plan import KERNELS, MATH, Kernel
+from fused_rin.cuda_plan import KERNELS, MATH, UNIT_KERNELS, Kernel
 from fused_rin.problem import ALL_ROWS, Rows, Rule
 
 from tests.conftest import check_sweeps, make_case
@@ -39,8 +39,8 @@ def small(request, force) -> torch.dtype:
 def test_the_planner_knows_what_is_compiled(machine: Machine):
     """cuda_plan mirrors block_configs.h; both directions of every kernel exist, for every type of its math."""
     expected = {
-        (dtype, MATH[k.math], backward, k.hidden, k.rows, k.threads, k.shared_bytes(backward=bool(backward)))
-        for k in KERNELS
+        (dtype, MATH[k.math], backward, k.units, k.hidden, k.rows, k.threads, k.shared_bytes(backward=bool(backward)))
+        for k in (*KERNELS, *UNIT_KERNELS)
         for dtype in ((2, 3) if k.math == "mma" else (0,))
         for backward in (0, 1)
     }

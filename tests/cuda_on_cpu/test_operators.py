@@ -21,16 +21,16 @@ def test_the_plan_without_python_is_the_same(machine: Machine, device):
     limits = (*device.capability, device.sms, device.shared_memory_per_block, device.registers_per_sm)
     sizes = [1, 8, 33, 64, 65, 128, 129, 150, 192, 193, 256, 257, 384, 385, 1000]
     seen = set()
-    for dtype, hidden, batch, groups, tf32 in itertools.product(
-        cuda_plan.DTYPES, sizes, (0, 1, 7, 8, 9, 100, 1057, 4096, 100_000), (1, 2, 6), (False, True)
+    for dtype, hidden, batch, groups, tf32, units in itertools.product(
+        cuda_plan.DTYPES, sizes, (0, 1, 7, 8, 9, 100, 1057, 4096, 100_000), (1, 2, 6), (False, True), (False, True)
     ):
         try:
-            kernel = cuda_plan.plan(batch, groups, hidden, dtype, device, allow_tf32=tf32).kernel
+            kernel = cuda_plan.plan(batch, groups, hidden, dtype, device, allow_tf32=tf32, units=units).kernel
             expected = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows)
         except NoPlan:
             expected = None
-        got = machine.plan(batch, groups, hidden, cuda_plan.DTYPES[dtype], tf32, limits)
-        assert got == expected, (dtype, hidden, batch, groups, tf32)
+        got = machine.plan(batch, groups, hidden, cuda_plan.DTYPES[dtype], tf32, limits, units)
+        assert got == expected, (dtype, hidden, batch, groups, tf32, units)
         seen.add(got)
     assert len(seen) > 3 or device in (TURING,)
 

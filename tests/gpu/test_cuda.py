@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from fused_rin import cuda, cuda_plan, operator_library, recurrence
+from fused_rin import cuda, cuda_plan, operator_library, parallel_recurrence, recurrence
 from fused_rin.device import device_record
-from fused_rin.problem import Rows
+from fused_rin.problem import FORMS
 from torch import Tensor
 
 from tests.conftest import Case, check_sweeps, make_case
+from tests.gpu.moved import on_gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -24,18 +25,6 @@ def test_the_backend_is_there():
     """So that a build without it is a failure here and not a page of skips."""
     for dtype in DTYPES:
         assert cuda.unavailable_reason(torch.device("cuda"), dtype, 128) is None
-
-
-def on_gpu(function, device: torch.device | str = "cuda"):
-    """A sweep on CPU tensors that runs on the GPU; outputs hold NaN before."""
-
-    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        *given, rows, rule = tensors
-        moved = [None if t is None else t.to(device) for t in given]
-        rows = Rows(*(None if t is None else t.to(device) for t in rows))
-        return tuple(t.cpu() for t in function(*moved, rows, rule))
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +55,37 @@ def test_every_kernel(monkeypatch, kernel, loop):
     activation = "tanh" if loop == "tanh" else "relu"
     for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
         check(make_case(33, batch, hidden, dtype=dtype, activation=activation))
+
+
+@pytest.mark.parametrize("kernel", cuda_plan.UNIT_KERNELS, ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}")
+@pytest.mark.parametrize("form", FORMS)
+def test_every_kernel_of_units(monkeypatch, kernel, form):
+    """Factors of each unit, in every form; in two directions, with noise, resets and an odd size."""
+    if not fits(kernel):
+        pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block")
+    chosen = cuda_plan.BlockPlan(kernel, "forced", 1, 1, 1, 0.0)
+    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+    for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
+        for activation, layout in (("tanh", "full"), ("sigmoid", "lengths"), ("softplus", "packed")):
+            options = {"layout": layout, "resets": True, "num_reversed": 1, "noise": True}
+            check(
+                make_case(
+                    33, kernel.rows + 1, kernel.hidden - 27, 2, dtype=dtype, activation=activation, form=form, **options
+                )
+            )
+
+
+def test_chunks_of_time():
+    """Of a network that forgets: in a 32nd of the steps in turn, the same numbers."""
+    torch.manual_seed(0)
+    pre = torch.randn(4096, 1, 1, 128, device="cuda", requires_grad=True)
+    weight = torch.empty(1, 128, 128, device="cuda").uniform_(-(128**-0.5), 128**-0.5).requires_grad_()
+    rule, upstream = {"skip": 0.0, "activation": "tanh"}, torch.randn_like(pre)
+    found = []
+    for out, _ in (recurrence(pre, weight, **rule), parallel_recurrence(pre, weight, chunks=32, **rule)):
+        found.append((out.detach(), *torch.autograd.grad(out, (pre, weight), upstream)))
+    for plain, got in zip(*found, strict=True):
+        assert (got - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,26 +7,15 @@ import time
 import pytest
 import torch
 from fused_rin import explain, recurrence, triton_kernels
-from fused_rin.problem import ALL_ROWS, Rows, Rule
+from fused_rin.problem import ALL_ROWS, FORMS, Rule
 from fused_rin.triton_kernels.device import device_record
 
 from tests.conftest import Case, check_sweeps, make_case
+from tests.gpu.moved import on_gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def on_gpu(function, **options):
-    """A sweep on CPU tensors that runs on the GPU."""
-
-    def run(*arguments):
-        *tensors, rows, rule = arguments
-        moved = [None if t is None else t.cuda() for t in tensors]
-        rows = Rows(*(None if t is None else t.cuda() for t in rows))
-        return tuple(t.cpu() for t in function(*moved, rows, rule, **options))
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +52,15 @@ def test_the_backend_is_there():
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 33), (257, 3)])
 def test_sizes(dtype, hidden, steps, batch):
     check(make_case(steps, batch, hidden, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("hidden", [70, 600])
+def test_units_with_factors_of_their_own(dtype, form, hidden):
+    for activation, layout in (("tanh", "full"), ("sigmoid", "lengths"), ("softplus", "packed")):
+        options = {"layout": layout, "resets": True, "num_reversed": 1, "noise": True}
+        check(make_case(17, 9, hidden, 2, dtype=dtype, activation=activation, form=form, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
