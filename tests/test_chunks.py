@@ -170,6 +170,16 @@ def test_gradients_that_remember_run_in_turn_and_say_so(calls):
         assert torch.equal(results[name], want), name
 
 
+def test_episodes_that_begin_where_chunks_do_cut_the_memory(calls):
+    """A network that remembers, without a warm-up: nothing has to fit, and nothing is run twice."""
+    case = Arguments(("inside", "relu", 1.0, 1.0, 0.01), 60)
+    case.rest["resets"] = torch.zeros(60, BATCH, dtype=torch.bool)
+    case.rest["resets"][::12] = True
+    results = case.results(parallel_recurrence, chunks=5, warm_up=0, max_sweeps=1)
+    assert calls == [12]
+    assert_equal_to(results, case.results(recurrence), 1e-13)
+
+
 @pytest.mark.parametrize("kind", [KINDS[0], ("inside", "relu", 1.0, 1.0, 0.01)], ids=["forgets", "remembers"])
 def test_as_many_sweeps_as_chunks_are_exact_for_every_network(kind):
     case = Arguments(kind, 40)

@@ -53,7 +53,7 @@ def parallel_recurrence(
         chunks: how many, at least 1; no more than there are steps are made.
         tolerance: how far the state that a chunk starts from may be from the one that the chunk before ended with, as a
             share of the largest state; the gradients that cross from chunk to chunk likewise. Errors within a chunk are
-            no larger, as long as the network contracts.
+            no larger, as long as the network contracts. In 16 bits not below what the type can tell, its eps.
         warm_up: steps that a chunk runs before its own ones, to find its first state; a quarter of a chunk if None.
         max_sweeps: how often all chunks run at most, until their states fit, and in backward their gradients. Where
             they do not, the steps run one after the other, with an exact result and a RuntimeWarning.
@@ -74,9 +74,8 @@ def parallel_recurrence(
         raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
     rest: dict[str, Any] = {"activation": activation, "backend": backend, "form": form}
     watched = watchers.way(pre, weight, h0, lengths if isinstance(lengths, Tensor) else None, resets) is not DIRECT
-    if (
-        watched or pre.dim() != 4 or min(chunks, pre.shape[0]) < 2 or not pre.numel()
-    ):  # nothing to divide, or nothing that could be
+    # Nothing to divide, or nothing that could be.
+    if watched or pre.dim() != 4 or min(chunks, pre.shape[0]) < 2 or not pre.numel():
         return recurrence(pre, weight, h0, skip=skip, gain=gain, noise=noise, lengths=lengths, resets=resets, **rest)
     steps, batch = pre.shape[:2]
     recurrence(  # of no steps: says what is wrong
@@ -155,16 +154,19 @@ class _Rows:
         self.tensors = whole._replace(pre=pre, noise=noise)
         self.lengths = self.ends = None
         device = whole.pre.device
+        # Of chunks' states, [chunks * B, G, D]: all but the first, and all but the last.
+        self.later, self.earlier = slice(self.batch, None), slice(None, -self.batch)
+        # Whether a state crosses from one row into the next.
         self.follows = torch.ones((call.chunks - 1) * self.batch, 1, 1, dtype=torch.bool, device=device)
         if call.lengths is not None or self.steps < call.chunks * call.length:
             lengths = torch.full((self.batch,), self.steps, device=device) if call.lengths is None else call.lengths
             begins = call.length * torch.arange(call.chunks, device=device)
             self.lengths = (lengths - begins[:, None]).clamp(0, call.length).flatten()
-            self.follows = self.lengths[self.batch :, None, None] > 0  # whether a row follows on the one before
+            self.follows = self.lengths[self.later, None, None] > 0
             last = (lengths - 1).clamp_min(0) // call.length
             self.ends = last * self.batch + torch.arange(self.batch, device=device)  # the rows with the last steps
-        # Of chunks' states, [chunks * B, G, D]: all but the first, and all but the last.
-        self.later, self.earlier = slice(self.batch, None), slice(None, -self.batch)
+        if self.resets is not None:
+            self.follows = self.follows & ~self.resets[0, self.later, None, None]
 
     def run(self, states: Tensor) -> tuple[Tensor, Tensor]:
         return self.tensors._replace(h0=states).run(self.call, self.lengths, self.resets)
