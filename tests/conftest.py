@@ -224,12 +224,22 @@ LONGEST = ("test_triton_interpreted.py", "test_triton_resources.py", "test_nativ
 BUILT_ONCE = ("test_triton_resources.py", "cuda_on_cpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks for groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         for name in (item.path.name, item.path.parent.name):
             if name in BUILT_ONCE:
                 item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """In a process of pytest-xdist, which marks a group by the end of its tests' names."""
+    if not getattr(session.config.option, "loadgroup", False):
+        return
+    for item in session.items:
+        if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+            pytest.exit(f"pytest {pytest.__version__} and pytest-xdist do not go together: no group has an effect")
 
 
 @pytest.fixture(params=cpu.instruction_sets())

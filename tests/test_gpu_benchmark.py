@@ -311,7 +311,7 @@ def test_shards_of_the_gpu_tests_are_all_of_them():
         assert listed.returncode == 0, listed.stdout
         return [line for line in listed.stdout.splitlines() if "::" in line]
 
-    parts = [collected("--shard", f"{i}/3") for i in (1, 2, 3)]
+    parts = [collected("--shard", f"{i}/2") for i in (1, 2)]
     assert sorted(test for part in parts for test in part) == sorted(collected())
     assert min(map(len, parts)) > 30
 

@@ -22,7 +22,8 @@ SOURCES = [
     "tests/cpu_native/compare.cpp",
 ]
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# To compile takes 44 s with -O1, 21 with -Og and 16 with -O0; to run then 5, 6 and 17.
+SANITIZE = ["-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def run(program: Path, *after: str, before: tuple[str, ...] = ()) -> str:
@@ -56,16 +57,13 @@ AVX512 = ["-DFUSED_RIN_VECTOR_BYTES=64", "-DFUSED_RIN_VECTOR_REGISTERS=32", "-Wn
 TILES = ["-DFUSED_RIN_TILES=2"]
 
 
-@pytest.mark.parametrize(
-    ("shapes", "words"), [(PAIRS, "within"), (AVX512 + PAIRS + TILES, " by tiles")], ids=["own", "of AVX-512 and AMX"]
-)
-def test_under_the_sanitizers(tmp_path, shapes, words):
+def test_under_the_sanitizers(tmp_path):
     """Addresses and undefined behaviour, in the best set below that this processor has.
 
     With products of pairs of bfloat16, with the vectors and registers of AVX-512, and with the tiles of AMX, which need
-    no such processor: by what stands in for the instructions.
+    no such processor: by what stands in for the instructions. (tests/sanitize has the processor's own shapes.)
     """
-    assert words in under(SANITIZE, shapes, tmp_path)
+    assert " by tiles" in under(SANITIZE, AVX512 + PAIRS + TILES, tmp_path)
 
 
 def test_the_unit_for_bfloat16_does_what_stands_in_for_it(tmp_path):
