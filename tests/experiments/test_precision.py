@@ -220,5 +220,5 @@ def test_the_committed_page_is_what_the_committed_results_give():
         assert 10_000 < (folder / f"{name}.png").stat().st_size < 150_000
         assert f"(precision/{name}.png)" in page
     quoted = [line for line in page.splitlines() if line.startswith(tuple(f"| {task} |" for task in PLANS))]
-    assert len(quoted) >= 6
+    assert len(quoted) == 9
     assert set(quoted) <= set(table.splitlines())

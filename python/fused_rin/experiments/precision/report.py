@@ -101,7 +101,7 @@ def table(content: dict[str, Any]) -> str:
         found = {(cell["training"], cell["form"]): scores(task, cell) for cell in cells if cell["task"] == task}
         lines.append(_row(task, *(found.get(kind, "") for kind in [("32-true", "u"), *others])))
     lines += ["", "## How far the last state is astray", ""]
-    lines.append("||h' - h|| / ||h|| at the last step over 100 test sequences, %; and the largest entries.")
+    lines.append("In %, ||h' - h|| / ||h|| at the last step over 100 test sequences; and the largest entries.")
     lines += ["", *_head("task", "T", *kinds, "largest of U", "largest of U + I")]
     for task, cell in exact.items():
         ends = [cell["astray"][name][form][-1] for name in ROUNDINGS for form in FORMS]
