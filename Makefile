@@ -127,7 +127,7 @@ $(COMPAT)/.deps: pyproject.toml constraints.txt tools/environment.py
 
 compat: $(COMPAT)/.deps
 	FUSED_RIN_CUDA=off FUSED_RIN_BUILD_DIR=build/cmake-compat $(COMPAT)/bin/python -m pip install -q --no-build-isolation --no-deps .
-	$(COMPAT)/bin/python -m pytest compat tests/test_rl.py -rs
+	$(COMPAT)/bin/python -m pytest compat tests/test_rl.py tests/examples -rs
 
 # The variable silences a notice about the theme's next years, which is no warning about a page.
 docs: $(VENV)/.deps
