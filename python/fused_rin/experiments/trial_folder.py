@@ -17,13 +17,12 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from matplotlib.figure import Figure
 
 from .bars import Bar, say
 from .errors import INTERRUPTED, UserError
@@ -69,17 +68,14 @@ class Experiment(Generic[T]):
 
     name: str
     version: int  # of the folder
-    results_version: int
     plans: Mapping[str, Plan]  # by task
     trial: type[T]
+    report: Any  # a module: FORMAT and VERSION of the results file; summarise(trials, budget), its text; table(content)
+    plots: Any  # a module: draw(content), pictures by the names of their files
 
     @property
     def format(self) -> str:
         return f"fused-rin {self.name}"
-
-    @property
-    def results_format(self) -> str:
-        return f"{self.format} results"
 
     def trials(self, seeds: int) -> Iterator[T]:
         """All training runs, seed after seed, so that an interrupted experiment has whole seeds."""
@@ -93,17 +89,15 @@ class Experiment(Generic[T]):
         """What the last record of a trial that did not diverge says, in a few words."""
         raise NotImplementedError
 
-    def summarise(self, trials: Iterable[Records], budget: float) -> str:
-        """The text of the results file, JSON with "format", "version" and "cells"."""
-        raise NotImplementedError
 
-    def table(self, content: dict[str, Any]) -> str:
-        """A results file's content in Markdown."""
-        raise NotImplementedError
-
-    def draw(self, content: dict[str, Any]) -> dict[str, Figure]:
-        """Pictures of a results file's content by the names of their files."""
-        raise NotImplementedError
+def note(content: dict[str, Any]) -> str:
+    """How much of a plan a results file has, in one sentence."""
+    counts = sorted({len(cell["seeds"]) for cell in content["cells"]})
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[-1]} seed{'s' * (counts[-1] > 1)}"
+    updates = ", ".join(f"{task} {plan['updates']}" for task, plan in content["plans"].items())
+    if content["budget"] == 1:
+        return f"The whole plan ({updates} updates), {seeds} a cell."
+    return f"**{content['budget']:g} of the planned updates ({updates}): not the experiment**; {seeds} a cell."
 
 
 def run_experiment(
@@ -158,15 +152,15 @@ def _run(folder: Folder, chosen: Sequence[Trial], tasks: Mapping[str, Task]) -> 
         print(f"interrupted after {len(finished)} trials; the same command goes on", file=sys.stderr)
         return INTERRUPTED
     with reporting(out, "write the results"):
-        write_atomically(folder.results_path, experiment.summarise(finished.values(), budget).encode())
+        write_atomically(folder.results_path, experiment.report.summarise(finished.values(), budget).encode())
     return redraw(experiment, folder.results_path, out)
 
 
 def redraw(experiment: Experiment, results: Path, out: Path) -> int:
     """Writes table.md and the pictures of a results file into `out`; runs nothing. Returns the exit code."""
-    content = read_results(results, experiment.results_format, experiment.results_version, "cells")
+    content = read_results(results, experiment.report.FORMAT, experiment.report.VERSION, "cells")
     try:
-        text, figures = experiment.table(content) + "\n", experiment.draw(content)
+        text, figures = experiment.report.table(content) + "\n", experiment.plots.draw(content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{results}: is damaged: {error!r}") from error
     with reporting(out, "write the table"):

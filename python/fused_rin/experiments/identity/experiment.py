@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from ..tasks import Classification, Task
 from ..trial_folder import Experiment, Records
@@ -16,9 +14,9 @@ from .trials import PLANS, Trial, run_trial, trials
 class IdentityPrior(Experiment[Trial]):
     name = "identity-prior"
     version = 1
-    results_version = report.VERSION
     plans = PLANS
     trial = Trial
+    report, plots = report, plots
 
     def trials(self, seeds: int) -> Iterator[Trial]:
         return trials(seeds)
@@ -29,12 +27,3 @@ class IdentityPrior(Experiment[Trial]):
 
     def outcome(self, record: dict[str, Any]) -> str:
         return f"accuracy {record['accuracy']:.1%}"
-
-    def summarise(self, trials: Iterable[Records], budget: float) -> str:
-        return report.summarise(trials, budget)
-
-    def table(self, content: dict[str, Any]) -> str:
-        return report.table(content)
-
-    def draw(self, content: dict[str, Any]) -> dict[str, Figure]:
-        return plots.draw(content)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from ..trial_folder import note
 from .trials import OPTIMIZERS, PLANS, STRENGTHS
 
 FORMAT = "fused-rin identity-prior results"
@@ -117,16 +118,6 @@ def _glance(content: dict[str, Any]) -> list[str]:
             texts.append("" if math.isnan(gain) else f"{gain:+.1f}")
         lines.append(f"| {free['task']} | {free['optimizer']} | {free['samples']:,} | " + " | ".join(texts) + " |")
     return lines
-
-
-def note(content: dict[str, Any]) -> str:
-    """How much was run, in one sentence."""
-    seeds = sorted({len(cell["seeds"]) for cell in content["cells"]})
-    count = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[-1]} seed{'s' * (seeds[-1] > 1)}"
-    updates = ", ".join(f"{task} {plan['updates']}" for task, plan in content["plans"].items())
-    if content["budget"] == 1:
-        return f"The whole plan ({updates} updates), {count} a cell."
-    return f"**{content['budget']:g} of the planned updates ({updates}): not the experiment**; {count} a cell."
 
 
 def groups(content: dict[str, Any]) -> Iterator[tuple[str, str]]:

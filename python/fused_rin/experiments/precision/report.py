@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from ..trial_folder import note
 from .trials import FORMS, PLANS, ROUNDINGS, TRAININGS
 
 FORMAT = "fused-rin precision results"
@@ -109,16 +110,6 @@ def table(content: dict[str, Any]) -> str:
         texts = ["-" if end is None else f"{100 * end:.2g}" for end in ends]
         lines.append(_row(task, str(cell["steps"][-1]), *texts, *largest))
     return "\n".join(lines)
-
-
-def note(content: dict[str, Any]) -> str:
-    """How much was run, in one sentence."""
-    counts = sorted({len(cell["seeds"]) for cell in content["cells"]})
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[-1]} seed{'s' * (counts[-1] > 1)}"
-    updates = ", ".join(f"{task} {plan['updates']}" for task, plan in content["plans"].items())
-    if content["budget"] == 1:
-        return f"The whole plan ({updates} updates), {seeds} a cell."
-    return f"**{content['budget']:g} of the planned updates ({updates}): not the experiment**; {seeds} a cell."
 
 
 def score(task: str, record: dict[str, Any]) -> Any:
