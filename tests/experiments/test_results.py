@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fused_rin.experiments.paper import recipe, records
+from fused_rin.experiments.paper import recipe, records, tables
 from fused_rin.experiments.paper.trials import EXPERIMENTS
 from fused_rin.experiments.training.settings import RECIPES, Settings
 
@@ -17,27 +17,50 @@ REPRODUCED = sorted(DOCS.glob("*/results.json"))
 @pytest.mark.parametrize("path", REPRODUCED, ids=lambda path: path.parent.name)
 def test_what_was_reproduced_is_shown_as_it_came_out(path):
     record = json.loads(path.read_text())
-    text = records.table(record)
+    text = tables.table(record)
     assert (path.parent / "table.md").read_text() == text + "\n"
     assert text in PAGE
     assert (path.parent / "figure.png").exists()
-    rows = {(trial.row, trial.model): trial.paper for trial in EXPERIMENTS[record["experiment"]]()}
+    trials = {(trial.row, trial.model): trial for trial in EXPERIMENTS[record["experiment"]]()}
     for entry in record["results"]:
-        assert entry["paper"] == rows[entry["row"], entry["model"]]
-        assert len(entry["runs"]) == len(entry["curves"])
+        trial = trials[entry["row"], entry["model"]]
+        assert (entry["paper"], entry["epochs"]) == (trial.paper, trial.epochs)
+        for run in entry["runs"]:
+            step, loss, accuracy, _ = run["curve"][-1]
+            assert run["epochs"] == pytest.approx(step / trial.epoch)
+            assert (loss, accuracy) == pytest.approx((run["loss"], run["accuracy"]), rel=1e-4)
 
 
-def test_trials_are_added_to_those_of_the_same_budget():
-    def record(budget, **accuracies):
-        results = [{"row": row, "model": "rin", "runs": [accuracy]} for row, accuracy in accuracies.items()]
-        return {"experiment": "adding", "budget": budget, "results": results}
+def test_runs_are_added_to_those_that_are_there():
+    def record(**runs):
+        results = [
+            {"row": row, "model": "rin", "runs": [{"seed": seed, "epochs": epochs, "from": source}]}
+            for row, (seed, epochs, source) in runs.items()
+        ]
+        return {"experiment": "adding", "results": results}
 
-    both = records.merged(record(0.1, T400=3, T200=2), record(0.1, T200=0, T300=1))
-    assert [(e["row"], e["runs"]) for e in both["results"]] == [("T200", [2]), ("T300", [1]), ("T400", [3])]
-    assert records.merged(record(0.1, T200=2), record(0.2, T300=1)) == record(0.1, T200=2)
+    def merged(new, old):
+        both = records.merged(new, old)["results"]
+        return [(e["row"], [(r["seed"], r["epochs"], r["from"]) for r in e["runs"]]) for e in both]
+
+    assert merged(record(T400=(0, 3, "new"), T200=(0, 1, "new")), record(T200=(1, 2, "old"), T300=(0, 9, "old"))) == [
+        ("T200", [(0, 1, "new"), (1, 2, "old")]),
+        ("T300", [(0, 9, "old")]),
+        ("T400", [(0, 3, "new")]),
+    ]
+    assert merged(record(T200=(0, 2, "new")), record(T200=(0, 3, "old"))) == [("T200", [(0, 3, "old")])]
+    assert merged(record(T200=(0, 3, "new")), record(T200=(0, 3, "old"))) == [("T200", [(0, 3, "new")])]
 
 
-def test_all_three_experiments_were_reproduced():
+def test_a_curve_is_thinned_and_keeps_its_end():
+    curve = [[step, 1 / 3, 0.5, 10.0] for step in range(1, 151)]
+    kept = records.thinned(curve)
+    assert [step for step, *_ in kept] == list(range(3, 151, 3))
+    assert kept[0] == [3, 0.33333, 0.5, 10.0]
+    assert records.thinned(curve[:61])[-1][0] == 61
+
+
+def test_all_experiments_were_reproduced():
     assert {path.parent.name for path in REPRODUCED} == set(EXPERIMENTS)
 
 
@@ -60,8 +83,9 @@ def test_the_readme_says_how_long_the_long_commands_take():
     assert permuted.endswith(f"# {seconds / 60:.0f} minutes")
     (babi,) = [line for line in lines if "reproduce babi --budget 0.1" in line]
     record = json.loads((DOCS / "babi" / "results.json").read_text())
-    seconds = sum(run["seconds"] for entry in record["results"] for run in entry["runs"])
-    assert babi.endswith(f"# {seconds * 0.1 / record['budget'] / 60:.0f} minutes")
+    first = [(entry["epochs"], entry["runs"][0]) for entry in record["results"]]
+    seconds = sum(run["seconds"] * 0.1 * epochs / run["epochs"] for epochs, run in first)
+    assert babi.endswith(f"# {seconds / 60:.0f} minutes")
 
 
 def test_drawing_leaves_the_table_and_the_curves(tmp_path):

@@ -1,5 +1,6 @@
 """What the command line writes into a terminal of any width, a pipe, one that nobody reads, a disk that is full."""
 
+import datetime
 import fcntl
 import os
 import pty
@@ -13,6 +14,7 @@ import pytest
 from experiment_helpers import called, metrics
 from fused_rin.experiments.bars import BAR, Bar, shorten
 from fused_rin.experiments.errors import CLOSED
+from fused_rin.experiments.training import progress
 from fused_rin.experiments.training.checkpoints import read_checkpoint
 
 TRAIN = ["train", "--task", "adding", "--length", "10", "--hidden-size", "8", "--test-size", "20", "--threads", "1"]
@@ -142,3 +144,31 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path):
     for folder in folders:
         assert called(*resume, folder) == 0
     assert metrics(tmp_path / "full") == metrics(tmp_path / "whole")
+
+
+def test_a_long_run_says_once_when_it_will_end(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2024, 2, 28, 23, 0)
+
+    monkeypatch.setattr(progress, "datetime", Clock)
+
+    def texts(*seconds, first=0, steps=1000):
+        nonlocal now
+        now = 100.0
+        end = progress.ExpectedEnd(first, steps)
+        found = []
+        for step, passed in enumerate(seconds, first + 1):
+            now = 100.0 + passed
+            found.append(end.after(step))
+        return found
+
+    # 2 s a step, and 995 to go; 6 s a step, and 14,400 to go.
+    said = ["", "", "", "0:33:10 to go without evaluations, until 23:33", "", ""]
+    assert texts(1.0, 2.0, 4.9, 8.0, 9.0, 10.0, steps=999) == said
+    assert texts(6.0, first=10, steps=14411) == ["1 day, 0:00:00 to go without evaluations, until 23:00 on 29 February"]
+    assert texts(2.0, 6.0, 9.0, steps=11) == ["", "", ""]  # soon over

@@ -181,7 +181,7 @@ def _add_reproduce(commands: Any) -> None:
         description="Rerun an experiment of arXiv 1801.06105 with its settings; the same command goes on with it.",
     )
     parser.set_defaults(run=_reproduce)
-    parser.add_argument("experiment", choices=("adding", "mnist", "babi"))
+    parser.add_argument("experiment", choices=("adding", "mnist", "babi", "babi-stable"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/reproduce-EXPERIMENT")
     parser.add_argument("--budget", type=float, default=1.0, metavar="X", help="share of the paper's epochs")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of every trial (default: 1)")

@@ -149,6 +149,12 @@ class Classification(Task):
         self.baseline = float(torch.special.entr(torch.bincount(train[-1]) / self.train_size).sum())
         self._epochs = Epochs(self.train_size, seed, device)
 
+    @property
+    def constant_accuracies(self) -> list[float]:
+        """For each answer that there is, the share of the test samples that always giving it gets right."""
+        labels = self._test[-1]
+        return [count / len(labels) for count in torch.bincount(labels, minlength=self.output_size).tolist()]
+
     def subset(self, size: int, seed: int) -> Classification:
         """The same task with `size` of the training samples, drawn by `seed`: larger subsets hold the smaller.
 

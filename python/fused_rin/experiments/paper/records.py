@@ -1,40 +1,33 @@
 """The paper's experiments as far as they were rerun: results, tables and a picture of each.
 
-python -m fused_rin.experiments.paper.records add FOLDER   takes over results.json of a `fused-rin reproduce` folder
-python -m fused_rin.experiments.paper.records              redraws table.md and the picture beside every results.json
+python -m fused_rin.experiments.paper.records add FOLDER...  takes over what `fused-rin reproduce` left in these folders
+python -m fused_rin.experiments.paper.records                redraws table.md and the picture beside every results.json,
+                                                             and the tables in docs/reproduction.md
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..machine import machine
-from ..plots import draw_curves, save_figure
-from ..training.runs import Run
-from .reproduce import draw_beside_paper, table
+from ..plots import save_figure
+from .tables import draw, table
 from .trials import EXPERIMENTS
 
-RESULTS = Path("docs/reproduction")  # of a checkout
+RESULTS, PAGE = Path("docs/reproduction"), Path("docs/reproduction.md")  # of a checkout
+CURVE_POINTS = 60  # that are kept of a run
 
 
 def add(folder: Path, results: Path = RESULTS) -> None:
-    """Writes results/EXPERIMENT/results.json: the folder's, the machine, and what the curves need. What is
-    there of other trials at the same budget stays.
-    """
+    """Puts the runs of a folder among those in results/EXPERIMENT/results.json; see `merged`."""
     record: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    record["machine"] = machine()
-    for entry in record["results"]:
-        entry["curves"] = [
-            [
-                {key: point[key] for key in ("step", "split", "loss", "accuracy")}
-                for point in Run.open(folder / f"{entry['row']}-{entry['model']}-seed{run['seed']}").read_metrics()
-                if point["split"] == "test"
-            ]
-            for run in entry["runs"]
-        ]
+    for run in (run for entry in record["results"] for run in entry["runs"]):
+        run["curve"] = thinned(run["curve"])
+        run["machine"] = machine()
     place = results / record["experiment"]
     place.mkdir(parents=True, exist_ok=True)
     if (place / "results.json").exists():
@@ -42,36 +35,50 @@ def add(folder: Path, results: Path = RESULTS) -> None:
     (place / "results.json").write_text(json.dumps(record, separators=(",", ":")) + "\n")
 
 
+def thinned(curve: list[list[float]]) -> list[list[float]]:
+    """So many points of a curve, the last among them, with as many digits as a picture needs."""
+    stride = -(-len(curve) // CURVE_POINTS)
+    kept = [point for number, point in enumerate(curve, 1) if number % stride == 0 or number == len(curve)]
+    return [[int(step), *(float(f"{value:.5g}") for value in values)] for step, *values in kept]
+
+
 def merged(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """`record`, and the trials that only `before` has, if their budget is the same; in the experiment's order."""
-    results = {(entry["row"], entry["model"]): entry for entry in record["results"]}
-    if before["budget"] == record["budget"]:
-        results = {(entry["row"], entry["model"]): entry for entry in before["results"]} | results
+    """The runs of both, in the experiment's order; of two with the same seed the one with more epochs, or the newer."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in (*before["results"], *record["results"]):
+        key = entry["row"], entry["model"]
+        runs = {run["seed"]: run for run in entries[key]["runs"]} if key in entries else {}
+        for run in entry["runs"]:
+            if run["seed"] not in runs or run["epochs"] >= runs[run["seed"]]["epochs"]:
+                runs[run["seed"]] = run
+        entries[key] = {**entry, "runs": [runs[seed] for seed in sorted(runs)]}
     trials = EXPERIMENTS[record["experiment"]]()
-    return {**record, "results": [results[key] for t in trials if (key := (t.row, t.model)) in results]}
+    return {**record, "results": [entries[key] for t in trials if (key := (t.row, t.model)) in entries]}
 
 
-def draw(place: Path) -> str:
+def redraw(place: Path) -> str:
     """Writes table.md and figure.png beside a results.json; returns the table."""
     record = json.loads((place / "results.json").read_text())
     text = table(record)
     (place / "table.md").write_text(text + "\n")
-    if record["experiment"] == "babi":
-        figure = draw_beside_paper(record)
-    else:
-        curves = {
-            f"{entry['row']} {entry['model']}": records
-            for entry in record["results"]
-            for records in entry["curves"][:1]
-        }
-        title = f"{record['experiment']}: {record['budget']:g} of the paper's epochs, test set"
-        figure = draw_curves(curves, title, splits=("test",))
-    save_figure(figure, place / "figure.png")
+    save_figure(draw(record), place / "figure.png")
     return text
+
+
+def with_table(page: str, experiment: str, text: str) -> str:
+    """The page with this table between its marks."""
+    first, last = f"<!-- table: {experiment} -->", "<!-- end -->"
+    changed, count = re.subn(f"{first}.*?{last}", lambda _: f"{first}\n\n{text}\n\n{last}", page, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page must have {first} ... {last} once, found {count}")
+    return changed
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
-        add(Path(sys.argv[2]))
+        for folder in sys.argv[2:]:
+            add(Path(folder))
     for path in sorted(RESULTS.glob("*/results.json")):
-        print(draw(path.parent), end="\n\n")
+        text = redraw(path.parent)
+        PAGE.write_text(with_table(PAGE.read_text(), path.parent.name, text))
+        print(text, end="\n\n")

@@ -11,21 +11,23 @@ import dataclasses
 import fnmatch
 import json
 import math
-import statistics
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from ..errors import INTERRUPTED, UserError
 from ..files import reporting, write_atomically
 from ..plots import draw_curves, save_figure
+from ..tasks import Classification
 from ..training.progress import train_with_progress
 from ..training.runs import Run, is_main_process
 from ..training.settings import Settings
 from ..training.trainer import Diverged
+from .tables import draw, table
 from .trials import EXPERIMENTS, Trial
+
+Quantities = dict[str, Any]
 
 
 def reproduce(
@@ -52,13 +54,21 @@ def reproduce(
     trials = list(EXPERIMENTS[experiment]())
     chosen = [(t, seed) for t in trials for seed in range(seeds) if fnmatch.fnmatch(t.name(seed), only)]
     if not chosen:
-        raise UserError(f"no trial of {experiment!r} matches {only!r}; the first is {trials[0].name(0)!r}")
+        known = (", ".join(dict.fromkeys(getattr(trial, part) for trial in trials)) for part in ("row", "model"))
+        raise UserError(
+            f"no trial of {experiment!r} matches {only!r}; their names are ROW-MODEL-seedN, with row {next(known)}, "
+            f"model {next(known)} and N up to {seeds - 1}"
+        )
+    least = min(trial.settings.steps for trial, _ in chosen)
+    if budget * least < 2:
+        print(f"budget {budget:g} is a single step of {least:,}: this trains nothing", file=sys.stderr)
     folders = {}
     for trial, seed in chosen:
         steps = max(1, round(budget * trial.settings.steps))
         settings = dataclasses.replace(trial.settings, steps=steps, seed=seed, **(overrides or {}))
         folders[trial, seed] = _open(out / trial.name(seed), settings)
-    results: dict[Trial, list[dict[str, Any]]] = {}
+    results: dict[Trial, list[Quantities]] = {}
+    interrupted = False
     for number, (trial, seed) in enumerate(chosen, 1):
         folder, started = folders[trial, seed]
         try:
@@ -66,15 +76,33 @@ def reproduce(
             outcome = train_with_progress(folder, resume=started, label=label)
         except Diverged as error:
             print(f"{trial.name(seed)}: diverged: {error}", file=sys.stderr)
-            results.setdefault(trial, []).append({"seed": seed, "diverged": str(error)})
+            results.setdefault(trial, []).append({**_outcome(trial, folder), "diverged": str(error)})
             continue
-        if outcome.interrupted:
-            print(f"interrupted in {trial.name(seed)}; the same command goes on", file=sys.stderr)
-            return INTERRUPTED
-        results.setdefault(trial, []).append({"seed": seed, **outcome.test})
+        results.setdefault(trial, []).append(_outcome(trial, folder))
+        if interrupted := outcome.interrupted:
+            break
     if is_main_process():
-        _report(experiment, out, budget, results, folders)
-    return 0
+        _report(experiment, out, results, folders)
+        if interrupted:
+            print(f"interrupted in {trial.name(seed)}; the same command goes on", file=sys.stderr)
+    return INTERRUPTED if interrupted else 0
+
+
+def _outcome(trial: Trial, folder: Run) -> Quantities:
+    """How far a run has come: its last evaluation whose loss was finite, and all of them as a curve."""
+    records = folder.read_metrics()
+    points = [
+        tuple(record[name] for name in ("step", "loss", "accuracy", "seconds"))
+        for record in records
+        if record["split"] == "test" and math.isfinite(record["loss"])
+    ]
+    run = {"seed": folder.settings.seed, "batch_size": folder.settings.batch_size, "curve": points}
+    if points:
+        step, loss, accuracy, seconds = points[-1]
+        run |= {"epochs": step / trial.epoch, "loss": loss, "accuracy": accuracy, "seconds": seconds}
+    else:
+        run |= {"epochs": records[-1]["step"] / trial.epoch if records else 0.0}
+    return run
 
 
 def _open(path: Path, settings: Settings) -> tuple[Run, bool]:
@@ -85,99 +113,32 @@ def _open(path: Path, settings: Settings) -> tuple[Run, bool]:
     return Run(path, settings), True
 
 
-def table(record: dict[str, Any]) -> str:
-    """What came out beside the paper's, as Markdown: mean over the seeds, and their range when there are several.
-
-    Args:
-        record: the content of a results.json: experiment, budget, and results, each with row, model, paper
-            and runs.
-    """
-    experiment, budget = record["experiment"], record["budget"]
-    lines = [
-        f"Reproduction of {experiment}: " + ("the paper's number of epochs." if budget == 1 else
-        f"**{budget:g} of the paper's number of epochs; do not compare the figures as equals.**"),
-        "",
-        "| trial | model | seeds | here | paper |",
-        "|---|---|---|---|---|",
-    ]  # fmt: skip
-    quantity = "loss" if experiment == "adding" else "accuracy"
-    for entry in record["results"]:
-        values, count = _finished(entry, quantity), len(entry["runs"])
-        text = f"diverged ({count - len(values)} of {count})" if len(values) < count else ""
-        if values:
-            texts = [_show(experiment, value) for value in (statistics.mean(values), min(values), max(values))]
-            spread = f" ({texts[1]} to {texts[2]})" if len(values) > 1 else ""
-            text = texts[0] + spread + (text and f"; {text}")
-        lines.append(f"| {entry['row']} | {entry['model']} | {count} | {text} | {entry['paper']} |")
-    if experiment == "adding":
-        lines += ["", "Test error; always answering 1 gives 0.1667. The paper shows curves only."]
-        return "\n".join(lines)
-    for model in dict.fromkeys(entry["model"] for entry in record["results"]):
-        entries = [e for e in record["results"] if e["model"] == model and _finished(e, quantity)]
-        if len(entries) > 1:
-            here = statistics.mean(statistics.mean(_finished(entry, quantity)) for entry in entries)
-            theirs = statistics.mean(float(entry["paper"].split()[0]) for entry in entries)
-            text = f"| **mean of {len(entries)}** | {model} | | {_show(experiment, here)} | {theirs:.2f} % |"
-            lines.append(text)
-    return "\n".join(lines)
-
-
-def _finished(entry: dict[str, Any], quantity: str) -> list[float]:
-    return [run[quantity] for run in entry["runs"] if "diverged" not in run]
-
-
-def _show(experiment: str, value: float) -> str:
-    return f"{value:.4f}" if experiment == "adding" else f"{100 * value:.2f} %"
-
-
-def draw_beside_paper(record: dict[str, Any]) -> Figure:
-    """The accuracies of a results.json (not of adding, for which the paper has none) as dots, the paper's as rings."""
-    rows = list(dict.fromkeys(entry["row"] for entry in record["results"]))
-    models = list(dict.fromkeys(entry["model"] for entry in record["results"]))
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axis = figure.subplots()
-    for colour, model in enumerate(models):
-        place = 0.15 * (colour - (len(models) - 1) / 2)
-        for entry in record["results"]:
-            if entry["model"] == model:
-                x = rows.index(entry["row"]) + place
-                for value in _finished(entry, "accuracy"):
-                    axis.plot(x, 100 * value, "o", color=f"C{colour}", markersize=5)
-                axis.plot(x, float(entry["paper"].split()[0]), "o", color=f"C{colour}", fillstyle="none", markersize=9)
-        axis.plot([], [], "o", color=f"C{colour}", label=model)
-    axis.plot([], [], "o", color="grey", fillstyle="none", markersize=9, label="the paper")
-    axis.set_xticks(range(len(rows)), rows, rotation=60 if len(rows) > 6 else 0)
-    axis.set_ylabel("test accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    share = "the paper's epochs" if record["budget"] == 1 else f"{record['budget']:g} of the paper's epochs"
-    figure.suptitle(f"{record['experiment']}: {share}")
-    return figure
-
-
 def _report(
     experiment: str,
     out: Path,
-    budget: float,
-    results: dict[Trial, list[dict[str, Any]]],
+    results: dict[Trial, list[Quantities]],
     folders: dict[tuple[Trial, int], tuple[Run, bool]],
 ) -> None:
     record = {
         "experiment": experiment,
-        "budget": budget,
         "results": [
-            {"row": trial.row, "model": trial.model, "paper": trial.paper, "runs": runs}
-            for trial, runs in results.items()
+            {
+                "row": trial.row,
+                "model": trial.model,
+                "paper": trial.paper,
+                "epochs": trial.epochs,
+                "constants": constants,
+                "runs": runs,
+            }
+            for (trial, runs), constants in zip(results.items(), _constants(results, folders), strict=True)
         ],
     }
     text = table(record)
-    pictures = []
     with reporting(out, "write the results"):
         write_atomically(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
         write_atomically(out / "table.md", (text + "\n").encode())
-    if experiment != "adding":
-        pictures.append(out / "beside-paper.png")
-        save_figure(draw_beside_paper(record), pictures[-1])
+    pictures = [out / "figure.png"]
+    save_figure(draw(record), pictures[0])
     for row in dict.fromkeys(trial.row for trial in results):
         curves = {
             f"{trial.model}, seed {seed}": folder.read_metrics()
@@ -185,6 +146,16 @@ def _report(
             if trial.row == row
         }
         pictures.append(out / f"{row}.png")
-        note = "" if budget == 1 else f", {budget:g} of the paper's epochs"
-        save_figure(draw_curves(curves, f"{experiment} {row}, test set{note}", splits=("test",)), pictures[-1])
+        save_figure(draw_curves(curves, f"{experiment} {row}, test set", splits=("test",)), pictures[-1])
     print(f"\n{text}\n\nTable: {out / 'table.md'}; curves: {', '.join(map(str, pictures))}")
+
+
+def _constants(trials: Iterable[Trial], folders: dict[tuple[Trial, int], tuple[Run, bool]]) -> Iterator[list[float]]:
+    """For each trial, the shares of its test set that each constant answer gets right."""
+    found: dict[str, list[float]] = {}
+    settings = {trial: folder.settings for (trial, _), (folder, _) in folders.items()}
+    for trial in trials:
+        if trial.row not in found:
+            task = settings[trial].build_task()
+            found[trial.row] = task.constant_accuracies if isinstance(task, Classification) else []
+        yield found[trial.row]

@@ -19,7 +19,9 @@ from ..tasks import Part, Task
 from .capture import CapturedUpdate
 from .settings import Settings
 
-EVAL_BATCH = 500  # sequences: large enough that latency does not matter, small enough for T=784 at 200 units
+# Sequences of a batch in evaluation. A GPU wants many; on a CPU the inputs of 100 sequences stay in its caches: for
+# 1,000 questions of 464 words 0.75 s in place of 0.97 s with 500 (one thread of an EPYC, L2 1 MB, L3 32 MB).
+EVAL_BATCH, EVAL_BATCH_CPU = 500, 100
 
 
 class Diverged(Exception):
@@ -143,9 +145,10 @@ class Loop:
         average.
         """
         self.model.eval()
+        size = EVAL_BATCH_CPU if self.fabric.device.type == "cpu" else EVAL_BATCH
         sums = torch.zeros_like(self.totals)
         with self._averaged():
-            for inputs, target in islice(self.task.test_batches(EVAL_BATCH, self.part), batches):
+            for inputs, target in islice(self.task.test_batches(size, self.part), batches):
                 output = self.model(*inputs)
                 sums += self._sums(output, target, self.task.loss(output, target))
         self.model.train()

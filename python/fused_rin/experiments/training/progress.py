@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from datetime import datetime, timedelta
 from typing import Any
 
 from ..bars import Bar, say
@@ -10,6 +12,8 @@ from ..errors import INTERRUPTED
 from ..plots import draw_curves, save_figure
 from .runs import Run, is_main_process
 from .trainer import Diverged, Outcome, Trainer
+
+FIRST_SECONDS, LEAST_SECONDS = 5.0, 30.0  # of training before it is said when it will end, and left then
 
 
 def train_with_progress(folder: Run, *, resume: bool = False, label: str = "", line: int = 0) -> Outcome:
@@ -20,12 +24,15 @@ def train_with_progress(folder: Run, *, resume: bool = False, label: str = "", l
     settings = folder.settings
     label = label or f"{settings.task} {settings.model}"
     latest = {record["split"]: record for record in folder.read_metrics()}
+    end = ExpectedEnd(trainer.step, settings.steps)
     # Without a terminal the lines of the evaluations have to do.
     with Bar(label, line, total=settings.steps, initial=trainer.step, unit="step") as bar:
 
         def report(step: int, record: dict[str, Any] | None) -> None:
             if record is None:
                 bar.update()
+                if text := end.after(step):
+                    say(label, text)
                 return
             latest[record["split"]] = record
             shown = {split: f"{_short(values['loss'])}/{values['accuracy']:.1%}" for split, values in latest.items()}
@@ -42,6 +49,25 @@ def train_with_progress(folder: Run, *, resume: bool = False, label: str = "", l
             raise
     draw(folder, trainer.task.baseline)  # not after a disk that is full: its text would be about the picture
     return outcome
+
+
+class ExpectedEnd:
+    """Says once, from the first steps of a run, when it will end; not of a run that is soon over."""
+
+    def __init__(self, first: int, steps: int):
+        self.first, self.steps, self.start, self.said = first, steps, time.monotonic(), False
+
+    def after(self, step: int) -> str:
+        """What there is to say after a step; mostly nothing. The evaluations to come are not in it."""
+        passed = time.monotonic() - self.start
+        if self.said or passed < FIRST_SECONDS:
+            return ""
+        self.said = True
+        rest = timedelta(seconds=round(passed / (step - self.first) * (self.steps - step)))
+        if rest.total_seconds() < LEAST_SECONDS:
+            return ""
+        end = datetime.now() + rest
+        return f"{rest} to go without evaluations, until {end:%H:%M}" + (f" on {end:%d %B}" if rest.days else "")
 
 
 LENGTHS = (" loss/accuracy", "")  # what a line says that the numbers are, where there is room and where there is not
