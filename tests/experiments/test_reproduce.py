@@ -143,6 +143,9 @@ def test_adding_is_drawn_against_sequences_and_against_time():
     by_samples, by_time = (axis.lines[0].get_xydata().ravel() for axis in tables.draw(record).axes)
     assert by_samples == pytest.approx([0.1, 0.1, 0.2, 0.01])
     assert by_time == pytest.approx([1.0, 0.1, 2.0, 0.01])
+    record["results"][0]["step_ms"] = 5.0  # what was measured alone goes before what the run took
+    by_time = tables.draw(record).axes[1].lines[0].get_xydata().ravel()
+    assert by_time == pytest.approx([3125 / 12000, 0.1, 6250 / 12000, 0.01])
 
 
 @needs("babi")

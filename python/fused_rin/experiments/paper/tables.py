@@ -6,6 +6,7 @@ results          one entry for each cell of the paper's table that was run:
     paper        what the paper has there
     epochs       the paper's
     constants    for each answer, the share of the test samples it is right for; empty where answers are numbers
+    step_ms      where it was measured: milliseconds of a training step on one thread
     runs         one for each seed: epochs (that it has run), loss and accuracy of its last finite evaluation,
                  seconds, curve (step, loss, accuracy, seconds of every evaluation); "diverged" says why it ended
 """
@@ -189,9 +190,12 @@ def draw_adding(record: Record) -> Figure:
         for number, run in enumerate(entry["runs"]):
             samples = run["batch_size"]
             label = entry["model"] if number == 0 else None
-            for axis, x, scale in zip(axes[rows.index(entry["row"])], (0, 3), (samples / 1e6, 1 / 60), strict=True):
-                points = [(point[x] * scale, point[1]) for point in run["curve"]]
-                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=label)
+            steps, errors, _, seconds = zip(*run["curve"], strict=True)
+            if "step_ms" in entry:  # what the run itself took, the machine's other work is part of
+                seconds = tuple(step * entry["step_ms"] / 1e3 for step in steps)
+            pair = axes[rows.index(entry["row"])]
+            for axis, values, unit in ((pair[0], steps, samples / 1e6), (pair[1], seconds, 1 / 60)):
+                axis.plot([value * unit for value in values], errors, color=colour, linewidth=1, label=label)
     for row, pair in zip(rows, axes, strict=True):
         for axis, text in zip(pair, ("million sequences", "minutes on one CPU thread"), strict=True):
             axis.axhline(PLAIN_ANSWER, color="grey", linestyle="--", linewidth=1)
