@@ -59,6 +59,8 @@ struct Problem {
   void* inner;          // [K - 1, rows, D] x^1 to x^(K-1), written (or null: not wanted) | read
   bool scalar_states;   // state_in and state_out are scalars, as they are carried: CPU, where a call ends mid-sequence
 
+  int64_t tile_rows;  // CUDA, of a cluster: batch rows of a tile, or 0: as many as the kernel can take
+
   // Units with factors of their own. Scalars here are float32, float64 with a dtype of float64.
   Form form;
   const void* skips;    // [G, D] scalars, s of each unit in place of `skip`; null only inside, where `skip` is for all

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from fused_rin import cuda
-from fused_rin.cuda_plan import KERNELS, plan, runnable
+from fused_rin.cuda_plan import CLUSTER_KERNELS, KERNELS, plan, runnable
 from fused_rin.device import Device, NoPlan, allow_tf32
 
 from tests.conftest import CudaModule
@@ -39,22 +39,57 @@ def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
             plan(batch, 2, hidden, dtype, device)
         return
     kernel = chosen.kernel
-    assert kernel in KERNELS
+    assert kernel in (KERNELS if device.max_cluster_size == 1 else (*KERNELS, *CLUSTER_KERNELS))
     assert kernel.hidden >= hidden
     assert kernel.most_shared_bytes <= device.shared_memory_per_block
     assert kernel.threads <= 1024
     assert (kernel.math == "mma") == (dtype != FP32)
-    assert chosen.blocks * kernel.rows >= 2 * batch
+    assert chosen.blocks * kernel.rows >= 2 * batch * kernel.ctas
+    assert chosen.blocks % kernel.ctas == 0
     assert chosen.estimated_cycles > 0
 
 
-@pytest.mark.parametrize("device", [A100, H100, H200, B200], ids=by_name)
-@pytest.mark.parametrize(("dtype", "largest"), [(BF16, 384), (FP16, 384), (FP32, 192)])
-def test_the_sizes_that_are_promised(device, dtype, largest):
+@pytest.mark.parametrize(("device", "clusters"), [(A100, False), (H100, True), (H200, True), (B200, True)])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_the_sizes_that_are_promised(device, clusters, dtype):
+    largest = (512 if dtype == FP32 else 1024) if clusters else (256 if dtype == FP32 else 384)
     for hidden in range(1, largest + 1):
-        assert plan(8, 1, hidden, dtype, device).kernel.hidden >= hidden
-    with pytest.raises(NoPlan, match=rf"hidden sizes up to \d+ .*, got {largest + 200}"):
-        plan(8, 1, largest + 200, dtype, device)
+        kernel = plan(8, 1, hidden, dtype, device).kernel
+        assert kernel.hidden >= hidden
+        assert (kernel.ctas > 1) == (hidden > (256 if dtype == FP32 else 384))
+    with pytest.raises(NoPlan, match=rf"hidden sizes up to {largest} in {dtype} on {device.name}, got {largest + 1}"):
+        plan(8, 1, largest + 1, dtype, device)
+    with pytest.raises(NoPlan, match="with factors of its own for each unit on"):
+        plan(8, 1, 400, dtype, device, units=True)
+
+
+def test_a_cluster_is_spread_over_its_place():
+    chosen = plan(16, 2, 1000, BF16, H200)
+    assert (chosen.kernel.ctas, chosen.tile_rows, chosen.blocks) == (16, 6, 2 * 3 * 16)  # 7 clusters, 3 a direction
+    words = chosen.describe()
+    for part in ("6 cluster(s) of 16 CTAs of 256 threads for 132 SMs", "6 batch row(s) each", "1024 x 1024"):
+        assert part in words
+
+
+def test_rows_are_spread_over_clusters_first():
+    """What a cluster sends in a step grows with its rows: 15 clusters of 8 run at a time, 7 of 16."""
+    for batch, hidden, rows, clusters in (
+        (1, 512, 1, 1), (8, 512, 1, 8), (15, 512, 1, 15), (16, 512, 2, 8), (100, 512, 7, 15), (120, 512, 8, 15),
+        (7, 1024, 1, 7), (56, 1024, 8, 7), (57, 1024, 8, 8),
+    ):  # fmt: skip
+        chosen = plan(batch, 1, hidden, BF16, H200)
+        assert (chosen.tile_rows, chosen.blocks // chosen.kernel.ctas) == (rows, clusters)
+    assert plan(1, 1, 512, BF16, H200).estimated_cycles < plan(120, 1, 512, BF16, H200).estimated_cycles
+    assert plan(8, 1, 384, BF16, H200).tile_rows == 0  # blocks have the rows that they are compiled for
+
+
+def test_code_of_older_architectures_has_no_clusters():
+    seen = runnable(B200, ["80", "90a"], 80, 13000, 13000)
+    assert seen.max_cluster_size == 1
+    with pytest.raises(NoPlan, match="hidden sizes up to 384"):
+        plan(1, 1, 512, BF16, seen)
+    assert runnable(B200, ["80", "90a", "100"], 80, 13000, 13000).max_cluster_size == 16
+    assert runnable(H100, ["80", "90a"], 80, 13000, 13000).max_cluster_size == 16
 
 
 def test_small_batches_take_the_smallest_tile():

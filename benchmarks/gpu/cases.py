@@ -10,7 +10,7 @@ from benchmarks.harness import MODES, Case
 DTYPES = ("bfloat16", "float16", "float32")
 BATCHES = (1, 4, 16, 64, 256)
 HIDDEN = (32, 64, 100, 128, 256, 384)
-WIDE_BATCHES, WIDE_HIDDEN = (1, 16, 64), (512, 1024, 2048)  # beyond one block: Triton against the peer
+WIDE_BATCHES, WIDE_HIDDEN = (1, 16, 64, 256), (512, 1024, 2048)  # beyond one block: clusters, Triton
 TF32 = " tf32"  # behind the name of an implementation: float32 whose products round their operands to TF32
 
 

@@ -69,16 +69,19 @@ def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
 
 
 def readable(mangled: str) -> str:
-    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false, false>; `units-mma` if the last is true."""
+    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false, false>; `units-mma` if the last is true, and
+    `cluster-mma` of cluster_sweep<MmaConfig<...>, false>.
+    """
     kind = re.search(r"(Mma|Fma)ConfigI", mangled)
     assert kind, f"a kernel that is not a block sweep: {mangled}"
     numbers = re.findall(r"Li(\d+)E", mangled)
     found = re.search(r"MathE(\d)E", mangled)
     math = ("mma", "tf32", "tf32x3")[int(found.group(1))] if found else "fma"
     dtype = next((n for tag, n in (("8BFloat16", "bfloat16"), ("7Float16", "float16")) if tag in mangled), "float32")
-    flags = re.search(r"ELb(\d)ELb(\d)E", mangled)
-    assert flags, f"a block sweep of an older form: {mangled}"
-    direction, of = "backward" if flags.group(1) == "1" else "forward", "units-" if flags.group(2) == "1" else ""
+    flags = re.search(r"ELb(\d)E(?:Lb(\d)E)?", mangled)
+    assert flags, f"a sweep of an older form: {mangled}"
+    direction = "backward" if flags.group(1) == "1" else "forward"
+    of = "cluster-" if "cluster_sweep" in mangled else "units-" if flags.group(2) == "1" else ""
     return f"{dtype} {of}{math} {numbers[0]}x{numbers[1]} {direction}"
 
 

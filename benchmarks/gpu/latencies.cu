@@ -3,7 +3,7 @@
 //   nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a -I csrc/cuda benchmarks/gpu/latencies.cu -o latencies
 //
 // Every figure is the median over launches of (cycles of a chain of kRepeat dependent operations) / kRepeat. The PTX of
-// clusters and wgmma is here until a kernel uses it; then it moves to csrc/cuda/device.cuh.
+// wgmma is here until a kernel uses it; then it moves to csrc/cuda/device.cuh.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -164,72 +164,42 @@ __global__ void grid_sync(long long* out) {
   if (grid.thread_rank() == 0) *out = clock64() - start;
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define HAS_CLUSTERS 1
-#else
-#define HAS_CLUSTERS 0
-#endif
-
-// ---- clusters (PTX 9.7.13.3, 9.7.9.13, 9.7.13.15)
+// ---- clusters
 __global__ void cluster_barrier(long long* out) {
-#if HAS_CLUSTERS
   const long long start = clock64();
-  for (int i = 0; i < kRepeat; ++i) {
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-  }
+  for (int i = 0; i < kRepeat; ++i) device::sync_cluster();
   if (blockIdx.x == 0 && threadIdx.x == 0) *out = clock64() - start;
-#endif
 }
 
-// CTA 0 pushes 16 bytes a thread (one warp) into CTA 1's shared memory, completing on CTA 1's mbarrier; CTA 1 answers.
-// A push is half a round trip: st.async, the transaction count, the wait.
-__global__ void cluster_push(long long* out) {
-#if HAS_CLUSTERS
-  __shared__ __align__(16) uint32_t inbox[2][128];
-  __shared__ __align__(8) uint64_t barrier[2];
-  const uint32_t rank = blockIdx.x & 1;
-  const auto local = [](const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); };
-  const auto remote = [&](const void* p) {
-    uint32_t address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local(p)), "r"(rank ^ 1));
-    return address;
-  };
+// What the blocks of a cluster do between two products: everybody sends its `slice` of bytes to all, by st.async in
+// chunks of 16 bytes, and waits for all of theirs. Two buffers, each with an mbarrier behind both.
+template <int kCtas>
+__global__ void cluster_gather(long long* out, int slice) {
+  extern __shared__ __align__(128) char bytes[];
+  const device::SharedMemory shared(bytes);
+  const int rank = static_cast<int>(blockIdx.x) % kCtas, chunks = slice / 16;
+  const uint32_t buffer = kCtas * slice, barriers = 2 * buffer;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(local(&barrier[i])));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (int i = 0; i < 2; ++i)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 512;" ::"r"(local(&barrier[i])) : "memory");
+    device::mbarrier_init(shared, barriers, 1);
+    device::mbarrier_init(shared, barriers + 8, 1);
   }
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-  uint32_t value = threadIdx.x;
+  for (uint32_t i = 4 * threadIdx.x; i < 2 * buffer; i += 4 * blockDim.x) shared.store<uint32_t>(i, 0u);
+  device::sync_cluster();
+  uint4 value{};
   const long long start = clock64();
   for (int i = 0; i < kRepeat; ++i) {
-    const int slot = i & 1;
-    const auto push = [&] {
-      asm volatile(
-          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %1, %1, %1}, [%2];" ::"r"(
-              remote(&inbox[slot][4 * threadIdx.x])),
-          "r"(value), "r"(remote(&barrier[slot]))
-          : "memory");
-    };
-    if (rank == 0) push();
-    uint32_t done = 0;
-    while (!done)
-      asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                   : "=r"(done)
-                   : "r"(local(&barrier[slot])), "r"(i >> 1 & 1)
-                   : "memory");
-    value = inbox[slot][4 * threadIdx.x];
-    __syncwarp();
-    if (threadIdx.x == 0)
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 512;" ::"r"(local(&barrier[slot])) : "memory");
-    __syncwarp();
-    if (rank == 1) push();
+    const uint32_t half = (i & 1) * buffer, barrier = barriers + 8 * (i & 1);
+    if (threadIdx.x == 0) device::mbarrier_arrive_expect(shared, barrier, kCtas * slice);
+    for (int c = threadIdx.x; c < kCtas * chunks; c += blockDim.x) {
+      const device::Peer to = device::peer(shared, (rank + 1 + c / chunks) % kCtas);
+      device::st_async(to, half + rank * slice + c % chunks * 16, value, barrier);
+    }
+    device::mbarrier_wait(shared, barrier, i >> 1 & 1);
+    value.x = shared.load<uint32_t>(half + 4 * (threadIdx.x & 3));
+    __syncthreads();
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *out = clock64() - start + (value == 12345);
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
+  if (blockIdx.x == 0 && threadIdx.x == 0) *out = clock64() - start + (value.x == 12345);
+  device::sync_cluster();
 }
 
 // ---- wgmma (PTX 9.7.15): m64 x kN x k16, A in registers, a chain of `kDepth` k-steps accumulating in place, then the
@@ -291,19 +261,44 @@ void measure_wgmma() {
           });
 }
 
-cudaError_t launch_cluster(void (*kernel)(long long*), int size, int threads) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = size;
-  config.blockDim = threads;
+template <class... Arguments>
+struct ClusterLaunch {
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = size;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, results);
+  cudaLaunchConfig_t config{};
+  void (*kernel)(Arguments...);
+
+  ClusterLaunch(void (*kernel_)(Arguments...), int size, int threads, int shared_bytes) : kernel(kernel_) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = size;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  cudaError_t run(Arguments... arguments) const { return cudaLaunchKernelEx(&config, kernel, arguments...); }
+  int fit() const {
+    int clusters = 0;
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
+  }
+};
+
+template <int kCtas>
+void measure_clusters() {
+  const std::string of = std::to_string(kCtas) + " CTAs of 256 threads";
+  const ClusterLaunch<long long*> barrier(cluster_barrier, kCtas, 256, 0);
+  measure("cluster barrier", of, kRepeat, [&] { return barrier.run(results); });
+  for (const int slice : {16, 64, 128, 256, 512, 1024, 2048}) {
+    const ClusterLaunch<long long*, int> gather(cluster_gather<kCtas>, kCtas, 256, 2 * kCtas * slice + 16);
+    measure("everything to everybody, st.async", std::to_string(slice) + " bytes of each, " + of, kRepeat,
+            [&] { return gather.run(results, slice); });
+  }
+  // With as much shared memory as only one block of an SM can have: that is how the sweep's clusters lie.
+  const ClusterLaunch<long long*> alone(cluster_barrier, kCtas, 256, 120 << 10);
+  report("clusters that run at a time", of + ", one to an SM", "\"count\": " + std::to_string(alone.fit()));
 }
 
 }  // namespace
@@ -364,11 +359,10 @@ int main() {
                                        0, nullptr);
   });
   if (device.major >= 9 && device.major < 12) {
-    for (const int size : {2, 4, 8, 16})
-      measure("cluster barrier", std::to_string(size) + " CTAs of 256 threads", kRepeat,
-              [=] { return launch_cluster(cluster_barrier, size, 256); });
-    measure("push to a peer's shared memory", "st.async of 512 bytes, mbarrier, wait", 2.0 * kRepeat,
-            [=] { return launch_cluster(cluster_push, 2, 32); });
+    measure_clusters<2>();
+    measure_clusters<4>();
+    measure_clusters<8>();
+    measure_clusters<16>();
   }
   if (device.major == 9) {
     measure_wgmma<8, 8>();

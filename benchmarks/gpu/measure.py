@@ -292,6 +292,14 @@ def cuda_is_built() -> bool:
     return cuda._cuda is not None
 
 
+def wide(case: Case) -> list[str]:
+    """What runs a case beyond one block: the CUDA kernels too where clusters hold it."""
+    from fused_rin import cuda
+
+    backend = cuda.unavailable_reason(torch.device("cuda"), getattr(torch, case.dtype), case.hidden)
+    return ["triton", PEER] if backend else ["cuda", "triton", PEER]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
@@ -307,9 +315,9 @@ def main() -> None:
     results = Results(machine())
     first = ["cuda", PEER] if cuda_is_built() else [PEER]
     jobs = [(first, case) for case in cases() if important(case)]
-    jobs += [(["triton", PEER], case) for case in wide_cases() if case.dtype == "bfloat16"]
+    jobs += [(wide(case), case) for case in wide_cases() if case.dtype == "bfloat16"]
     jobs += [(["triton"], case) for case in cases() if important(case)]
-    jobs += [(["triton", PEER], case) for case in wide_cases() if case.dtype != "bfloat16"]
+    jobs += [(wide(case), case) for case in wide_cases() if case.dtype != "bfloat16"]
     jobs += [([*first, "triton"], case) for case in cases() if not important(case)]
     jobs = [(precisions(implementations, case), case) for implementations, case in jobs]
     command = [sys.executable, "-m", "benchmarks.gpu.measure", "--worker"]

@@ -9,6 +9,9 @@ round a loop from barrier to barrier; the other three schedulers run in step wit
 for a warp it does four times. Three latencies of a load from device memory, or of a copy into shared memory: 30 cycles,
 as if there were none, 280, as from L2, and 650. Where they differ, reading ahead does not hide the latency.
 
+Of a cluster the loop goes from the wait for the peers to itself, and what is sent to them is there as many cycles later
+as the planner takes for it (cuda_plan.py; measured on an H100), with all the rows of a tile.
+
 What the model does not know: bank conflicts, caches, clocks, that an instruction cache may miss. It plays a loop's code
 from the first instruction to the last: of the kernels of units, whose loop has six activations and three forms, all of
 them, and what it says is a bound. What it is worth is in benchmarks/NOTES-cuda.md, beside measured times.
@@ -21,7 +24,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +38,7 @@ LOAD_LATENCIES = (30, 280, 650)
 # Measured on an H100 (benchmarks/NOTES-h100.md, latencies.json): a barrier, and a shared load past its own transfer.
 BARRIER, SHARED_LATENCY = 20, 30
 SHUFFLE_LATENCY, OTHER_LATENCY, OPERANDS_READ = 24, 25, 14
-MEMORY = ("LDS", "STS", "LDG", "STG", "LDSM", "LD.", "ST.", "ATOM", "RED")
+MEMORY = ("LDS", "STS", "LDG", "STG", "LDSM", "LD.", "ST.", "ATOM", "RED", "SYNCS")
 WIDTHS = {"64": 2, "128": 4}  # wavefronts of 128 bytes of a warp's access; 1 otherwise
 ALU = (
     "LOP3",
@@ -56,6 +59,10 @@ ALU = (
 ROUNDS, COUNTED = 14, 4  # more than a ring has slots
 
 
+# Of a loop, that of the warps which own sums, and, where k has several parts, that of the others.
+Ways = list[list[Instruction]]
+
+
 @dataclass(frozen=True)
 class Played:
     """An instruction as the scheduler plays it."""
@@ -73,8 +80,10 @@ class Played:
         return self.unit == "memory"
 
 
-def played(line: Instruction, load: float, arch: int, wavefronts: float) -> Played:
+def played(line: Instruction, load: float, arch: int, wavefronts: float, senders: float) -> Played:
     opcode = line.opcode
+    if line.is_send:
+        return Played(line, "memory", 4 * senders * WIDTHS["128"], OTHER_LATENCY)
     if opcode.startswith("LDGDEPBAR"):
         return Played(line, "none", 0.0, OTHER_LATENCY, closes=True)
     if opcode.startswith(MEMORY):
@@ -97,32 +106,45 @@ def played(line: Instruction, load: float, arch: int, wavefronts: float) -> Play
 
 @dataclass
 class Warp:
-    at: int = 0  # in the loop
+    loop: list[Played]
+    at: int = 0  # in it
     ready: float = 0.0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)  # when each scoreboard is free
     copies: float = 0.0  # when all copies into shared memory that were asked for have arrived
     groups: list[float] = field(default_factory=list)  # the same when each group was closed
     barriers: int = 0  # that it has arrived at
+    sent: float = 0.0  # when its last store to a peer was on its way
     earliest: float | None = None  # when its next instruction may issue, as far as that hangs on the warp alone
 
 
 class Scheduler:
-    """Plays a loop. `load`: latency of device memory; `wavefronts`: of a 128-bit load from shared memory, on average.
+    """Plays a loop a warp. `load`: latency of device memory; `wavefronts`: of a 128-bit load from shared memory, on
+    average; `senders`: how many of a scheduler's warps send to peers, on average of the four; `exchange`: from the last
+    of what is sent until all that the peers have sent is seen.
 
     `waited`: {place in the loop: cycles that its instruction waited for more than its predecessor's stall}.
     """
 
-    def __init__(self, loop: list[Instruction], warps: int, load: float, arch: int, wavefronts: float = 4.0) -> None:
-        if sum(line.is_barrier for line in loop) != 1:
+    def __init__(
+        self,
+        ways: Sequence[list[Instruction]],
+        load: float,
+        arch: int,
+        wavefronts: float = 4.0,
+        senders: float = 1.0,
+        exchange: float = 0.0,
+    ) -> None:
+        if any(sum(line.is_barrier or line.is_phase for line in loop) != 1 for loop in ways):
             raise ValueError("a loop that passes several barriers is not played")
-        self.loop = [played(line, load, arch, wavefronts) for line in loop]
-        self.warps = [Warp() for _ in range(warps)]
+        loops_of = {id(loop): [played(line, load, arch, wavefronts, senders) for line in loop] for loop in ways}
+        self.warps = [Warp(loops_of[id(loop)]) for loop in ways]
+        self.exchange = exchange
         self.free = dict.fromkeys(("issue", "memory", "tensor", "special", "alu", "fma", "none"), 0.0)
         self.released: list[float] = []  # when each barrier was
         self.waited: dict[int, float] = {}
 
     def earliest(self, warp: Warp) -> float:
-        next_ = self.loop[warp.at]
+        next_ = warp.loop[warp.at]
         if warp.earliest is None:
             now = max([warp.ready, *(warp.boards[board] for board in next_.line.waits)])
             if next_.pending is not None:
@@ -130,14 +152,15 @@ class Scheduler:
             warp.earliest = now
         now = max(warp.earliest, self.free["issue"])
         # A barrier does not stop a warp at once: arithmetic goes on, what touches memory and the next barrier wait.
-        if next_.queued or next_.line.is_barrier:
+        # That a phase has ended is asked for, and nothing goes on before.
+        if next_.queued or next_.line.is_barrier or warp.loop[0].line.is_phase:
             if warp.barriers > len(self.released):
                 return math.inf
             return max(now, self.released[warp.barriers - 1]) if warp.barriers else now
         return max(now, self.free[next_.unit])
 
     def issue(self, warp: Warp, now: float) -> None:
-        next_ = self.loop[warp.at]
+        next_ = warp.loop[warp.at]
         begin = max(now, self.free[next_.unit])
         self.free[next_.unit], self.free["issue"] = begin + next_.cycles, now + 1
         result, line = begin + next_.latency, next_.line
@@ -149,14 +172,19 @@ class Scheduler:
             warp.boards[line.writes] = max(warp.boards[line.writes], result)
         if line.reads != NO_BOARD:
             warp.boards[line.reads] = max(warp.boards[line.reads], begin + OPERANDS_READ)
-        if line.is_barrier:
+        if line.is_send:
+            warp.sent = begin + next_.cycles
+        if line.is_barrier or line.is_phase:
             warp.barriers += 1
             if min(w.barriers for w in self.warps) > len(self.released):
-                self.released.append(now + BARRIER)
-        if len(self.released) == ROUNDS - 1 and now > warp.ready:
+                arrived = max(w.sent for w in self.warps) + self.exchange if line.is_phase else now + BARRIER
+                self.released.append(max(now, arrived))
+        if len(self.released) == ROUNDS - 1 and now > warp.ready and warp.loop is self.warps[0].loop:
             self.waited[warp.at] = self.waited.get(warp.at, 0.0) + now - warp.ready
         warp.ready = now + max(1, line.stall)
-        warp.at = (warp.at + 1) % len(self.loop)
+        if line.opcode.startswith("BAR.SYNC") and not line.is_barrier:  # a pair of warps
+            warp.ready += BARRIER
+        warp.at = (warp.at + 1) % len(warp.loop)
         warp.earliest = None
 
     def play(self) -> float:
@@ -170,21 +198,24 @@ class Scheduler:
 
 def kernel_of(name: str) -> cuda_plan.Kernel:
     _, math_, size, _ = name.split()
-    every = cuda_plan.UNIT_KERNELS if math_.startswith("units-") else cuda_plan.KERNELS
-    return next(k for k in every if (k.math, f"{k.hidden}x{k.rows}") == (math_.removeprefix("units-"), size))
+    kind, _, product = math_.rpartition("-")
+    every = {"": cuda_plan.KERNELS, "units": cuda_plan.UNIT_KERNELS, "cluster": cuda_plan.CLUSTER_KERNELS}[kind]
+    return next(k for k in every if (k.math, f"{k.hidden}x{k.rows}") == (product, size))
 
 
 def wavefronts(kernel: cuda_plan.Kernel) -> float:
     """Of a 128-bit load from shared memory. What few rows have is read by several lanes at once."""
     if kernel.math != "fma":
         return 4.0
-    chunks = kernel.hidden // 16
-    state, matrix = chunks * kernel.rows, (chunks - kernel.register_parts) * (kernel.hidden // (8 * kernel.warps))
+    chunks, outputs = kernel.hidden // kernel.parts // 16, kernel.outputs * kernel.parts // (8 * kernel.warps)
+    state, matrix = chunks * kernel.rows, (chunks - kernel.register_parts) * outputs
     return (state * 1 + matrix * 4) / (state + matrix)
 
 
-def named(found: list[list[Instruction]]) -> dict[str, list[Instruction]]:
+def named(found: Sequence[list[Instruction]]) -> dict[str, list[Instruction]]:
     """A kernel's three loops: ReLU is the shortest, and the general one compares the most. Or, of units, the one."""
+    if not found:
+        return {}
     if len(found) == 1:
         return {"general": found[0]}
     relu, *others = sorted(found, key=len)
@@ -192,24 +223,36 @@ def named(found: list[list[Instruction]]) -> dict[str, list[Instruction]]:
     return {"relu": relu, "tanh": tanh, "general": general}
 
 
-def cycles(kernel: cuda_plan.Kernel, loop: list[Instruction], arch: int) -> list[int]:
-    """Of a step, at each of LOAD_LATENCIES."""
+def scheduler(kernel: cuda_plan.Kernel, ways: Ways, load: float, arch: int) -> Scheduler:
+    """The first one, which has an owner of sums; the other warps give it their parts."""
     warps = max(1, kernel.warps // 4)
-    return [round(Scheduler(loop, warps, load, arch, wavefronts(kernel)).play()) for load in LOAD_LATENCIES]
+    owners = warps // kernel.parts or 1
+    of_warps = [ways[0]] * owners + [ways[-1]] * (warps - owners)
+    return Scheduler(
+        of_warps, load, arch, wavefronts(kernel), warps / kernel.parts, kernel.exchange_cycles(kernel.rows)
+    )
 
 
-def digest(found: dict[str, list[Instruction]]) -> str:
+def cycles(kernel: cuda_plan.Kernel, ways: Ways, arch: int) -> list[int]:
+    """Of a step, at each of LOAD_LATENCIES."""
+    return [round(scheduler(kernel, ways, load, arch).play()) for load in LOAD_LATENCIES]
+
+
+def digest(found: dict[str, Ways]) -> str:
     """What a kernel's loops are: another schedule has another one."""
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+    single = {kind: ways[0] if len(ways) == 1 else ways for kind, ways in found.items()}
+    return hashlib.sha256(repr(single).encode()).hexdigest()[:12]
 
 
-def kernels(module: Path) -> Iterator[tuple[str, str, dict[str, list[Instruction]]]]:
-    """(architecture, kernel, its loops) of what is not empty there."""
+def kernels(module: Path) -> Iterator[tuple[str, str, dict[str, Ways]]]:
+    """(architecture, kernel, the ways of its warps round its loops) of what is not empty there."""
     for arch, functions in disassemble(module):
         for mangled, code in functions.items():
-            found = loops(code)
-            if found:
-                yield f"sm_{arch}", readable(mangled), named(found)
+            if owners := named(loops(code)):
+                gives = any(isinstance(line, Instruction) and line.is_gift for line in code)
+                givers = named(loops(code, giving=True)) if gives else {}
+                ways = {kind: [loop, givers[kind]] if gives else [loop] for kind, loop in owners.items()}
+                yield f"sm_{arch}", readable(mangled), ways
 
 
 def built() -> Path:
@@ -224,7 +267,7 @@ def write(module: Path) -> None:
     lines: dict[str, list[str]] = {}
     for arch, name, found in kernels(module):
         number = int(arch.removeprefix("sm_"))
-        row: dict[str, object] = {kind: cycles(kernel_of(name), loop, number) for kind, loop in found.items()}
+        row: dict[str, object] = {kind: cycles(kernel_of(name), ways, number) for kind, ways in found.items()}
         lines.setdefault(arch, []).append(f"   {json.dumps(name)}: {json.dumps({**row, 'code': digest(found)})}")
     body = ",\n".join(f'  "{arch}": {{\n' + ",\n".join(sorted(rows)) + "\n  }" for arch, rows in sorted(lines.items()))
     head = f' "nvcc": {json.dumps(compiler_release(module))},\n "load latencies": {json.dumps(LOAD_LATENCIES)},\n'
@@ -236,11 +279,10 @@ def show(wanted: str, wanted_arch: str) -> None:
         if (arch, name) != (wanted_arch, wanted):
             continue
         kernel = kernel_of(name)
-        for kind, loop in found.items():
-            warps, number = max(1, kernel.warps // 4), int(arch.removeprefix("sm_"))
-            player = Scheduler(loop, warps, LOAD_LATENCIES[-1], number, wavefronts(kernel))
-            print(f"{name}, {kind}: {player.play():.0f} cycles, {len(loop)} instructions")
-            for i, line in enumerate(loop):
+        for kind, ways in found.items():
+            player = scheduler(kernel, ways, LOAD_LATENCIES[-1], int(arch.removeprefix("sm_")))
+            print(f"{name}, {kind}: {player.play():.0f} cycles, {len(ways[0])} instructions")
+            for i, line in enumerate(ways[0]):
                 waited = f"waits {player.waited[i]:.0f}" if i in player.waited else ""
                 print(f"  {line.stall:2d} {waited:10s} {line.text}")
 

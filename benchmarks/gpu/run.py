@@ -140,7 +140,8 @@ def stages(
     # Kept, so that the second part and a second try build only what has changed.
     building = {"FUSED_RIN_CUDA": "on" if nvcc else "off", "FUSED_RIN_BUILD_DIR": str(ROOT / "build" / "gpu")}
     measure = [python, "-m", "benchmarks.gpu.measure", str(results / "bench.json")]
-    stalls = [python, "-m", "benchmarks.gpu.stalls", "bfloat16 mma 128x8 forward", "float32 fma 128x1 forward"]
+    stalls = [python, "-m", "benchmarks.gpu.stalls", "bfloat16 mma 128x8 forward"]
+    stalls += ["bfloat16 cluster-mma 512x8 forward", "float32 fma 128x1 forward"]
     look = Stage("look", [[python, "-c", LOOK]], 60)
     if part == 1:
         planned = [

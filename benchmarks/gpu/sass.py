@@ -33,7 +33,23 @@ class Instruction:
 
     @property
     def is_barrier(self) -> bool:
-        return self.opcode.startswith("BAR.SYNC")
+        """Of a block: all its threads wait for each other."""
+        return bool(re.match(r"BAR\.SYNC\S* 0x0\b", self.text))
+
+    @property
+    def is_phase(self) -> bool:
+        """Of an mbarrier, where a block of a cluster waits for its peers."""
+        return self.opcode.startswith("SYNCS.PHASECHK")
+
+    @property
+    def is_send(self) -> bool:
+        """To a peer's shared memory."""
+        return self.opcode.startswith("STAS")
+
+    @property
+    def is_gift(self) -> bool:
+        """A barrier at which a warp only arrives: it has given another one its part of the sums."""
+        return self.opcode.startswith("BAR.ARV")
 
 
 Code = list[Instruction | str]  # a str is a label
@@ -72,36 +88,54 @@ def disassemble(module: Path) -> Iterator[tuple[int, dict[str, Code]]]:
             yield arch, functions(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def loops(code: Code) -> list[list[Instruction]]:
-    """Every loop from a block barrier to itself by the shortest way, once each; the barrier comes first."""
+def loops(code: Code, *, giving: bool = False) -> list[list[Instruction]]:
+    """Every loop from a block barrier to itself by the shortest way, once each; the barrier comes first.
+
+    Of a cluster, from the wait for the peers to itself, by the shortest way on which something is sent to them, or
+    given to another warp. No warp is divided.
+    """
     target = {line: i for i, line in enumerate(code) if isinstance(line, str)}
-    barriers = {i for i, line in enumerate(code) if isinstance(line, Instruction) and line.is_barrier}
+    places = {i: line for i, line in enumerate(code) if isinstance(line, Instruction)}
+    phases = {i for i, line in places.items() if line.is_phase}
+    barriers = phases or {i for i, line in places.items() if line.is_barrier}
 
     def following(i: int) -> Iterator[int]:
         line = code[i]
         if isinstance(line, Instruction):
-            branch = re.match(r"(?:@\S+\s+)?BRA\S*\s.*`\((\.L\w+)\)", line.text)
+            branch = re.match(r"(?:@\S+\s+)?BRA(?!\.DIV)\S*\s.*`\((\.L\w+)\)", line.text)
             if branch and branch[1] in target:
                 yield target[branch[1]]
-            if re.match(r"(BRA|EXIT|RET)\b", line.text):  # without a predicate
+            if re.match(r"(BRA(?!\.DIV)|EXIT|RET|BPT)\b", line.text):  # without a predicate
                 return
         if i + 1 < len(code):
             yield i + 1
 
-    def way_to_next(start: int) -> list[int]:
+    # A place on a way, and whether what has to be was sent on it: of a block nothing has to be.
+    Place = tuple[int, bool]
+
+    def way_to_next(barrier: int) -> list[int]:
         """From a barrier to the next one, both included; empty if there is none."""
-        cost, origin, queue = {start: 0}, {}, [(0, start)]
+        start = (barrier, not phases)
+        cost: dict[Place, int] = {start: 0}
+        origin: dict[Place, Place] = {}
+        queue = [(0, start)]
         while queue:
-            so_far, i = heapq.heappop(queue)
-            if i in barriers and (i != start or so_far):
-                way = [i]
+            so_far, place = heapq.heappop(queue)
+            i, sent = place
+            if i in barriers and sent and so_far:
+                way = [place]
                 while way[-1] != start or len(way) == 1:
                     way.append(origin[way[-1]])
-                return way[::-1]
-            for after in following(i):
-                further = so_far + isinstance(code[after], Instruction)
+                return [at for at, _ in reversed(way)]
+            if i in phases and so_far:
+                continue  # asked again
+            for further_on in following(i):
+                line = code[further_on]
+                sends = isinstance(line, Instruction) and (line.is_gift if giving else line.is_send)
+                after = (further_on, sent or sends)
+                further = so_far + isinstance(line, Instruction)
                 if further < cost.get(after, further + 1) or (after == start and after not in origin):
-                    cost[after], origin[after] = further, i
+                    cost[after], origin[after] = further, place
                     heapq.heappush(queue, (further, after))
         return []
 
@@ -114,6 +148,5 @@ def loops(code: Code) -> list[list[Instruction]]:
             start = ways[start][-1]
         if start in seen:
             around = seen[seen.index(start) :]
-            lines = [code[i] for barrier in around for i in ways[barrier][:-1]]
-            found[min(around)] = [line for line in lines if isinstance(line, Instruction)]
+            found[min(around)] = [places[i] for barrier in around for i in ways[barrier][:-1] if i in places]
     return [found[first] for first in sorted(found)]

@@ -44,8 +44,8 @@ class Step:
     """One kernel on `blocks` tiles of its own size; `run(steps)` launches it once."""
 
     def __init__(self, instance: tuple[int, ...], blocks: int, activation: str = "relu", lengths: bool = False) -> None:
-        dtype, math, self.backward, self.units, self.hidden, self.rows, _, _ = instance
-        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, 0), dtype, self.rows * blocks
+        dtype, math, self.backward, self.units, self.hidden, self.rows, ctas, _, _ = instance
+        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, ctas, 0, 0), dtype, self.rows * blocks
         options = {"device": "cuda", "dtype": DTYPES[dtype]}
         torch.manual_seed(0)
         size = (LONG, self.batch, self.hidden)
@@ -84,9 +84,10 @@ class Step:
 
 
 def name_of(instance: tuple[int, ...]) -> str:
-    dtype, math, backward, units, hidden, rows, _, _ = instance
+    dtype, math, backward, units, hidden, rows, ctas, _, _ = instance
     kind = str(DTYPES[dtype]).removeprefix("torch.")
-    return f"{kind} {'units-' * bool(units)}{MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
+    of = "units-" if units else "cluster-" if ctas > 1 else ""
+    return f"{kind} {of}{MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
 
 
 def main() -> None:
@@ -104,12 +105,12 @@ def main() -> None:
         name = name_of(instance)
         if arguments.only not in name:
             continue
-        row: dict[str, object] = {"kernel": name, "rows": instance[5], "threads": instance[6]}
+        row: dict[str, object] = {"kernel": name, "rows": instance[5], "ctas": instance[6], "threads": instance[7]}
         for label, blocks, activation, lengths in (
             ("alone", 1, "relu", False),
             ("tanh", 1, "tanh", False),
             ("general", 1, "relu", True),
-            ("full", sms, "relu", False),
+            ("full", sms // instance[6], "relu", False),
         ):
             if instance[3] and label in ("tanh", "general"):  # units have one loop
                 continue

@@ -11,12 +11,14 @@ using namespace fused_rin;
 
 namespace {
 
-using KernelId = std::tuple<int, int, int, int64_t>;  // math, hidden, rows: the instance; how much of D is padding
+// Math, hidden, rows and ctas of the instance; rows of a tile, or 0; how much of D is padding.
+using KernelId = std::tuple<int, int, int, int, int64_t, int64_t>;
 
 void launch(Problem p, const KernelId& kernel, int device, Address stream) {
-  const auto& [math, hidden, tile_rows, padding] = kernel;
+  const auto& [math, hidden, rows, ctas, tile_rows, padding] = kernel;
+  p.tile_rows = tile_rows;
   p.padding = padding;
-  launch_block(p, static_cast<Math>(math), hidden, tile_rows, device, pointer<void>(stream));
+  launch_block(p, static_cast<Math>(math), hidden, rows, ctas, device, pointer<void>(stream));
 }
 
 void sweep_block(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
@@ -33,7 +35,7 @@ py::list instances() {
   py::list list;
   for (const BlockInstance& i : block_instances())
     list.append(py::make_tuple(static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward),
-                               static_cast<int>(i.units), i.hidden, i.rows, i.threads, i.shared_bytes));
+                               static_cast<int>(i.units), i.hidden, i.rows, i.ctas, i.threads, i.shared_bytes));
   return list;
 }
 
@@ -53,7 +55,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sweep_block", &sweep_block);
   m.def("sweep_block_of_units", &sweep_block_of_units);
   m.def("instances", &instances,
-        "(dtype, math, backward, units, hidden, rows, threads, shared bytes) of every kernel.");
+        "(dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes) of every kernel.");
   m.def("versions", &versions, "(driver, runtime) in CUDA's numbers, 12040 for 12.4.");
   m.attr("architectures") = FUSED_RIN_CUDA_ARCHS;  // that there is machine code for, such as "80 90a"
   m.attr("ptx") = FUSED_RIN_CUDA_PTX;              // and PTX, for what comes after them

@@ -16,6 +16,9 @@ void append_float32_tf32_instances(std::vector<BlockInstance>& instances);
 void append_bfloat16_unit_instances(std::vector<BlockInstance>& instances);
 void append_float16_unit_instances(std::vector<BlockInstance>& instances);
 void append_float32_unit_instances(std::vector<BlockInstance>& instances);
+void append_bfloat16_cluster_instances(std::vector<BlockInstance>& instances);
+void append_float16_cluster_instances(std::vector<BlockInstance>& instances);
+void append_float32_cluster_instances(std::vector<BlockInstance>& instances);
 
 const std::vector<BlockInstance>& block_instances() {
   static const std::vector<BlockInstance> instances = [] {
@@ -28,12 +31,15 @@ const std::vector<BlockInstance>& block_instances() {
     append_bfloat16_unit_instances(all);
     append_float16_unit_instances(all);
     append_float32_unit_instances(all);
+    append_bfloat16_cluster_instances(all);
+    append_float16_cluster_instances(all);
+    append_float32_cluster_instances(all);
     return all;
   }();
   return instances;
 }
 
-void launch_block(const Problem& problem, Math math, int hidden, int rows, int device, void* stream) {
+void launch_block(const Problem& problem, Math math, int hidden, int rows, int ctas, int device, void* stream) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (problem.steps >= kMost || problem.batch >= kMost)
     throw std::invalid_argument("steps and batch must be below 2^31, got " + std::to_string(problem.steps) + " and " +
@@ -52,17 +58,23 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int d
   if (problem.batch == 0 || problem.groups == 0 || problem.hidden == 0) return;
   for (const BlockInstance& instance : block_instances()) {
     if (instance.dtype != problem.dtype || instance.math != math || instance.backward != problem.backward ||
-        instance.units != (problem.skips != nullptr) || instance.hidden != hidden || instance.rows != rows)
+        instance.units != (problem.skips != nullptr) || instance.hidden != hidden || instance.rows != rows ||
+        instance.ctas != ctas)
       continue;
     if (problem.hidden > hidden)
       throw std::invalid_argument("hidden size " + std::to_string(problem.hidden) +
                                   " does not fit the instance compiled for " + std::to_string(hidden));
+    if (problem.tile_rows < 0 || problem.tile_rows > rows || (problem.tile_rows && ctas == 1))
+      throw std::invalid_argument("a tile of " + std::to_string(problem.tile_rows) +
+                                  " rows does not suit a kernel of " + std::to_string(rows) + " rows and " +
+                                  std::to_string(ctas) + " CTAs");
     const DeviceGuard guard(device);
     instance.launch(problem, stream);
     return;
   }
   throw std::invalid_argument("no compiled block kernel for hidden " + std::to_string(hidden) + ", rows " +
-                              std::to_string(rows) + ", math " + std::to_string(static_cast<int>(math)) + ", dtype " +
+                              std::to_string(rows) + ", ctas " + std::to_string(ctas) + ", math " +
+                              std::to_string(static_cast<int>(math)) + ", dtype " +
                               std::to_string(static_cast<int>(problem.dtype)));
 }
 

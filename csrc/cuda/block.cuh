@@ -11,6 +11,7 @@
 //   schedule.cuh         where a packed step begins and which rows start anew, staged
 //   epilogues.cuh        activation and slope
 //   units.cuh            the same of units with factors of their own: leaky networks
+//   exchange.cuh         who is met once a step: the block, or the blocks of a cluster that share a tile
 //   sweep.cuh            the loop
 //   block_configs.h      the sizes that are compiled; block.cu launches one, plan.cpp and cuda_plan.py choose it
 #pragma once
@@ -35,11 +36,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1) block_sweep(const Problem
     device::trap();
 }
 
+// The same of one tile shared by a cluster: see exchange.cuh.
+template <class Config, bool kBackward>
+__global__ void __launch_bounds__(Config::kThreads, 1) cluster_sweep(const Problem problem) {
+  if constexpr (device::kHasClusters)
+    sweep<Config, typename Config::template Product<kBackward>, kBackward, false>(problem);
+  else
+    device::trap();
+}
+
+template <class Config, bool kBackward, bool kUnits>
+constexpr auto kernel_of() {
+  if constexpr (Config::kCtas == 1)
+    return &block_sweep<Config, kBackward, kUnits>;
+  else
+    return &cluster_sweep<Config, kBackward>;
+}
+
 template <class Config, bool kBackward, bool kUnits>
 void launch_block_sweep(const Problem& problem, void* stream) {
-  const int64_t blocks = problem.groups * ((problem.batch + Config::kRows - 1) / Config::kRows);
-  launch_kernel(block_sweep<Config, kBackward, kUnits>, problem, blocks, Config::kThreads,
-                Layout<Config, kBackward, kUnits>::kBytes, stream);
+  const int64_t rows = rows_of_tile<Config>(problem);
+  const int64_t tiles = problem.groups * ((problem.batch + rows - 1) / rows);
+  launch_kernel(kernel_of<Config, kBackward, kUnits>(), problem, tiles * Config::kCtas, Config::kThreads,
+                Layout<Config, kBackward, kUnits>::kBytes, stream, Config::kCtas);
 }
 
 template <class Config, bool kBackward, bool kUnits>
@@ -50,11 +69,13 @@ BlockInstance block_instance() {
           kUnits,
           Config::kHidden,
           Config::kRows,
+          Config::kCtas,
+          Config::kParts,
           Config::kThreads,
           Layout<Config, kBackward, kUnits>::kBytes,
           Config::kMatrixBytes,
           &launch_block_sweep<Config, kBackward, kUnits>,
-          [] { return ptx_version(block_sweep<Config, kBackward, kUnits>); }};
+          [] { return ptx_version(kernel_of<Config, kBackward, kUnits>()); }};
 }
 
 template <bool kUnits, class... Configs>

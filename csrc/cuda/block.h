@@ -1,4 +1,5 @@
-// The compiled instances of the `block` plan and their launch; plain data, so that the planner and the tests read it.
+// The compiled instances of the `block` and the `cluster` plan and their launch; plain data, so that the planner and
+// the tests read it.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,9 @@ struct BlockInstance {
   bool backward;
   bool units;  // with factors of their own: problem.skips is given
   int hidden;  // compiled size; any smaller D runs in it
-  int rows;    // batch rows of a CTA
+  int rows;    // batch rows of a tile
+  int ctas;    // that share a tile: 1, or a cluster of so many
+  int parts;   // of k, each with warps of its own
   int threads;
   int shared_bytes;  // dynamic
   int matrix_bytes;  // of them: what of the matrix is not in registers
@@ -27,9 +30,9 @@ struct BlockInstance {
 // Every instance, in a fixed order.
 const std::vector<BlockInstance>& block_instances();
 
-// Runs `problem` with the instance of exactly this math, hidden and rows. D must be even and every tensor aligned to
-// two elements. `device` is a CUDA ordinal, `stream` a cudaStream_t. Throws std::invalid_argument for what the plan
+// Runs `problem` with the instance of exactly this math, hidden, rows and ctas. D must be even and every tensor aligned
+// to two elements. `device` is a CUDA ordinal, `stream` a cudaStream_t. Throws std::invalid_argument for what the plan
 // cannot do, std::runtime_error with CUDA's own words.
-void launch_block(const Problem& problem, Math math, int hidden, int rows, int device, void* stream);
+void launch_block(const Problem& problem, Math math, int hidden, int rows, int ctas, int device, void* stream);
 
 }  // namespace fused_rin

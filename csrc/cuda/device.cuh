@@ -42,6 +42,15 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// barrier.cluster (PTX 9.7.13.3): all threads of the cluster, and their shared memory accesses, in order.
+__device__ __forceinline__ void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // PTX 9.7.13.15.9: barriers made by this thread
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
@@ -78,6 +87,71 @@ class SharedMemory {
  private:
   char* base_;
 };
+
+// ---- clusters (sm_90+) -------------------------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+// mapa (PTX 9.7.9.23): where the shared memory of another block of the cluster begins; offsets are those of the own.
+struct Peer {
+  uint32_t base;
+};
+__device__ __forceinline__ Peer peer(const SharedMemory& shared, int rank) {
+  Peer peer{};
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer.base) : "r"(shared.address(0)), "r"(rank));
+#endif
+  return peer;
+}
+
+// An mbarrier (PTX 9.7.13.15): 8 bytes of shared memory. A phase ends with the last of `count` arrivals and the last of
+// the bytes that were expected in it; bytes may come before they are expected, the count is signed.
+__device__ __forceinline__ void mbarrier_init(const SharedMemory& shared, uint32_t offset, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared.address(offset)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(const SharedMemory& shared, uint32_t offset) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared.address(offset)) : "memory");
+#endif
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(const SharedMemory& shared, uint32_t offset, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared.address(offset)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+// Returns when the phase of this parity has ended; what was stored by st.async before is there. The scope of the
+// acquire is the block: all that is read lies in its own shared memory, and that of the cluster makes ptxas throw L1
+// away, in every step. A wait of seconds, in which the blocks of a cluster run side by side, is an error, not patience.
+__device__ __forceinline__ void mbarrier_wait(const SharedMemory& shared, uint32_t offset, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t place = shared.address(offset);
+  uint32_t done = 0;
+#pragma unroll 1
+  for (int tries = 0; !done; ++tries) {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(place), "r"(parity)
+        : "memory");
+    if (tries == 1 << 26) trap();
+  }
+#endif
+}
+// st.async (PTX 9.7.9.12): 16 bytes into a peer's shared memory, counted by its mbarrier at `barrier`.
+__device__ __forceinline__ void st_async(Peer peer, uint32_t offset, uint4 value, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   peer.base + offset),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(peer.base + barrier)
+               : "memory");
+#endif
+}
 
 __device__ __forceinline__ SharedMemory shared_memory() {
   extern __shared__ __align__(128) char dynamic_shared_memory[];

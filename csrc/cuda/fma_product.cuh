@@ -17,26 +17,33 @@ namespace fused_rin {
 template <class Config, bool kBackward>
 class FmaProduct;
 
-template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kSlotsForward_, int kSlotsBackward_>
+// See mma_product.cuh for kCtas and kParts.
+template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kSlotsForward_, int kSlotsBackward_,
+          int kCtas_ = 1, int kParts_ = 1>
 struct FmaConfig {
   using T = float;
   template <bool kBackward>
   using Product = FmaProduct<FmaConfig, kBackward>;
   static constexpr Math kMath = Math::kFma;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
+  static constexpr int kCtas = kCtas_, kParts = kParts_, kOutputs = kHidden / kCtas;  // outputs of a CTA
   static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
-  static constexpr int kOutputs = kHidden / (8 * kWarps);
-  static constexpr int kChunks = kHidden / 16;  // 16-byte chunks of k that a lane multiplies
+  static constexpr int kGroupOutputs = kOutputs * kParts / (8 * kWarps);
+  static constexpr int kChunks = kHidden / kParts / 16;  // 16-byte chunks of k that a lane multiplies
   static constexpr int kRegisterChunks = kRegisterChunks_ < kChunks ? kRegisterChunks_ : kChunks;
-  static constexpr int kMatrixBytes = (kChunks - kRegisterChunks) * kOutputs * 16 * kThreads;
+  static constexpr int kMatrixBytes = (kChunks - kRegisterChunks) * kGroupOutputs * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
-  static_assert(kHidden == kOutputs * 8 * kWarps && kOutputs % 2 == 0, "warps share the outputs evenly, in pairs");
+  static constexpr int kPairs = kGroupOutputs * kRows >= 8 ? kGroupOutputs * kRows / 8 : 1;  // of a lane
+  static constexpr int kGivenBytes = (kParts - 1) * kPairs * 8 * kThreads / kParts;
+  static_assert(kOutputs * kParts == kGroupOutputs * 8 * kWarps && kGroupOutputs % 2 == 0,
+                "warps share the outputs evenly, in pairs");
 };
 
 template <class Config, bool kBackward>
 class FmaProduct {
   using StateT = State<float, Config::kHidden, Config::kRows>;
-  static constexpr int kOutputs = Config::kOutputs, kRows = Config::kRows, kChunks = Config::kChunks;
+  static constexpr int kOutputs = Config::kGroupOutputs, kRows = Config::kRows, kChunks = Config::kChunks;
+  static constexpr int kParts = Config::kParts, kThreadsAPart = Config::kThreads / kParts;
   static constexpr int kGroupPairs = kOutputs / 2 * kRows;  // of the four lanes together
   static constexpr int kHalf = kGroupPairs >= 2 ? kGroupPairs / 2 : 1, kQuarter = kHalf >= 2 ? kHalf / 2 : 1;
 
@@ -44,9 +51,11 @@ class FmaProduct {
   static constexpr int kPairs = kQuarter, kColumns = kQuarter, kTogether = 1;
   static constexpr bool kSumInside = false;
   static constexpr bool kStateIsOutput = true;
+  static_assert(kPairs == Config::kPairs);
   static_assert(kRows % kPairs == 0 || kPairs % kRows == 0, "see group_pair");
 
-  __device__ __forceinline__ FmaProduct(device::SharedMemory shared, int) : shared_(shared) {}
+  __device__ __forceinline__ FmaProduct(device::SharedMemory shared, uint32_t given, int)
+      : shared_(shared), given_(given) {}
 
   // The pairs that `thread` of the block owns: the first, and from there to pair p, known when compiled. Fewer pairs
   // than lanes: several lanes hold the same pair, one speaks.
@@ -57,24 +66,28 @@ class FmaProduct {
   static __device__ __forceinline__ constexpr int column(int p) { return p; }
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kRows * 2; }
   static __device__ __forceinline__ constexpr int row_step(int p) { return p % kRows; }
-  static __device__ __forceinline__ bool owner(int thread) { return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4); }
-  static __device__ __forceinline__ uint32_t in_state(int thread) {
-    return StateT::row(row(thread)) + neuron(thread) * 4;
+  static __device__ __forceinline__ bool owner(int thread) {
+    return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4) && (kParts == 1 || thread < kThreadsAPart);
   }
-  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
-    return StateT::row(row_step(p)) + neuron_step(p) * 4;
+  template <class Tile>
+  static __device__ __forceinline__ uint32_t place(int thread) {
+    return Tile::row(row(thread)) + neuron(thread) * 4;
+  }
+  template <class Tile>
+  static __device__ __forceinline__ constexpr uint32_t place_step(int p) {
+    return Tile::row(row_step(p)) + neuron_step(p) * 4;
   }
 
   static __device__ __forceinline__ uint2 to_state(uint2 x) { return x; }
 
-  __device__ __forceinline__ void load(const uint2* weight, int hidden) {
+  __device__ __forceinline__ void load(const uint2* weight, int first, int hidden) {
     // See mma_product.cuh.
     constexpr int kShared = (kChunks - Config::kRegisterChunks) * (kOutputs / 2);
 #pragma unroll 4
     for (int n = 0; n < kShared; ++n) {
       const int chunk = Config::kRegisterChunks + n / (kOutputs / 2), r = n % (kOutputs / 2) * 2;
       uint32_t block[2][4];
-      load_block(block, weight, hidden, chunk, r);
+      load_block(block, weight, first, hidden, chunk, r);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         shared_.store(slot(chunk, r + i), uint4{block[i][0], block[i][1], block[i][2], block[i][3]});
@@ -84,7 +97,7 @@ class FmaProduct {
 #pragma unroll
       for (int r = 0; r < kOutputs; r += 2) {
         uint32_t block[2][4];
-        load_block(block, weight, hidden, chunk, r);
+        load_block(block, weight, first, hidden, chunk, r);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -98,7 +111,7 @@ class FmaProduct {
   template <class Prepare, class CarryOn>
   __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Prepare& prepare,
                                            const CarryOn& carry_on) const {
-    const uint32_t mine = state + 16 * (device::lane_idx() % 4);
+    const uint32_t mine = state + 16 * (device::lane_idx() % 4) + part() * (Config::kHidden / kParts * 4);
     float4 first[kRows];
 #pragma unroll
     for (int n = 0; n < kRows; ++n) first[n] = shared_.load<float4>(mine + StateT::row(n));
@@ -144,15 +157,39 @@ class FmaProduct {
     reduce<kHalf>(v, 2);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) sum[p] = v[p];
+    if constexpr (kParts > 1) meet(sum);
   }
 
  private:
-  static __device__ __forceinline__ void load_block(uint32_t (&block)[2][4], const uint2* weight, int hidden, int chunk,
-                                                    int r) {
-    const int k = 4 * (device::lane_idx() % 4);
-    load_weight_block<float, kBackward>(block, weight, first_output(device::thread_idx()) + r, k, 16 * chunk, hidden);
+  static __device__ __forceinline__ void load_block(uint32_t (&block)[2][4], const uint2* weight, int first, int hidden,
+                                                    int chunk, int r) {
+    const int k = 4 * (device::lane_idx() % 4) + part() * (Config::kHidden / kParts);
+    load_weight_block<float, kBackward>(block, weight, first + first_output(device::thread_idx()) + r, k, 16 * chunk,
+                                        hidden);
   }
-  static __device__ __forceinline__ int first_output(int thread) { return thread / 4 * kOutputs; }
+  static __device__ __forceinline__ int first_output(int thread) {
+    return (kParts == 1 ? thread : thread % kThreadsAPart) / 4 * kOutputs;
+  }
+  static __device__ __forceinline__ int part() { return kParts == 1 ? 0 : device::thread_idx() / kThreadsAPart; }
+
+  // See mma_product.cuh.
+  __device__ __forceinline__ void meet(float2 (&sum)[kPairs]) const {
+    const int own = device::thread_idx() % kThreadsAPart, barrier = 1 + own / 32;
+    const auto place = [&](int from, int p) { return given_ + (((from - 1) * kPairs + p) * kThreadsAPart + own) * 8; };
+    const int from = part();
+    if (from) {
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) shared_.store(place(from, p), sum[p]);
+      device::named_barrier_arrive(barrier, 32 * kParts);
+      return;
+    }
+    device::named_barrier_sync(barrier, 32 * kParts);
+#pragma unroll
+    for (int other = 1; other < kParts; ++other) {
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) sum[p] = plus(sum[p], shared_.load<float2>(place(other, p)));
+    }
+  }
   // The first pair of a thread: a multiple of kPairs, so that those after it are in the same row or neuron, or whole
   // rows of neurons.
   static __device__ __forceinline__ int group_pair(int thread) {
@@ -180,6 +217,7 @@ class FmaProduct {
   }
 
   device::SharedMemory shared_;
+  uint32_t given_;
   float w_[Config::kRegisterChunks][kOutputs][4];
 };
 

@@ -12,27 +12,35 @@ template <class Config, bool kBackward>
 class MmaProduct;
 
 // Who keeps what where. kRegisterSteps of the matrix's k-steps (32 bytes of k each) live in registers; each costs
-// 4 * kTilesM registers a thread. kSlots*: steps in the ring of the streamed tensors, the one at hand included.
+// 4 * kTilesM registers a thread. kSlots*: steps in the ring of the streamed tensors, the one at hand included. kCtas
+// share the outputs. kParts: of k, with warps of their own; the first part's own the sums.
 template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kSlotsForward_,
-          int kSlotsBackward_>
+          int kSlotsBackward_, int kCtas_ = 1, int kParts_ = 1>
 struct MmaConfig {
   using T = T_;
   template <bool kBackward>
   using Product = MmaProduct<MmaConfig, kBackward>;
   static constexpr Math kMath = kMath_;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
+  static constexpr int kCtas = kCtas_, kParts = kParts_, kOutputs = kHidden / kCtas;  // outputs of a CTA
   static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
-  static constexpr int kSteps = kHidden * Element<T>::kBytes / 32;  // k-steps
+  static constexpr int kSteps = kHidden / kParts * Element<T>::kBytes / 32;  // k-steps of a warp
   static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;
-  static constexpr int kTilesM = kHidden / 16 / kWarps, kTilesN = kRows / 8;
+  static constexpr int kTilesM = kOutputs * kParts / 16 / kWarps, kTilesN = kRows / 8;
   // Independent accumulators per output, so that each tensor core has four chains to choose from: about the latency of
   // an mma over its rate. A small tile waits for the chain, not for the rate.
-  static constexpr int kChains = kTilesM * kTilesN * kWarps / 4 < 4 && kMath != Math::kTf32x3 ? 2 : 1;
+  // Over a long k, four: of 32 k-steps two chains would take twice the time of the products.
+  static constexpr int kTilesACore = kTilesM * kTilesN * kWarps / 4;
+  static constexpr int kChains = kTilesACore >= 4 || kMath == Math::kTf32x3 ? 1
+                                 : kSteps < 32 || kTilesACore > 1           ? 2
+                                                                            : 4;
   // 3xTF32: keep both halves of the matrix where there is room for nearly all of it; else split it anew in every step.
   static constexpr bool kSplitKept = kMath == Math::kTf32x3 && kSteps * kTilesM <= 16;
   static constexpr int kMatrixBytes = (kSteps - kRegisterSteps) * kTilesM * 16 * kThreads;
   static constexpr int kStateBytes = State<T, kHidden, kRows>::kBytes;
-  static_assert(kHidden == kTilesM * 16 * kWarps, "warps share the outputs evenly");
+  static constexpr int kGivenBytes = (kParts - 1) * kTilesM * kTilesN * 16 * kThreads / kParts;
+  static_assert(kOutputs * kParts == kTilesM * 16 * kWarps, "warps share the outputs evenly");
+  static_assert(kSteps % 2 == 0, "a load of the state feeds two k-steps");
   static_assert((kMath == Math::kMma) == (Element<T>::kBytes == 2), "float32 goes through tf32");
 };
 
@@ -41,6 +49,7 @@ class MmaProduct {
   using T = typename Config::T;
   using E = Element<T>;
   using StateT = State<T, Config::kHidden, Config::kRows>;
+  static constexpr int kParts = Config::kParts, kWarpsAPart = Config::kWarps / kParts;
   static constexpr int kTilesM = Config::kTilesM, kTilesN = Config::kTilesN, kSteps = Config::kSteps;
 
  public:
@@ -49,31 +58,37 @@ class MmaProduct {
   static constexpr int kTogether = kTilesM % 2 ? 1 : 2;  // pairs that are neighbours, and p and p + 1
   // Whether what the product is added to goes in as its accumulator. That one truncates once per k-step: harmless for a
   // step's own input, but never for what all steps hand on (see sweep.cuh).
-  static constexpr bool kSumInside = !kBackward && Config::kMath == Math::kMma;
+  static constexpr bool kSumInside = !kBackward && Config::kMath == Math::kMma && kParts == 1;
   static constexpr bool kStateIsOutput = Config::kMath != Math::kTf32;  // to the last bit: see to_state
 
-  __device__ __forceinline__ MmaProduct(device::SharedMemory shared, int live_rows) : shared_(shared) {
+  // `given`: kGivenBytes of shared memory, through which the parts of a sum meet.
+  __device__ __forceinline__ MmaProduct(device::SharedMemory shared, uint32_t given, int live_rows)
+      : shared_(shared), given_(given) {
     const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
     // Of a tile of 8, the rows past the batch read the last live one again: a broadcast instead of bank traffic.
     const int row = kTilesN == 1 && g >= live_rows ? live_rows - 1 : g;
-    lane_offset_ = StateT::row(row) + 16 * q;
+    lane_offset_ = StateT::row(row) + 16 * q + part() * (Config::kHidden / kParts * E::kBytes);
+    // Of a cluster it takes registers to their limit, and would be found anew behind the wait for the peers.
+    if (Config::kCtas > 1) lane_offset_ = device::opaque(lane_offset_);
   }
 
   // The pairs that `thread` of the block owns: the first, and from there to pair p, known when compiled.
   static __device__ __forceinline__ int neuron(int thread) {
-    return (thread >> 5) * kTilesM * 16 + 2 * kTogether * ((thread & 31) / 4);
+    return warp_of_part(thread) * kTilesM * 16 + 2 * kTogether * ((thread & 31) / 4);
   }
   static __device__ __forceinline__ int row(int thread) { return 2 * (thread & 3); }
   static __device__ __forceinline__ constexpr int column(int p) { return p / kTogether % kColumns; }
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return output(tile(p)); }
   static __device__ __forceinline__ constexpr int row_step(int p) { return column(p) / 2 * 8 + column(p) % 2; }
-  static __device__ __forceinline__ bool owner(int) { return true; }
-  // Where the first pair is in the state, and from there to pair p.
-  static __device__ __forceinline__ uint32_t in_state(int thread) {
-    return StateT::row(row(thread)) + neuron(thread) * E::kBytes;
+  static __device__ __forceinline__ bool owner(int thread) { return kParts == 1 || thread < 32 * kWarpsAPart; }
+  // Where the first pair is in a tile that lies so in shared memory, and from there to pair p.
+  template <class Tile>
+  static __device__ __forceinline__ uint32_t place(int thread) {
+    return Tile::row(row(thread)) + neuron(thread) * E::kBytes;
   }
-  static __device__ __forceinline__ constexpr uint32_t in_state_step(int p) {
-    return StateT::row(row_step(p)) + neuron_step(p) * E::kBytes;
+  template <class Tile>
+  static __device__ __forceinline__ constexpr uint32_t place_step(int p) {
+    return Tile::row(row_step(p)) + neuron_step(p) * E::kBytes;
   }
 
   static __device__ __forceinline__ typename E::Pair to_state(typename E::Pair x) {
@@ -82,7 +97,8 @@ class MmaProduct {
     return x;
   }
 
-  __device__ __forceinline__ void load(const typename E::Pair* weight, int hidden) {
+  // `first`: of the block's outputs, among all.
+  __device__ __forceinline__ void load(const typename E::Pair* weight, int first, int hidden) {
     // What goes to shared memory comes first, while the registers of the rest are free for loads in flight: one by one
     // they would take 0.3 to 0.6 us each, 36 to 52 of them. All at once, behind the others, spilled.
     constexpr int kShared = (kSteps - Config::kRegisterSteps) * kTilesM;
@@ -90,7 +106,7 @@ class MmaProduct {
     for (int i = 0; i < kShared; ++i) {
       const int step = Config::kRegisterSteps + i / kTilesM, m = i % kTilesM;
       uint32_t a[4];
-      load_fragment(a, weight, hidden, step, m);
+      load_fragment(a, weight, first, hidden, step, m);
       shared_.store(fragment(step, m), uint4{a[0], a[1], a[2], a[3]});
     }
 #pragma unroll
@@ -98,7 +114,7 @@ class MmaProduct {
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         uint32_t a[4];
-        load_fragment(a, weight, hidden, step, m);
+        load_fragment(a, weight, first, hidden, step, m);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if constexpr (Config::kSplitKept)
@@ -160,6 +176,11 @@ class MmaProduct {
       }
     }
     carry_on();
+    const auto hand_over = [&](int m, int n) {
+      const int p = pair(m, 2 * n);
+      sum[p] = {d[0][m][n][0], d[0][m][n][2]};
+      sum[p + kTogether] = {d[0][m][n][1], d[0][m][n][3]};
+    };
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -169,14 +190,57 @@ class MmaProduct {
 #pragma unroll
           for (int i = 0; i < 4; ++i) d[0][m][n][i] += d[c][m][n][i];
         }
-        const int p = pair(m, 2 * n);
-        sum[p] = {d[0][m][n][0], d[0][m][n][2]};
-        sum[p + kTogether] = {d[0][m][n][1], d[0][m][n][3]};
+        if (kParts == 1) hand_over(m, n);
+      }
+    }
+    if constexpr (kParts > 1) {
+      meet(d[0]);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) hand_over(m, n);
       }
     }
   }
 
  private:
+  static __device__ __forceinline__ int warp_of_part(int thread) {
+    return kParts == 1 ? thread >> 5 : (thread >> 5) % kWarpsAPart;
+  }
+  static __device__ __forceinline__ int part() { return kParts == 1 ? 0 : device::warp_idx() / kWarpsAPart; }
+
+  // The parts of k: the others give the first part their sums, which adds them up in order. The buffer is free again
+  // when the next step begins: its reader has published a state by then.
+  __device__ __forceinline__ void meet(float (&d)[kTilesM][kTilesN][4]) const {
+    const int own = device::thread_idx() % (32 * kWarpsAPart), barrier = 1 + warp_of_part(device::thread_idx());
+    const auto place = [&](int from, int m, int n) {
+      return given_ + ((((from - 1) * kTilesM + m) * kTilesN + n) * 32 * kWarpsAPart + own) * 16;
+    };
+    const int from = part();
+    if (from) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n)
+          shared_.store(place(from, m, n), float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
+      }
+      device::named_barrier_arrive(barrier, 32 * kParts);
+      return;
+    }
+    device::named_barrier_sync(barrier, 32 * kParts);
+#pragma unroll
+    for (int other = 1; other < kParts; ++other) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) {
+          const float4 sum = shared_.load<float4>(place(other, m, n));
+          d[m][n][0] += sum.x, d[m][n][1] += sum.y, d[m][n][2] += sum.z, d[m][n][3] += sum.w;
+        }
+      }
+    }
+  }
+
   // A-fragment rows g and g + 8 of a tile are outputs next to each other, and those of kTogether tiles are, so that the
   // load-store unit has half as many of a thread's outputs to move, each twice as long.
   static __device__ __forceinline__ constexpr int output(int m) {
@@ -189,14 +253,15 @@ class MmaProduct {
     return p / kTogether / kColumns * kTogether + p % kTogether;
   }
 
-  static __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const typename E::Pair* weight, int hidden,
-                                                       int step, int m) {
+  static __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const typename E::Pair* weight, int first,
+                                                       int hidden, int step, int m) {
     constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
     const int lane = device::lane_idx();
-    const int word = 4 * (lane % 4), more = 16 * (step / 2) + 2 * (step % 2);
+    const int k = 4 * (lane % 4) * kWords + part() * (Config::kHidden / kParts);
+    const int more = 16 * (step / 2) + 2 * (step % 2);
     typename E::Scalar block[2][2 * kWords];
-    load_weight_block<T, kBackward>(block, weight, neuron(device::thread_idx()) + output(m), word * kWords,
-                                    more * kWords, hidden);
+    load_weight_block<T, kBackward>(block, weight, first + neuron(device::thread_idx()) + output(m), k, more * kWords,
+                                    hidden);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (kWords == 2)
@@ -270,7 +335,7 @@ class MmaProduct {
   }
 
   device::SharedMemory shared_;
-  uint32_t lane_offset_;
+  uint32_t given_, lane_offset_;
   uint32_t a_[Config::kRegisterSteps][kTilesM][Config::kSplitKept ? 8 : 4];  // kept split: 4 big, 4 small
 };
 

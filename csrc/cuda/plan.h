@@ -1,5 +1,6 @@
-// Which kernel of the `block` plan runs a problem, for processes without Python: what fused_rin/cuda_plan.py, where the
-// model and its constants are explained, decides for the others. tests/cuda_on_cpu holds the two together.
+// Which kernel of the `block` or the `cluster` plan runs a problem, for processes without Python: what
+// fused_rin/cuda_plan.py, where the model and its constants are explained, decides for the others. tests/cuda_on_cpu
+// holds the two together.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +14,20 @@ struct DeviceLimits {
   int sms;
   int shared_bytes_per_block;  // that a block may opt in to
   int registers_per_sm;
+  int max_cluster_size;  // of the code that runs, too: 1 where it has no clusters
 };
 
 // What kernels that were compiled from PTX of this version have of it, the larger ones being empty.
 int shared_bytes_of_code(int ptx_version);
 
-// The forward kernel of the pair; `units`: with factors of their own. Throws std::invalid_argument, with the reason,
+struct BlockChoice {
+  const BlockInstance* kernel;  // the forward one of the pair
+  int tile_rows;                // for problem.h
+};
+
+// The kernel; `units`: with factors of their own. Throws std::invalid_argument, with the reason,
 // where none fits.
-const BlockInstance& plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtype, bool allow_tf32,
-                                const DeviceLimits& device, bool units = false);
+BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtype, bool allow_tf32,
+                       const DeviceLimits& device, bool units = false);
 
 }  // namespace fused_rin

@@ -30,6 +30,7 @@
 #include "carrier.cuh"
 #include "element.cuh"
 #include "epilogues.cuh"
+#include "exchange.cuh"
 #include "schedule.cuh"
 #include "share.cuh"
 #include "state.cuh"
@@ -43,11 +44,14 @@ template <class Config, bool kBackward, bool kUnits>
 struct Layout {
   static constexpr int kSlots = kBackward ? Config::kSlotsBackward : Config::kSlotsForward;
   // in, and backward saved; of units forward noise
-  static constexpr int kSlotBytes = (kBackward || kUnits ? 2 : 1) * Config::kStateBytes;
+  static constexpr int kTileBytes = State<typename Config::T, Config::kOutputs, Config::kRows>::kBytes;
+  static constexpr int kSlotBytes = (kBackward || kUnits ? 2 : 1) * kTileBytes;
   static constexpr int kRing = 2 * Config::kStateBytes + Config::kMatrixBytes;
   static constexpr int kSchedule = kRing + kSlots * kSlotBytes;
   static constexpr int kFactors = kSchedule + Schedule<Config::kRows, kSlots>::kBytes;
-  static constexpr int kBytes = kFactors + (kUnits ? 8 * Config::kHidden : 0);
+  static constexpr int kGiven = kFactors + (kUnits ? 8 * Config::kHidden : 0);
+  static constexpr int kExchange = kGiven + Config::kGivenBytes;
+  static constexpr int kBytes = kExchange + Exchange<Config>::kBytes;
   static_assert(kSlots >= 2, "one that is read, one that is filled");
 };
 
@@ -59,6 +63,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   using Places = Layout<Config, kBackward, kUnits>;
   constexpr int kPairs = Product::kPairs, kColumns = Product::kColumns, kTogether = Product::kTogether;
   constexpr int kSlots = Places::kSlots;
+  using StateT = State<T, Config::kHidden, Config::kRows>;
+  using Tile = State<T, Config::kOutputs, Config::kRows>;
   constexpr bool kTileIsOutput = Product::kStateIsOutput && !kUnits;
   using UnitsOrNone = std::conditional_t<kUnits, UnitStep<Config, Product, kBackward>, NoUnits>;
   using Group = Pairs<Pair, kTogether>;
@@ -70,7 +76,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   const bool down = (share.group >= problem.groups - problem.num_reversed) != kBackward;
 
   const device::SharedMemory shared = device::shared_memory();
-  Product product(shared, live_rows);
+  Product product(shared, Places::kGiven, live_rows);
+  Exchange<Config> exchange(shared, Places::kExchange, share.rank, live_rows);
   const auto at = [](auto* tensor, int64_t bytes) {
     using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
     using Wanted = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;
@@ -103,7 +110,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   };
 
   // ---- the state before the first step: h0; backward 0, and the gradient of h_n carried beside it
-  const float skip = static_cast<float>(problem.skip);
+  const float given_skip = static_cast<float>(problem.skip);
+  const float skip = Config::kCtas == 1 ? given_skip : device::as_float(device::opaque(device::as_word(given_skip)));
   Pair x[kPairs];    // the state as tensors hold it
   float2 a[kPairs];  // the same in float32; backward with ReLU before the mask, if the loop is plain
   // What lies past the hidden size stays 0 there: infinite states would make NaN of it, and the next product of all.
@@ -114,7 +122,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) group.pair[i] = Product::to_state(x[p + i]);
       if (Product::owner(share.thread) && (everywhere || share.neuron(p) < share.hidden))
-        shared.store(place + Product::in_state_step(p), group);
+        shared.store(place + Product::template place_step<StateT>(p), group);
     }
   };
 #pragma unroll
@@ -133,8 +141,15 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   // What is written of the last step, and beside it.
   const auto written = [&](int p) { return kUnits && !kBackward && units.current ? E::pack(a[p]) : x[p]; };
   const auto beside = [&](int p) { return kBackward ? E::pack(a[p]) : values[kUnits ? p : 0]; };
-  store_state(Product::in_state(share.thread), true);
-  store_state(Product::in_state(share.thread) + Config::kStateBytes, true);
+  const auto in_state = [&](int thread) {
+    return Product::template place<StateT>(thread) + static_cast<uint32_t>(share.first_neuron() * E::kBytes);
+  };
+  if constexpr (Config::kCtas == 1) {
+    store_state(in_state(share.thread), true);
+    store_state(in_state(share.thread) + Config::kStateBytes, true);
+  } else {
+    exchange.begin(share, kBackward ? nullptr : problem.state_in);
+  }
 
   // ---- the loop. Plain: whole sequences of one length, nothing padded. Backward, one more product than there are
   // steps makes the gradient of h0.
@@ -181,7 +196,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
                              active && (!kBackward || problem.in));
         if constexpr (kBackward || kUnits) {
           const void* const second = kBackward ? problem.saved : problem.noise;
-          device::cp_async<16>(shared, to + Config::kStateBytes,
+          device::cp_async<16>(shared, to + Places::kTileBytes,
                                static_cast<const char*>(second) + read_at + carry.further(i),
                                active && (kBackward || second));
         }
@@ -193,18 +208,21 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll 1
     for (int s = 0; s < kSlots; ++s) fetch(s, s * Places::kSlotBytes, [&](int step) { return row_at(time(step)); });
     const int64_t matrix = int64_t{share.hidden} * share.hidden;
-    product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.hidden);
-    const uint32_t own = device::opaque(Product::in_state(device::thread_idx_anew()));
+    product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.first_neuron(),
+                 share.hidden);
+    const uint32_t own = device::opaque(in_state(device::thread_idx_anew()));
+    const uint32_t own_in_tile =
+        Config::kCtas == 1 ? own : device::opaque(Product::template place<Tile>(device::thread_idx_anew()));
     // What a step gets from the ring, the thread loads a step ahead: behind the state's loads it would come too late.
     Pair next_in[kPairs], next_saved[kPairs];
     bool next_cut[kColumns] = {};
     const auto look = [&](int s, uint32_t slot) {
-      const uint32_t here = Places::kRing + slot + own;
+      const uint32_t here = Places::kRing + slot + own_in_tile;
 #pragma unroll
       for (int p = 0; p < kPairs; p += kTogether) {
-        const uint32_t place = here + Product::in_state_step(p);
+        const uint32_t place = here + Product::template place_step<Tile>(p);
         const Group in = shared.template load<Group>(place);
-        const Group was = kBackward || kUnits ? shared.template load<Group>(place + Config::kStateBytes) : Group{};
+        const Group was = kBackward || kUnits ? shared.template load<Group>(place + Places::kTileBytes) : Group{};
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) next_in[p + i] = in.pair[i], next_saved[p + i] = was.pair[i];
       }
@@ -218,9 +236,10 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     device::cp_async_wait<kSlots - 2>();
     device::sync_block();
     look(0, 0);
+    exchange.arrive();
     // A state that does not cross into the next step is 0: where act of it is multiplied, that is act(0), and has to be
     // there before the product.
-    const bool drops = kUnits && !kBackward && units.current && cuts;
+    [[maybe_unused]] const bool drops = kUnits && !kBackward && units.current && cuts;
     const auto drop_states = [&] {
       if constexpr (kUnits && !kBackward) {
         const Pair of_zero = units.multiplied(Pair{});
@@ -256,7 +275,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     uint32_t buffer = 0, slot = 0;
 #pragma unroll 1
     for (int s = 0; kBackward || s < stop; ++s) {
-      device::sync_block();
+      exchange.wait();
       float2 sum[kPairs];
       const auto prepare = [&] {
 #pragma unroll
@@ -278,7 +297,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
             device::store_global_if(
                 (kPlain ? static_cast<uint32_t>(s - 1) : time(s - 1)) < piece_limit[i],
                 reinterpret_cast<uint4*>(static_cast<char*>(problem.out) + write_at + carry.further(i)),
-                shared.template load<uint4>(buffer + carry.in_tile(i)));
+                shared.template load<uint4>(buffer + carry.in_state(i)));
           }
         } else {
 #pragma unroll
@@ -368,8 +387,10 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       }
       buffer ^= Config::kStateBytes;
       store_state(buffer + own);
+      exchange.push(buffer);
       look(s + 1, slot);
       if (kSlots == 2) device::cp_async_wait<0>();
+      exchange.arrive();
     }
   };
   const bool plain =
@@ -382,6 +403,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     run(std::true_type{}, std::true_type{});
   else
     run(std::false_type{}, std::false_type{});
+
+  exchange.finish(kBackward ? 0 : stop);
 
   // ---- h_n, or the gradient of h0; and zeros past the lengths. What the thread owns is found anew: kept through the
   // loop, it took the registers by which some kernels spilled on sm_100 and sm_120.

@@ -55,6 +55,7 @@ inline void sync_block() { fibres::barrier_sync(0, 0); }
 inline void named_barrier_sync(int id, int threads) { fibres::barrier_sync(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { fibres::barrier_arrive(id, threads); }
 inline void sync_warp() { fibres::warp_sync(); }
+inline void sync_cluster() { fibres::cluster_sync(); }
 
 inline float shuffle_xor(float value, int lane_mask) {
   struct Arguments {
@@ -89,6 +90,27 @@ class SharedMemory {
 };
 
 inline SharedMemory shared_memory() { return {}; }
+
+// ---- clusters
+
+constexpr bool kHasClusters = true;
+
+struct Peer {
+  int rank;
+};
+inline Peer peer(const SharedMemory&, int rank) { return {rank}; }
+
+inline void mbarrier_init(const SharedMemory&, uint32_t offset, int count) { fibres::mbarrier_init(offset, count); }
+inline void mbarrier_arrive(const SharedMemory&, uint32_t offset) { fibres::mbarrier_arrive(offset, 0); }
+inline void mbarrier_arrive_expect(const SharedMemory&, uint32_t offset, int bytes) {
+  fibres::mbarrier_arrive(offset, bytes);
+}
+inline void mbarrier_wait(const SharedMemory&, uint32_t offset, uint32_t parity) {
+  fibres::mbarrier_wait(offset, parity);
+}
+inline void st_async(Peer peer, uint32_t offset, uint4 value, uint32_t barrier) {
+  fibres::async_store(peer.rank, offset, &value, sizeof(value), barrier);
+}
 
 template <class T>
 T load_global(const T* p) {

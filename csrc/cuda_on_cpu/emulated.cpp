@@ -9,34 +9,40 @@ using namespace fused_rin;
 
 extern "C" {
 
-int emulate_block(const Problem* problem, int math, int hidden, int rows, int seed, const TensorView* tensors,
+int emulate_block(const Problem* problem, int math, int hidden, int rows, int ctas, int seed, const TensorView* tensors,
                   int count, char* message, int message_bytes) {
   return emulate(tensors, count, message, message_bytes,
-                 [&] { launch_block(*problem, static_cast<Math>(math), hidden, rows, seed, nullptr); });
+                 [&] { launch_block(*problem, static_cast<Math>(math), hidden, rows, ctas, seed, nullptr); });
 }
 
-// Eight integers per instance: dtype, math, backward, units, hidden, rows, threads, shared bytes. Returns their number.
+// Nine integers per instance: dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes. Returns their
+// number.
 int emulated_instances(int32_t* values, int capacity) {
   int n = 0;
   for (const BlockInstance& i : block_instances()) {
     if (n++ >= capacity) continue;
     for (const int value : {static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward),
-                            static_cast<int>(i.units), i.hidden, i.rows, i.threads, i.shared_bytes})
+                            static_cast<int>(i.units), i.hidden, i.rows, i.ctas, i.threads, i.shared_bytes})
       *values++ = value;
   }
   return n;
 }
 
 // The plan for processes without Python. `device`: capability's two numbers, SMs, shared bytes of a block, registers of
-// an SM. Fills in math, hidden and rows and returns 0, or 1 where there is no plan.
+// an SM, CTAs of a cluster. Fills in math, hidden, rows, ctas and rows of a tile and returns 0, or 1 where there is no
+// plan.
 int emulated_plan(int64_t batch, int64_t groups, int64_t hidden, int dtype, int allow_tf32, int units,
                   const int32_t* device, int32_t* chosen) {
   try {
-    const BlockInstance& kernel = plan_block(batch, groups, hidden, static_cast<DType>(dtype), allow_tf32 != 0,
-                                             {device[0], device[1], device[2], device[3], device[4]}, units != 0);
+    const BlockChoice choice =
+        plan_block(batch, groups, hidden, static_cast<DType>(dtype), allow_tf32 != 0,
+                   {device[0], device[1], device[2], device[3], device[4], device[5]}, units != 0);
+    const BlockInstance& kernel = *choice.kernel;
     chosen[0] = static_cast<int>(kernel.math);
     chosen[1] = kernel.hidden;
     chosen[2] = kernel.rows;
+    chosen[3] = kernel.ctas;
+    chosen[4] = choice.tile_rows;
     return 0;
   } catch (const std::invalid_argument&) {
     return 1;

@@ -14,7 +14,6 @@ namespace fused_rin::fibres {
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kWord = 4;  // granularity of the race detector
 
 struct AsyncCopy {
   uint32_t offset;
@@ -24,16 +23,15 @@ struct AsyncCopy {
 
 struct Thread {
   ucontext_t context;
-  enum class State { kReady, kBarrier, kWarp, kDone } state = State::kReady;
-  int barrier = -1;
+  enum class State { kReady, kBarrier, kWarp, kMbarrier, kCluster, kDone } state = State::kReady;
+  int64_t waits_for = -1;  // the number of the barrier, or the place of the mbarrier
   std::vector<AsyncCopy> open_group;
   std::deque<std::vector<AsyncCopy>> groups;
 };
 
-// Logical time of a warp: `clock[v]` is how much of warp v's past it knows. Its own entry grows at every barrier, its
-// `lockstep` at every __syncwarp.
+// A warp's own entry of its clock grows at every barrier and arrival, its `lockstep` at every __syncwarp.
 struct Warp {
-  std::vector<uint32_t> clock;
+  Clock clock;
   uint32_t lockstep = 0;
   int arrived = 0;
   const char* collective = nullptr;
@@ -43,49 +41,77 @@ struct Warp {
 struct Barrier {
   int arrived = 0;
   int expected = 0;
-  std::vector<uint32_t> clock;
+  Clock clock;
   std::vector<bool> waiting;  // the warps that sync; those that only arrive learn nothing
 };
 
-struct Access {
-  uint32_t time = 0;  // of the accessing warp; 0: never
-  uint32_t lockstep = 0;
-  int thread = -1;
+struct Mbarrier {
+  int count = 0;       // arrivals of a phase
+  int pending = 0;     // of them, those to come
+  int64_t bytes = 0;   // expected and not here; below zero: here and not expected
+  uint32_t phase = 0;  // that is under way
+  Clock clock, ended;  // what the arrivals of this phase know; of the phase before
 };
 
-class Block;
-Block* current = nullptr;
+// A store to a peer that is under way, with what its warp knew.
+struct AsyncStore {
+  int thread;
+  size_t block;
+  uint32_t offset;
+  std::vector<char> value;
+  uint32_t barrier;
+  Clock clock;
+};
 
-class Block {
+struct Block {
+  int64_t index;
+  WatchedMemory shared;
+  std::map<int, Barrier> barriers;
+  std::map<uint32_t, Mbarrier> mbarriers;
+  int running;
+};
+
+class Group;
+Group* current = nullptr;
+
+// The blocks that run side by side. Threads and warps are numbered through all of them.
+class Group {
  public:
-  Block(const Launch& launch, int64_t index, uint64_t seed, const std::function<void()>& kernel, char* stacks)
-      : launch_(launch), index_(index), random_(seed), kernel_(kernel) {
-    const int warps = launch.threads / kWarpSize;
-    warps_.resize(warps);
-    for (int w = 0; w < warps; ++w) {
-      warps_[w].clock.assign(warps, 0);
+  Group(const Launch& launch, int64_t first_block, uint64_t seed, const std::function<void()>& kernel, char* stacks)
+      : launch_(launch),
+        kernel_(kernel),
+        random_(seed),
+        warps_a_block_(launch.threads / kWarpSize),
+        threads_(launch.threads * launch.cluster),
+        warps_(warps_a_block_ * launch.cluster) {
+    for (size_t w = 0; w < warps_.size(); ++w) {
+      warps_[w].clock.assign(warps_.size(), 0);
       warps_[w].clock[w] = 1;
     }
-    shared_.assign(launch.shared_bytes, static_cast<char>(0xff));
-    const size_t words = launch.shared_bytes / kWord + 1;
-    under_way_.resize(words);
-    writes_.resize(words);
-    reads_.resize(words * warps);
-    threads_.resize(launch.threads);
-    for (int i = 0; i < launch.threads; ++i) {
+    for (int b = 0; b < launch.cluster; ++b)
+      blocks_.push_back({first_block + b,
+                         WatchedMemory(launch.shared_bytes, b * warps_a_block_, warps_a_block_),
+                         {},
+                         {},
+                         launch.threads});
+    for (size_t i = 0; i < threads_.size(); ++i) {
       getcontext(&threads_[i].context);
       threads_[i].context.uc_stack.ss_sp = stacks + i * kStackBytes;
       threads_[i].context.uc_stack.ss_size = kStackBytes;
       threads_[i].context.uc_link = &scheduler_;
-      makecontext(&threads_[i].context, &Block::enter, 0);
-      ready_.push_back(i);
+      makecontext(&threads_[i].context, &Group::enter, 0);
+      ready_.push_back(static_cast<int>(i));
     }
   }
 
   void run() {
     current = this;
-    int done = 0;
-    while (done < launch_.threads && !error_) {
+    size_t done = 0;
+    while (done < threads_.size() && !error_) {
+      if (!under_way_.empty() && (ready_.empty() || (random_() & 15) == 0)) {
+        deliver();
+        continue;
+      }
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(KernelError(where_all_wait()));
         break;
@@ -95,25 +121,28 @@ class Block {
       ready_[pick] = ready_.back();
       ready_.pop_back();
       swapcontext(&scheduler_, &threads_[active_].context);
-      done += threads_[active_].state == Thread::State::kDone;
+      if (threads_[active_].state != Thread::State::kDone) continue;
+      ++done;
+      --block().running;
     }
     current = nullptr;
     if (error_) std::rethrow_exception(error_);  // the other fibres' stacks are simply abandoned
   }
 
-  int active() const { return active_; }
-  int64_t index() const { return index_; }
+  int active() const { return active_ % launch_.threads; }
+  int64_t index() const { return blocks_[active_ / launch_.threads].index; }
+  Thread& thread() { return threads_[active_]; }
+  Block& block() { return blocks_[active_ / launch_.threads]; }
 
   [[noreturn]] void fail(const std::string& what) const {
-    throw KernelError("kernel " + launch_.kernel + ", block " + std::to_string(index_) + ", thread " +
-                      std::to_string(active_) + " (warp " + std::to_string(active_ / kWarpSize) + ", lane " +
-                      std::to_string(active_ % kWarpSize) + "): " + what);
+    throw KernelError("kernel " + launch_.kernel + ", block " + std::to_string(index()) + ", thread " +
+                      std::to_string(active()) + " (warp " + std::to_string(active() / kWarpSize) + ", lane " +
+                      std::to_string(active() % kWarpSize) + "): " + what);
   }
 
   void barrier_sync(int id, int threads) {
     if (arrive(id, threads, 1, true)) return yield();
-    threads_[active_].barrier = id;
-    suspend(Thread::State::kBarrier);
+    suspend(Thread::State::kBarrier, id);
   }
 
   // A whole warp arrives and goes on; what it does from here on is not ordered by this barrier.
@@ -122,13 +151,27 @@ class Block {
     ++warp().clock[active_ / kWarpSize];
   }
 
+  void cluster_sync() {
+    if (++in_cluster_sync_ < static_cast<int>(threads_.size())) return suspend(Thread::State::kCluster, 0);
+    in_cluster_sync_ = 0;
+    Clock all(warps_.size());
+    for (const Warp& one : warps_) join(all, one.clock);
+    for (size_t w = 0; w < warps_.size(); ++w) {
+      warps_[w].clock = all;
+      ++warps_[w].clock[w];
+    }
+    for (size_t i = 0; i < threads_.size(); ++i)
+      if (threads_[i].state == Thread::State::kCluster) wake(static_cast<int>(i));
+    yield();
+  }
+
   void collective(const char* name, void* arguments, void (*execute)(void* const (&)[kWarpSize])) {
     Warp& mine = warp();
     if (mine.arrived == 0) mine.collective = name;
     if (std::strcmp(mine.collective, name) != 0)
       fail(std::string("the warp has diverged: this lane is at ") + name + ", another at " + mine.collective);
     mine.arguments[active_ % kWarpSize] = arguments;
-    if (++mine.arrived < kWarpSize) return suspend(Thread::State::kWarp);
+    if (++mine.arrived < kWarpSize) return suspend(Thread::State::kWarp, 0);
     mine.arrived = 0;
     execute(mine.arguments);
     const int first = active_ / kWarpSize * kWarpSize;
@@ -140,14 +183,12 @@ class Block {
   void sync_warp_memory() { ++warp().lockstep; }
 
   char* shared_access(uint32_t offset, size_t bytes, bool write) {
-    const char* verb = write ? "write" : "read";
-    if (offset % bytes) fail("misaligned shared " + describe(verb, bytes, offset));
-    if (offset + bytes > launch_.shared_bytes)
-      fail("shared " + describe(verb, bytes, offset) + ", outside the block's " + std::to_string(launch_.shared_bytes) +
-           " bytes");
     occasional_yield();
-    for (size_t word = offset / kWord; word * kWord < offset + bytes; ++word) note(word, write);
-    return shared_.data() + offset;
+    for (const auto& [place, _] : block().mbarriers)
+      if (place < offset + bytes && offset < place + 8)
+        fail("shared access to the mbarrier at " + std::to_string(place));
+    check(block().shared.access(offset, bytes, write, accessor()));
+    return block().shared.data() + offset;
   }
 
   void global_access(const void* p, size_t bytes, bool write) {
@@ -173,32 +214,64 @@ class Block {
          " bytes outside every tensor: it " + nearest);
   }
 
-  Thread& thread() { return threads_[active_]; }
+  // ---- clusters
 
-  // What a copy is under way to is neither what was there nor what will be.
-  void under_way(uint32_t offset, size_t bytes, bool yes) {
-    for (size_t word = offset / kWord; word * kWord < offset + bytes; ++word) under_way_[word] = yes;
+  void mbarrier_init(uint32_t offset, int count) {
+    std::memset(shared_access(offset, 8, true), 0, 8);
+    block().mbarriers[offset] = {count, count, 0, 0, Clock(warps_.size()), Clock(warps_.size())};
+  }
+
+  void mbarrier_arrive(uint32_t offset, int expected_bytes) {
+    Mbarrier& barrier = mbarrier(block(), offset);
+    if (barrier.pending == 0) fail("more arrivals at an mbarrier than a phase has");
+    barrier.bytes += expected_bytes;
+    --barrier.pending;
+    join(barrier.clock, warp().clock);
+    ++warp().clock[active_ / kWarpSize];  // what it does from here on is not ordered by this phase
+    end_phase(block(), offset, barrier);
+    occasional_yield();
+  }
+
+  void mbarrier_wait(uint32_t offset, uint32_t parity) {
+    Mbarrier& barrier = mbarrier(block(), offset);
+    occasional_yield();
+    while ((barrier.phase & 1) == parity) suspend(Thread::State::kMbarrier, offset);
+    join(warp().clock, barrier.ended);
+  }
+
+  void async_store(int rank, uint32_t offset, const void* value, size_t bytes, uint32_t barrier) {
+    occasional_yield();
+    Block& peer = blocks_.at(rank);
+    if (peer.running == 0) fail(ended(peer));
+    check(peer.shared.access(offset, bytes, true, accessor()));
+    peer.shared.under_way(offset, bytes, true);
+    const char* const from = static_cast<const char*>(value);
+    under_way_.push_back({active_, static_cast<size_t>(rank), offset, {from, from + bytes}, barrier, warp().clock});
+    ++warp().clock[active_ / kWarpSize];  // who knows its later past does not know that this has arrived
   }
 
  private:
   static void enter() {
-    Block& block = *current;
+    Group& group = *current;
     try {
-      block.kernel_();
+      group.kernel_();
     } catch (...) {
-      block.error_ = std::current_exception();
+      group.error_ = std::current_exception();
     }
-    block.thread().state = Thread::State::kDone;
+    group.thread().state = Thread::State::kDone;
   }
 
   Warp& warp() { return warps_[active_ / kWarpSize]; }
+  Accessor accessor() { return {active_, warp().clock, warp().lockstep}; }
+  void check(const std::string& wrong) const {
+    if (!wrong.empty()) fail(wrong);
+  }
 
   // True if this arrival completes the barrier; then all who wait are woken, knowing each other's past.
   bool arrive(int id, int threads, int arriving, bool wait) {
     const int expected = threads ? threads : launch_.threads;
-    Barrier& barrier = barriers_[id];
-    if (barrier.arrived == 0)
-      barrier = {0, expected, std::vector<uint32_t>(warps_.size(), 0), std::vector<bool>(warps_.size(), false)};
+    Barrier& barrier = block().barriers[id];
+    if (barrier.arrived == 0) barrier = {0, expected, Clock(warps_.size(), 0), std::vector<bool>(warps_.size(), false)};
     if (barrier.expected != expected)
       fail("barrier " + std::to_string(id) + " is used for " + std::to_string(expected) + " threads here, for " +
            std::to_string(barrier.expected) + " elsewhere");
@@ -212,74 +285,85 @@ class Block {
       join(warps_[w].clock, barrier.clock);
       ++warps_[w].clock[w];
     }
-    for (int i = 0; i < launch_.threads; ++i)
-      if (threads_[i].state == Thread::State::kBarrier && threads_[i].barrier == id) wake(i);
+    wake_block(block(), Thread::State::kBarrier, id);
     return true;
   }
 
-  static void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
-    for (size_t v = 0; v < into.size(); ++v) into[v] = std::max(into[v], from[v]);
+  Mbarrier& mbarrier(Block& owner, uint32_t offset) {
+    const auto found = owner.mbarriers.find(offset);
+    if (found == owner.mbarriers.end()) fail("no mbarrier at offset " + std::to_string(offset));
+    return found->second;
+  }
+
+  void end_phase(Block& owner, uint32_t offset, Mbarrier& barrier) {
+    if (barrier.pending || barrier.bytes) return;
+    barrier.pending = barrier.count;
+    ++barrier.phase;
+    barrier.ended = barrier.clock;
+    wake_block(owner, Thread::State::kMbarrier, offset);
+  }
+
+  // One of the stores that are under way arrives.
+  void deliver() {
+    const size_t pick = random_() % under_way_.size();
+    const AsyncStore store = std::move(under_way_[pick]);
+    under_way_[pick] = std::move(under_way_.back());
+    under_way_.pop_back();
+    Block& peer = blocks_[store.block];
+    active_ = store.thread;  // whose fault it is
+    try {
+      if (peer.running == 0) fail(ended(peer));
+      peer.shared.under_way(store.offset, store.value.size(), false);
+      std::memcpy(peer.shared.data() + store.offset, store.value.data(), store.value.size());
+      Mbarrier& barrier = mbarrier(peer, store.barrier);
+      barrier.bytes -= static_cast<int64_t>(store.value.size());
+      join(barrier.clock, store.clock);
+      end_phase(peer, store.barrier, barrier);
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+  }
+
+  static std::string ended(const Block& peer) {
+    return "a store to the shared memory of block " + std::to_string(peer.index) + ", which has ended";
   }
 
   void wake(int i) {
     threads_[i].state = Thread::State::kReady;
     ready_.push_back(i);
   }
-  void suspend(Thread::State state) {
+  void wake_block(const Block& owner, Thread::State state, int64_t what) {
+    const int first = static_cast<int>(&owner - blocks_.data()) * launch_.threads;
+    for (int i = first; i < first + launch_.threads; ++i)
+      if (threads_[i].state == state && threads_[i].waits_for == what) wake(i);
+  }
+  void suspend(Thread::State state, int64_t what) {
     const int me = active_;
     threads_[me].state = state;
+    threads_[me].waits_for = what;
     swapcontext(&threads_[me].context, &scheduler_);
   }
   void yield() {
     ready_.push_back(active_);
-    suspend(Thread::State::kReady);
+    suspend(Thread::State::kReady, 0);
   }
   void occasional_yield() {
     if ((random_() & 31) == 0) yield();
   }
 
-  static std::string describe(const char* verb, size_t bytes, uint32_t offset) {
-    return std::string(verb) + " of " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset);
-  }
-
-  // Is an access of warp `w` known to (so: before) the running thread's next one?
-  bool ordered(const Access& earlier, size_t w) {
-    if (earlier.time == 0 || earlier.thread == active_) return true;
-    const size_t mine = active_ / kWarpSize;
-    if (w != mine) return earlier.time <= warps_[mine].clock[w];
-    return earlier.time < warps_[w].clock[w] || earlier.lockstep != warps_[w].lockstep;
-  }
-
-  void note(size_t word, bool write) {
-    const size_t mine = active_ / kWarpSize, warps = warps_.size();
-    const Access now{warps_[mine].clock[mine], warps_[mine].lockstep, active_};
-    Access& last = writes_[word];
-    if (under_way_[word])
-      fail("shared " + describe(write ? "write" : "read", kWord, word * kWord) + ", to which a copy is under way");
-    if (!write && last.time == 0)
-      fail("shared " + describe("read", kWord, word * kWord) + ", which nothing has written");
-    if (!ordered(last, last.thread / kWarpSize)) race(word, write, last.thread, "written");
-    Access* readers = &reads_[word * warps];
-    if (write) {
-      for (size_t w = 0; w < warps; ++w)
-        if (!ordered(readers[w], w)) race(word, write, readers[w].thread, "read");
-      last = now;
-    } else {
-      readers[mine] = now;
-    }
-  }
-
-  [[noreturn]] void race(size_t word, bool write, int other, const char* what) const {
-    fail("race: shared " + describe(write ? "write" : "read", kWord, word * kWord) + ", " + what + " by thread " +
-         std::to_string(other) + " with no barrier between");
-  }
-
   std::string where_all_wait() const {
-    std::string text = "kernel " + launch_.kernel + ", block " + std::to_string(index_) + ": deadlock;";
-    for (const auto& [id, barrier] : barriers_)
-      if (barrier.arrived)
-        text += " barrier " + std::to_string(id) + " has " + std::to_string(barrier.arrived) + " of " +
-                std::to_string(barrier.expected) + " threads;";
+    std::string text = "kernel " + launch_.kernel + ", block " + std::to_string(blocks_[0].index) + ": deadlock;";
+    for (const Block& block : blocks_) {
+      const std::string where = blocks_.size() > 1 ? " of block " + std::to_string(block.index) : "";
+      for (const auto& [id, barrier] : block.barriers)
+        if (barrier.arrived)
+          text += " barrier " + std::to_string(id) + where + " has " + std::to_string(barrier.arrived) + " of " +
+                  std::to_string(barrier.expected) + " threads;";
+      for (const auto& [offset, barrier] : block.mbarriers)
+        text += " mbarrier at " + std::to_string(offset) + where + " waits for " + std::to_string(barrier.pending) +
+                " arrivals and " + std::to_string(barrier.bytes) + " bytes in phase " + std::to_string(barrier.phase) +
+                ";";
+    }
     for (size_t w = 0; w < warps_.size(); ++w)
       if (warps_[w].arrived)
         text += " warp " + std::to_string(w) + " has " + std::to_string(warps_[w].arrived) + " lanes at " +
@@ -288,19 +372,18 @@ class Block {
   }
 
   const Launch& launch_;
-  const int64_t index_;
-  std::mt19937_64 random_;
   const std::function<void()>& kernel_;
+  std::mt19937_64 random_;
   ucontext_t scheduler_;
+  const size_t warps_a_block_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
-  std::map<int, Barrier> barriers_;
+  std::vector<Block> blocks_;
   std::vector<int> ready_;
-  std::vector<char> shared_;
-  std::vector<bool> under_way_;         // per word
-  std::vector<Access> writes_, reads_;  // per word; per word and warp
+  std::vector<AsyncStore> under_way_;
+  int in_cluster_sync_ = 0;
   std::exception_ptr error_;
-  int active_ = -1;
+  int active_ = 0;
 };
 
 }  // namespace
@@ -308,15 +391,18 @@ class Block {
 void run(const Launch& launch, const std::function<void()>& kernel) {
   if (launch.threads <= 0 || launch.threads % kWarpSize || launch.threads > 1024)
     throw KernelError("a block has whole warps, at most 1024 threads; got " + std::to_string(launch.threads));
-  const size_t bytes = launch.threads * kStackBytes;
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (launch.cluster <= 0 || launch.blocks % launch.cluster)
+    throw KernelError("blocks come in whole clusters; got " + std::to_string(launch.blocks) + " in clusters of " +
+                      std::to_string(launch.cluster));
+  const size_t bytes = launch.threads * launch.cluster * kStackBytes;
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   const std::unique_ptr<void, std::function<void(void*)>> stacks(memory, [=](void* p) { munmap(p, bytes); });
   std::mt19937_64 random(launch.seed);
-  std::vector<int64_t> order(launch.blocks);
-  for (int64_t i = 0; i < launch.blocks; ++i) order[i] = i;
+  std::vector<int64_t> order(launch.blocks / launch.cluster);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i) * launch.cluster;
   std::shuffle(order.begin(), order.end(), random);
-  for (const int64_t index : order) Block(launch, index, random(), kernel, static_cast<char*>(memory)).run();
+  for (const int64_t first : order) Group(launch, first, random(), kernel, static_cast<char*>(memory)).run();
 }
 
 int thread_idx() { return current->active(); }
@@ -347,7 +433,7 @@ void global_access(const void* p, size_t bytes, bool write) { current->global_ac
 
 void async_copy(uint32_t offset, const void* global, size_t bytes) {
   std::memset(current->shared_access(offset, bytes, true), 0xff, bytes);
-  current->under_way(offset, bytes, true);
+  current->block().shared.under_way(offset, bytes, true);
   current->thread().open_group.push_back({offset, global, bytes});
 }
 void async_commit() {
@@ -359,7 +445,7 @@ void async_wait(int pending) {
   Thread& thread = current->thread();
   while (thread.groups.size() > static_cast<size_t>(pending)) {
     for (const AsyncCopy& copy : thread.groups.front()) {
-      current->under_way(copy.offset, copy.bytes, false);
+      current->block().shared.under_way(copy.offset, copy.bytes, false);
       char* to = shared_access(copy.offset, copy.bytes, true);
       if (!copy.global) {
         std::memset(to, 0, copy.bytes);
@@ -370,6 +456,14 @@ void async_wait(int pending) {
     }
     thread.groups.pop_front();
   }
+}
+
+void cluster_sync() { current->cluster_sync(); }
+void mbarrier_init(uint32_t offset, int count) { current->mbarrier_init(offset, count); }
+void mbarrier_arrive(uint32_t offset, int expected_bytes) { current->mbarrier_arrive(offset, expected_bytes); }
+void mbarrier_wait(uint32_t offset, uint32_t parity) { current->mbarrier_wait(offset, parity); }
+void async_store(int rank, uint32_t offset, const void* value, size_t bytes, uint32_t barrier) {
+  current->async_store(rank, offset, value, bytes, barrier);
 }
 
 }  // namespace fused_rin::fibres

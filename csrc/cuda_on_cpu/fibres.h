@@ -1,12 +1,14 @@
-// A CUDA block on CPU fibres: every thread of the block has a stack of its own, one runs at a time, and the one that
-// runs next is drawn from a seeded generator, so a schedule can be replayed.
+// CUDA blocks on CPU fibres: every thread has a stack of its own, one runs at a time, and the one that runs next is
+// drawn from a seeded generator, so a schedule can be replayed. The blocks of a cluster run side by side.
 //
 // What it watches, and reports as an exception with the kernel's coordinates (block, thread, warp, lane):
 //   - accesses outside shared memory or outside every registered tensor, misaligned ones, writes to read-only tensors;
 //   - shared memory read before anything was written there (it also starts as NaN bytes);
 //   - races on shared memory: two accesses of one word, at least one a write, not ordered by barriers (vector clocks
 //     per warp, so the verdict does not depend on the schedule that happened to run);
-//   - warps that diverge around a collective, barriers that not all threads reach, deadlock.
+//   - warps that diverge around a collective, barriers that not all threads reach, deadlock;
+//   - stores to a peer's shared memory that overtake its readers, that are read before their mbarrier's phase has ended
+//     (they arrive late and in shuffled order), or that reach a block which has ended.
 #pragma once
 
 #include <cstddef>
@@ -17,9 +19,9 @@
 #include <string>
 #include <vector>
 
-namespace fused_rin::fibres {
+#include "watched.h"
 
-constexpr int kWarpSize = 32;
+namespace fused_rin::fibres {
 
 struct KernelError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -36,12 +38,13 @@ struct Launch {
   std::string kernel;
   int64_t blocks;
   int threads;
+  int cluster;  // blocks that run side by side
   size_t shared_bytes;
   uint64_t seed;
   std::vector<Tensor> tensors;
 };
 
-// Runs `kernel` for every thread of every block; the blocks one after another, in shuffled order.
+// Runs `kernel` for every thread of every block; the clusters one after another, in shuffled order.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 // ---- called from inside a kernel ---------------------------------------------------------------------------------
@@ -66,5 +69,16 @@ void warp_collective(const char* name, void* arguments, void (*execute)(void* co
 void async_copy(uint32_t offset, const void* global, size_t bytes);
 void async_commit();
 void async_wait(int pending);
+
+// ---- clusters
+void cluster_sync();
+
+// At a place of the running block's shared memory; a phase ends with `count` arrivals and as many bytes as expected.
+void mbarrier_init(uint32_t offset, int count);
+void mbarrier_arrive(uint32_t offset, int expected_bytes);
+void mbarrier_wait(uint32_t offset, uint32_t parity);
+
+// Into the shared memory of block `rank` of the cluster, some time later; then its mbarrier there is told.
+void async_store(int rank, uint32_t offset, const void* value, size_t bytes, uint32_t barrier);
 
 }  // namespace fused_rin::fibres

@@ -16,8 +16,9 @@ inline thread_local uint64_t launch_seed = 0;
 
 template <class Arguments>
 void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
-                   void*) {
-  fibres::run({"block_sweep", blocks, threads, static_cast<size_t>(shared_bytes), launch_seed, launch_tensors},
+                   void*, int cluster = 1) {
+  fibres::run({cluster > 1 ? "cluster_sweep" : "block_sweep", blocks, threads, cluster,
+               static_cast<size_t>(shared_bytes), launch_seed, launch_tensors},
               [&] { kernel(arguments); });
 }
 

@@ -9,7 +9,7 @@
 namespace fused_rin::operators {
 namespace {
 
-constexpr DeviceLimits kH200{9, 0, 132, 227 * 1024, 65536};
+constexpr DeviceLimits kH200{9, 0, 132, 227 * 1024, 65536, 16};
 
 void run(const Problem& p, int64_t rows, int) {
   const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, row = p.groups * p.hidden * size;
@@ -30,9 +30,12 @@ void run(const Problem& p, int64_t rows, int) {
       {"noise", p.noise, bytes(rows * row), false},
       {"aside", p.aside, bytes(rows * row), true},
   };
-  const BlockInstance& kernel =
+  const BlockChoice chosen =
       plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, false, kH200, p.skips != nullptr);
-  launch_block(p, kernel.math, kernel.hidden, kernel.rows, 0, nullptr);
+  Problem problem = p;
+  problem.tile_rows = chosen.tile_rows;
+  const BlockInstance& kernel = *chosen.kernel;
+  launch_block(problem, kernel.math, kernel.hidden, kernel.rows, kernel.ctas, 0, nullptr);
 }
 
 }  // namespace

@@ -30,8 +30,10 @@ DeviceLimits ask(int device) {
   limits.minor = attribute(cudaDevAttrComputeCapabilityMinor);
   limits.sms = attribute(cudaDevAttrMultiProcessorCount);
   limits.registers_per_sm = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
-  limits.shared_bytes_per_block = std::min(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                                           shared_bytes_of_code(block_instances().front().ptx_version()));
+  const int code = block_instances().front().ptx_version();
+  limits.shared_bytes_per_block =
+      std::min(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), shared_bytes_of_code(code));
+  limits.max_cluster_size = code >= 90 && limits.major >= 9 && limits.major < 12 ? 16 : 1;
   return limits;
 }
 
@@ -59,9 +61,12 @@ void* stream(int device) {
 void run(const Problem& p, int64_t, int device) {
   check(p.skips || p.activation <= Activation::kTanh,
         "there is no CUDA kernel for activations but relu, tanh and none");
-  const BlockInstance& kernel = plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, /*allow_tf32=*/false,
-                                           limits(device), /*units=*/p.skips != nullptr);
-  launch_block(p, kernel.math, kernel.hidden, kernel.rows, device, stream(device));
+  const BlockChoice chosen = plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, /*allow_tf32=*/false,
+                                        limits(device), /*units=*/p.skips != nullptr);
+  Problem problem = p;
+  problem.tile_rows = chosen.tile_rows;
+  const BlockInstance& kernel = *chosen.kernel;
+  launch_block(problem, kernel.math, kernel.hidden, kernel.rows, kernel.ctas, device, stream(device));
 }
 
 }  // namespace

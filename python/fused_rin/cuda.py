@@ -66,7 +66,7 @@ def has_factors(activation: str, form: str | None) -> bool:
 
 def _plan(
     batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device, units: bool = False
-) -> cuda_plan.BlockPlan:
+) -> cuda_plan.SweepPlan:
     record = _runnable(_index(device), _cuda)
     return cuda_plan.plan(batch, groups, hidden, dtype, record, allow_tf32=allow_tf32(), units=units)
 
@@ -123,9 +123,8 @@ def _sweep(
     if units is None and has_factors(rule.activation, None):
         factors = torch.full((groups, hidden), rule.skip, dtype=torch.float32, device=like.device)
         units = Units("inside", factors)
-    kernel = cuda_plan.plan(
-        batch, groups, hidden, like.dtype, record, allow_tf32=allow_tf32(), units=units is not None
-    ).kernel
+    plan = cuda_plan.plan(batch, groups, hidden, like.dtype, record, allow_tf32=allow_tf32(), units=units is not None)
+    kernel = plan.kernel
     if out is None:
         out = like.new_empty(like.shape)
     padding = -hidden % (16 // like.element_size())
@@ -148,7 +147,8 @@ def _sweep(
         (_address(rows.lengths), _address(rows.offsets), _address(resets)),
         (_address(weight), _address(in_), _address(saved), _address(state_in), _address(target), _address(state_out)),
     )  # fmt: skip
-    where = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, padding), index, stream
+    chosen = cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding
+    where = chosen, index, stream
     if units is None:
         _cuda.sweep_block(*problem, *where)
     else:

@@ -1,9 +1,10 @@
 """Which compiled CUDA kernel runs a problem: plain Python over a plain `Device` record, so it is tested without a GPU.
 
-Only the `block` plan is here: one CTA holds one recurrence's whole matrix, in registers and, where they do not suffice,
-in shared memory, and sweeps a tile of the batch. The planner estimates the cycles of a step for every kernel that fits
-and takes the fastest. Its constants come from public figures and from counting instructions (benchmarks/NOTES-cuda.md);
-they order the kernels of one device, and are no promise of a speed.
+In the `block` plan one CTA holds one recurrence's whole matrix, in registers and, where they do not suffice, in shared
+memory, and sweeps a tile of the batch. In the `cluster` plan (sm_90+) several CTAs share a tile, each with the matrix
+of its outputs, and send each other their part of the state in every step. The planner estimates the cycles of a step
+for every kernel that fits and takes the fastest. Its constants come from public figures and from counting instructions
+(benchmarks/NOTES-cuda.md); they order the kernels of one device, and are no promise of a speed.
 """
 
 from __future__ import annotations
@@ -50,11 +51,24 @@ _UNIT_TABLES: dict[str, tuple[tuple[int, int], ...]] = {
     "fma": ((64, 1), (64, 2), (128, 1), (128, 2), (192, 1), (192, 2), (256, 1), (256, 2)),
 }
 
+# The same, then the CTAs of a cluster and the parts of k; a mirror of csrc/cuda/cluster_configs.h.
+_CLUSTER_TABLES: dict[str, tuple[tuple[int, int, int, int, int, int, int, int], ...]] = {
+    "mma": (
+        (512, 8, 4, 32, 8, 8, 8, 1),
+        (1024, 8, 8, 16, 8, 8, 16, 4),
+    ),
+    "fma": ((512, 1, 8, 16, 8, 8, 8, 2), (512, 2, 8, 16, 8, 8, 8, 2)),
+}  # fmt: skip
+
 # Cycles that one mma.sync (m16n8k16 of 16-bit types, m16n8k8 of tf32) occupies one of an SM's four tensor cores, by
 # compute capability. sm_80: 1,024 FMA per clock and SM. sm_90: measured on an H100, two thirds of 2,048.
 # GeForce parts (8.6, 8.9, 12.0) run float32 accumulation at 256 FMA per clock and SM.
 _MMA_CYCLES = {(8, 0): 8.0, (8, 6): 32.0, (8, 7): 16.0, (8, 9): 32.0, (9, 0): 6.2, (10, 0): 8.0, (12, 0): 32.0}
 _STEP_LATENCY = 190.0  # cycles: barrier, first load of the state, the mma chain's tail, epilogue, store, all traffic
+# Of clusters, measured on an H100 (results/nvidia-h100-80gb-hbm3/exchange-laboratory.txt): cycles until stores to the
+# peers have arrived and are seen, and the bytes that arrive at an SM in a cycle. 8 CTAs with 128 and 1,024 bytes each:
+# 500 and 874 cycles, 486 and 878 by these; 16: 569 and 1,444, 550 and 1,390.
+_HOP, _ARRIVING_BYTES = 430.0, 16.0
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
@@ -66,11 +80,13 @@ class Kernel:
 
     math: str  # "mma" for 16-bit types; "fma", "tf32x3", "tf32" for float32
     hidden: int  # D is padded to it
-    rows: int  # batch rows of a CTA
+    rows: int  # batch rows of a tile
     warps: int
     register_parts: int
     forward_slots: int
     backward_slots: int
+    ctas: int = 1  # that share a tile: a cluster
+    parts: int = 1  # of k, each with warps of its own
     units: bool = False  # with factors of their own
 
     @property
@@ -82,19 +98,34 @@ class Kernel:
         return 32 * self.warps
 
     @property
+    def outputs(self) -> int:
+        """Of a CTA."""
+        return self.hidden // self.ctas
+
+    @property
     def matrix_shared_bytes(self) -> int:
-        """What of the matrix is not in registers."""
-        parts = self.hidden // 16 if self.math == "fma" else self.hidden * self.element_bytes // 32
-        per_thread = self.hidden // (8 * self.warps) if self.math == "fma" else self.hidden // (16 * self.warps)
-        return (parts - self.register_parts) * per_thread * 16 * self.threads
+        """What of a CTA's matrix is not in registers."""
+        k = self.hidden // self.parts
+        steps = k // 16 if self.math == "fma" else k * self.element_bytes // 32
+        per_thread = self.outputs * self.parts // ((8 if self.math == "fma" else 16) * self.warps)
+        return (steps - self.register_parts) * per_thread * 16 * self.threads
+
+    def _rows_bytes(self, width: int) -> int:
+        """Of the rows of a tile as they lie in shared memory."""
+        return self.rows * (width * self.element_bytes + 64) + self.rows // 2 * 32
 
     def shared_bytes(self, *, backward: bool) -> int:
-        """Of a block: the state twice, what of the matrix is there, the ring, what is staged, the units' factors."""
-        state = self.rows * (self.hidden * self.element_bytes + 64) + self.rows // 2 * 32
+        """Of a block: the state twice, what of the matrix is there, the ring, what is staged, the units' factors, sums
+        of the parts of k, mbarriers.
+        """
+        state, tile = self._rows_bytes(self.hidden), self._rows_bytes(self.outputs)
         slots = self.backward_slots if backward else self.forward_slots
         schedule = 4 * slots * 8 + -(-slots * self.rows * 4 // 16) * 16
         tiles, factors = 1 + (backward or self.units), 8 * self.hidden * self.units
-        return self.matrix_shared_bytes + (2 + slots * tiles) * state + schedule + factors
+        lanes = 256 * self.warps // self.parts if self.math == "fma" else 0
+        given = (self.parts - 1) * max(self.outputs * self.rows * 4, lanes)
+        ring, exchange = slots * tiles * tile, 16 * (self.ctas > 1)
+        return self.matrix_shared_bytes + 2 * state + ring + schedule + factors + given + exchange
 
     @property
     def most_shared_bytes(self) -> int:
@@ -105,27 +136,42 @@ class Kernel:
         """Cycles of one step's product that no overlap hides: tensor cores or FMA pipe, or shared memory if slower."""
         if self.math == "fma":
             lanes = 64 if capability == (8, 0) else 128
-            arithmetic = self.hidden**2 * self.rows / lanes
+            arithmetic = self.hidden * self.outputs * self.rows / lanes
             readers = self.rows  # four lanes share an output, so one 64-byte line a row and chunk
-            state = float(self.warps * (self.hidden // 16) * readers)
+            state = float(self.warps * (self.hidden // 16) * readers) / self.parts
         else:
             cycles = _MMA_CYCLES.get(capability) or _MMA_CYCLES.get((capability[0], 0), 32.0)
             passes = 3 if self.math == "tf32x3" else 1
             k_steps = self.hidden * self.element_bytes // 32
-            products = self.hidden // 16 * k_steps * self.rows / 8 * passes
+            products = self.outputs // 16 * k_steps * self.rows / 8 * passes
             arithmetic = products * cycles / 4
             if self.math == "tf32x3":  # splitting the operands takes longer: 4.2 to 4.8 cycles a product on an H100
                 arithmetic = max(arithmetic, products * 4.5)
-            state = self.warps * self.rows * self.hidden * self.element_bytes / 128
+            state = self.warps * self.rows * self.hidden * self.element_bytes / 128 / self.parts
         return max(arithmetic, state + self.matrix_shared_bytes / 128)
+
+    def arriving_cycles(self, rows: int) -> float:
+        """Of a step of so many batch rows, in which an SM takes in what the peers send."""
+        return rows * (self.hidden - self.outputs) * self.element_bytes / _ARRIVING_BYTES
+
+    def exchange_cycles(self, rows: int) -> float:
+        """Until all of that is there."""
+        return 0.0 if self.ctas == 1 else _HOP + self.arriving_cycles(rows)
+
+    def places(self, sms: int) -> int:
+        """How many tiles run at a time, one to an SM: of an H100's 132 SMs 30 clusters of 4, 15 of 8, 7 of 16
+        (measured), since a cluster lies within a GPC.
+        """
+        return sms if self.ctas == 1 else max(1, 10 * sms // (11 * self.ctas))
 
 
 KERNELS = tuple(Kernel(math, *columns) for math, table in _TABLES.items() for columns in table)
+CLUSTER_KERNELS = tuple(Kernel(math, *columns) for math, table in _CLUSTER_TABLES.items() for columns in table)
 UNIT_KERNELS = tuple(replace(k, units=True) for k in KERNELS if (k.hidden, k.rows) in _UNIT_TABLES.get(k.math, ()))
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class SweepPlan:
     """A kernel and how a problem is spread over the device with it."""
 
     kernel: Kernel
@@ -134,6 +180,7 @@ class BlockPlan:
     sms: int
     resident: int  # CTAs that one SM holds at a time
     estimated_cycles: float  # of a step, all waves together
+    tile_rows: int = 0  # batch rows of a cluster, where they are fewer than fit; 0: of a block
 
     def describe(self) -> str:
         k = self.kernel
@@ -144,6 +191,13 @@ class BlockPlan:
             "fma": "float32 FMA",
         }[k.math]
         where, of_units = "registers", ", units with factors of their own" if k.units else ""
+        if k.ctas > 1:
+            return (
+                f"cluster plan on {self.device}: {self.blocks // k.ctas} cluster(s) of {k.ctas} CTAs of {k.threads} "
+                f"threads for {self.sms} SMs, {self.tile_rows} batch row(s) each, matrix padded to {k.hidden} x "
+                f"{k.hidden} spread over their registers, {arithmetic}, the state sent to {k.ctas - 1} peers a step; "
+                f"about {self.estimated_cycles:.0f} cycles a step by the model (not a measurement)"
+            )
         if k.matrix_shared_bytes:
             total = k.hidden**2 * k.element_bytes
             where = f"registers ({100 * (1 - k.matrix_shared_bytes / total):.0f}%) and shared memory"
@@ -196,8 +250,11 @@ def runnable(device: Device, architectures: list[str], ptx: int, driver: int, ru
             f"{major}.{minor}{too_old if ptx <= 10 * major + minor else ''}; install with "
             f"FUSED_RIN_CUDA_ARCHS=\"{10 * major + minor}\", or use backend='triton'"
         )
+    code = max(chosen)
     return replace(
-        device, shared_memory_per_block=min(device.shared_memory_per_block, _shared_bytes_of_code(max(chosen)))
+        device,
+        shared_memory_per_block=min(device.shared_memory_per_block, _shared_bytes_of_code(code)),
+        max_cluster_size=device.max_cluster_size if code >= 90 else 1,
     )
 
 
@@ -217,7 +274,7 @@ def plan(
     *,
     allow_tf32: bool = False,
     units: bool = False,
-) -> BlockPlan:
+) -> SweepPlan:
     """The fastest kernel, by the model, for `groups` recurrences of `hidden` units over `batch` rows.
 
     `allow_tf32`: torch's setting for float32 matrix products; without it float32 means float32 accuracy. `units`: with
@@ -238,13 +295,19 @@ def plan(
         maths: tuple[str, ...] = ("mma",)
     else:
         maths = ("fma", "tf32") if allow_tf32 else ("fma", "tf32x3")
-    compiled = [k for k in (UNIT_KERNELS if units else KERNELS) if k.math in maths]
+    compiled = [
+        k
+        for k in (UNIT_KERNELS if units else (*KERNELS, *CLUSTER_KERNELS))
+        if k.math in maths and k.ctas <= device.max_cluster_size
+    ]
     wide_enough = [k for k in compiled if k.hidden >= hidden]
     if not wide_enough:
         largest = max(k.hidden for k in compiled)
+        of = " with factors of its own for each unit" if units else ""
         raise NoPlan(
-            f"the block plan keeps U in one SM and is compiled for hidden sizes up to {largest} in {dtype}, got "
-            f"{hidden}; use backend='triton', or split the layer into heads of at most {largest} units"
+            f"the CUDA kernels keep U on chip and are compiled for hidden sizes up to {largest} in {dtype}{of} on "
+            f"{device.name}, got {hidden}; use backend='triton', or split the layer into heads of at most {largest} "
+            "units"
         )
     fitting = [
         k
@@ -257,12 +320,18 @@ def plan(
             f"hidden size {hidden} in {dtype} takes at least {least / 1024:.0f} KB of shared memory a block, "
             f"{device.name} offers {device.shared_memory_per_block / 1024:.0f} KB; use backend='triton'"
         )
+    # Clusters only where no block holds the matrix: their constants are not measured yet.
     plans = []
-    for kernel in fitting:
-        blocks = groups * math.ceil(batch / kernel.rows)
-        per_sm = max(1, math.ceil(blocks / device.sms))
-        resident = min(_resident(kernel, device), per_sm)
+    for kernel in [k for k in fitting if k.ctas == 1] or fitting:
+        places, rows = kernel.places(device.sms), kernel.rows
+        if kernel.ctas > 1:  # few rows a cluster: what each sends takes longer than all else
+            rows = min(rows, max(1, math.ceil(batch / max(1, places // max(1, groups)))))
+        tiles = groups * math.ceil(batch / rows)
+        in_turn = max(1, math.ceil(tiles / places))  # tiles of a place
+        resident = min(_resident(kernel, device), in_turn)
         work = kernel.work_cycles(device.capability)
-        cycles = math.ceil(per_sm / resident) * max(_STEP_LATENCY + work, resident * work)
-        plans.append(BlockPlan(kernel, device.name, blocks, device.sms, resident, cycles))
+        latency = _STEP_LATENCY + kernel.exchange_cycles(rows)
+        cycles = math.ceil(in_turn / resident) * max(latency + work, resident * (work + kernel.arriving_cycles(rows)))
+        tile_rows = rows if kernel.ctas > 1 else 0
+        plans.append(SweepPlan(kernel, device.name, tiles * kernel.ctas, device.sms, resident, cycles, tile_rows))
     return min(plans, key=lambda p: (p.estimated_cycles, p.kernel.hidden, p.kernel.rows))

@@ -16,7 +16,10 @@ from benchmarks.gpu.cubins import compiler_release
 from tests.cuda_aot.test_resources import can_run, every_kernel, module
 
 COMMITTED = json.loads(predict.TABLE.read_text())
-SAMPLE = ("bfloat16 mma 128x8 forward", "bfloat16 mma 128x8 backward", "float32 fma 64x2 forward")  # played anew
+SAMPLE = (  # played anew
+    "bfloat16 mma 128x8 forward", "bfloat16 mma 128x8 backward", "float32 fma 64x2 forward",
+    "bfloat16 cluster-mma 1024x8 forward",
+)  # fmt: skip
 
 
 def test_the_table_has_every_kernel_that_can_run():
@@ -54,14 +57,16 @@ def test_the_table_is_of_this_code():
         compared += 1
         if name in SAMPLE:
             kernel, number = predict.kernel_of(name), int(arch.removeprefix("sm_"))
-            assert {kind: predict.cycles(kernel, loop, number) for kind, loop in found.items()} == {
+            assert {kind: predict.cycles(kernel, ways, number) for kind, ways in found.items()} == {
                 kind: times for kind, times in row.items() if kind != "code"
             }
     assert compared or not {"sm_80", "sm_90"} & {arch for arch, _, _ in predict.kernels(module())}
 
 
 @pytest.mark.parametrize(
-    "kernel", [k for k in cuda_plan.KERNELS if k.math == "fma"], ids=lambda k: f"{k.hidden}x{k.rows}"
+    "kernel",
+    [k for k in (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS) if k.math == "fma"],
+    ids=lambda k: f"{k.hidden}x{k.rows}",
 )
 def test_wavefronts_of_fma_loads_lie_between_the_states_and_the_matrixs(kernel):
     assert 1 <= predict.wavefronts(kernel) <= 4

@@ -84,14 +84,18 @@ def kernel_of(name: str) -> cuda_plan.Kernel:
 
 
 def can_run(name: str, arch: int) -> bool:
-    """Whether a block of the architecture may have the kernel's shared memory; else it is never planned, and empty."""
-    return kernel_of(name).shared_bytes(backward=name.endswith("backward")) <= SHARED_LIMIT[arch] * 1024
+    """Whether the architecture has what the kernel needs, shared memory and clusters; else it is never planned, and
+    empty.
+    """
+    kernel = kernel_of(name)
+    fits = kernel.shared_bytes(backward=name.endswith("backward")) <= SHARED_LIMIT[arch] * 1024
+    return fits and (kernel.ctas == 1 or arch >= 90)
 
 
 def every_kernel() -> set[str]:
     return {
-        f"{dtype} {'units-' * k.units}{k.math} {k.hidden}x{k.rows} {direction}"
-        for k in (*cuda_plan.KERNELS, *cuda_plan.UNIT_KERNELS)
+        f"{dtype} {'units-' * k.units}{'cluster-' * (k.ctas > 1)}{k.math} {k.hidden}x{k.rows} {direction}"
+        for k in (*cuda_plan.KERNELS, *cuda_plan.UNIT_KERNELS, *cuda_plan.CLUSTER_KERNELS)
         for dtype in (("bfloat16", "float16") if k.math == "mma" else ("float32",))
         for direction in ("forward", "backward")
     }

@@ -28,7 +28,7 @@ class NativeOnFibres:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.seed = 0
-        self.kernels: set[tuple[int, int, int]] = set()
+        self.kernels: set[tuple[int, int, int, int]] = set()
 
     def sweep_block(self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, kernel: Any, *_: Any) -> None:
         self.run(sizes, rule, row_tensors, tensors, (0,) * 6, kernel)
@@ -44,7 +44,7 @@ class NativeOnFibres:
         lengths, offsets, resets = row_tensors
         weight, in_, saved, state_in, out, state_out = tensors
         form, skips, gains, initial, noise, aside = units
-        math, padded, rows, padding = kernel
+        math, padded, rows, ctas, tile_rows, padding = kernel
         size = 4 if dtype == 0 else 2
         row_count = self.rows_of(steps, batch, lengths, offsets)
         row_bytes = groups * hidden * size
@@ -66,11 +66,11 @@ class NativeOnFibres:
         }
         problem = Problem(
             steps, batch, groups, hidden, reversed_, dtype, activation, backward, skip, lengths, offsets, resets,
-            weight, in_, saved, state_in, out, state_out, padding, 0, 0, 0, False, form, skips, gains, initial, noise,
-            aside,
+            weight, in_, saved, state_in, out, state_out, padding, 0, 0, 0, False, tile_rows,
+            form, skips, gains, initial, noise, aside,
         )  # fmt: skip
-        self.kernels.add((math, padded, rows))
-        self.machine.run_block(problem, math, padded, rows, self.seed, extents)
+        self.kernels.add((math, padded, rows, ctas))
+        self.machine.run_block(problem, math, padded, rows, ctas, self.seed, extents)
 
     @staticmethod
     def rows_of(steps: int, batch: int, lengths: int, offsets: int) -> int:
@@ -96,7 +96,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[cuda_plan.Kernel], None]
     """Makes the planner choose one kernel."""
 
     def choose(kernel: cuda_plan.Kernel) -> None:
-        chosen = cuda_plan.BlockPlan(kernel, "forced", 1, 1, 1, 0.0)
+        chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
         monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
 
     return choose

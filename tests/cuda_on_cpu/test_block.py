@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
-from fused_rin.cuda_plan import KERNELS, MATH, UNIT_KERNELS, Kernel
+from fused_rin.cuda_plan import CLUSTER_KERNELS, KERNELS, MATH, UNIT_KERNELS, Kernel
 from fused_rin.problem import ALL_ROWS, Rows, Rule
 
 from tests.conftest import check_sweeps, make_case
@@ -39,8 +39,18 @@ def small(request, force) -> torch.dtype:
 def test_the_planner_knows_what_is_compiled(machine: Machine):
     """cuda_plan mirrors block_configs.h; both directions of every kernel exist, for every type of its math."""
     expected = {
-        (dtype, MATH[k.math], backward, k.units, k.hidden, k.rows, k.threads, k.shared_bytes(backward=bool(backward)))
-        for k in (*KERNELS, *UNIT_KERNELS)
+        (
+            dtype,
+            MATH[k.math],
+            backward,
+            k.units,
+            k.hidden,
+            k.rows,
+            k.ctas,
+            k.threads,
+            k.shared_bytes(backward=bool(backward)),
+        )
+        for k in (*KERNELS, *UNIT_KERNELS, *CLUSTER_KERNELS)
         for dtype in ((2, 3) if k.math == "mma" else (0,))
         for backward in (0, 1)
     }
@@ -59,7 +69,7 @@ def test_every_kernel(native, force, kernel, loop):
         activation = "tanh" if loop == "tanh" else "relu"
         case = make_case(3, batch, hidden, dtype=dtype, activation=activation, seed=hidden)
         check_sweeps(cuda.forward, cuda.backward, case)
-    assert native.kernels == {(MATH[kernel.math], kernel.hidden, kernel.rows)}
+    assert native.kernels == {(MATH[kernel.math], kernel.hidden, kernel.rows, 1)}
 
 
 def tf32(t: torch.Tensor) -> torch.Tensor:
@@ -235,7 +245,7 @@ def test_rows_longer_than_32_bit_offsets_reach_are_refused(native):
 def test_the_planner_picks_the_kernel_that_runs(native):
     case = make_case(2, 3, 100, dtype=BF16)
     cuda.forward(*case.arguments)
-    assert native.kernels == {(MATH["mma"], 128, 8)}
+    assert native.kernels == {(MATH["mma"], 128, 8, 1)}
     assert "128 x 128" in cuda_plan.plan(3, 1, 100, BF16, cuda._place(case.pre)[0]).describe()
 
 

@@ -19,14 +19,16 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.mark.parametrize("device", [*DEVICES, TURING], ids=lambda device: device.name)
 def test_the_plan_without_python_is_the_same(machine: Machine, device):
     limits = (*device.capability, device.sms, device.shared_memory_per_block, device.registers_per_sm)
-    sizes = [1, 8, 33, 64, 65, 128, 129, 150, 192, 193, 256, 257, 384, 385, 1000]
+    limits += (device.max_cluster_size,)
+    sizes = [1, 8, 33, 64, 65, 128, 129, 150, 192, 193, 256, 257, 384, 385, 512, 513, 1000, 1025]
     seen = set()
     for dtype, hidden, batch, groups, tf32, units in itertools.product(
         cuda_plan.DTYPES, sizes, (0, 1, 7, 8, 9, 100, 1057, 4096, 100_000), (1, 2, 6), (False, True), (False, True)
     ):
         try:
-            kernel = cuda_plan.plan(batch, groups, hidden, dtype, device, allow_tf32=tf32, units=units).kernel
-            expected = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows)
+            plan = cuda_plan.plan(batch, groups, hidden, dtype, device, allow_tf32=tf32, units=units)
+            kernel = plan.kernel
+            expected = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows)
         except NoPlan:
             expected = None
         got = machine.plan(batch, groups, hidden, cuda_plan.DTYPES[dtype], tf32, limits, units)
@@ -93,5 +95,5 @@ def test_an_empty_batch_and_what_no_kernel_takes(operators):
     assert h_n.shape == (0, 1, 24)
     with pytest.raises(ValueError, match="the CUDA kernels take float32, bfloat16 and float16"):
         forward(*make_case(2, 1, 8, dtype=torch.float64).arguments)
-    with pytest.raises(ValueError, match="no CUDA kernel holds a matrix of 400 units on this device"):
-        forward(*make_case(2, 1, 400, dtype=BF16).arguments)
+    with pytest.raises(ValueError, match="no CUDA kernel holds a matrix of 1100 units on this device"):
+        forward(*make_case(2, 1, 1100, dtype=BF16).arguments)

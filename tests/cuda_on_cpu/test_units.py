@@ -41,7 +41,7 @@ def test_every_kernel(native, force, kernel):
                     continue
                 case = make_case(3, batch, hidden, dtype=dtype, activation="tanh", form=form, noise=True, seed=hidden)
                 check_sweeps(cuda.forward, cuda.backward, case)
-    assert native.kernels == {(MATH[kernel.math], kernel.hidden, kernel.rows)}
+    assert native.kernels == {(MATH[kernel.math], kernel.hidden, kernel.rows, 1)}
 
 
 @pytest.mark.parametrize("form", FORMS)

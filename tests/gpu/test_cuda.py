@@ -38,23 +38,43 @@ def check(case: Case, device: torch.device | str = "cuda") -> None:
 
 
 def fits(kernel: cuda_plan.Kernel) -> bool:
-    return kernel.most_shared_bytes <= device_record(torch.cuda.current_device()).shared_memory_per_block
+    device = device_record(torch.cuda.current_device())
+    return kernel.most_shared_bytes <= device.shared_memory_per_block and kernel.ctas <= device.max_cluster_size
 
 
 @pytest.mark.parametrize(
-    "kernel", [k for k in cuda_plan.KERNELS if k.math != "tf32"], ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}"
+    "kernel",
+    [k for k in (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS) if k.math != "tf32"],
+    ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}",
 )
 @pytest.mark.parametrize("loop", ["relu", "tanh", "general"])
 def test_every_kernel(monkeypatch, kernel, loop):
     """Its three loops: the general one at an odd size with a ragged batch tile."""
     if not fits(kernel):
-        pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block")
-    chosen = cuda_plan.BlockPlan(kernel, "forced", 1, 1, 1, 0.0)
+        pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block and clusters of {kernel.ctas}")
+    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
     monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
     hidden, batch = (kernel.hidden - 27, kernel.rows + 1) if loop == "general" else (kernel.hidden, kernel.rows)
     activation = "tanh" if loop == "tanh" else "relu"
     for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
         check(make_case(33, batch, hidden, dtype=dtype, activation=activation))
+
+
+@pytest.mark.parametrize("kernel", cuda_plan.CLUSTER_KERNELS, ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}")
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+def test_every_kernel_of_clusters(monkeypatch, kernel, layout):
+    """More tiles than are resident at a time, resets, both directions; twice the same bits."""
+    if not fits(kernel):
+        pytest.skip(f"needs clusters of {kernel.ctas}")
+    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
+    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+    dtype = BF16 if kernel.math == "mma" else FP32
+    options = {"layout": layout, "resets": True, "num_reversed": 1}
+    case = make_case(65, 20 * kernel.rows + 1, kernel.hidden - 27, 2, dtype=dtype, **options)
+    check(case)
+    forward = on_gpu(cuda.forward, "cuda")
+    for first, second in zip(forward(*case.arguments), forward(*case.arguments), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kernel", cuda_plan.UNIT_KERNELS, ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}")
@@ -63,7 +83,7 @@ def test_every_kernel_of_units(monkeypatch, kernel, form):
     """Factors of each unit, in every form; in two directions, with noise, resets and an odd size."""
     if not fits(kernel):
         pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block")
-    chosen = cuda_plan.BlockPlan(kernel, "forced", 1, 1, 1, 0.0)
+    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
     monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
     for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
         for activation, layout in (("tanh", "full"), ("sigmoid", "lengths"), ("softplus", "packed")):
