@@ -105,10 +105,10 @@ class TestOnAGpu:
         assert (choice.backend, choice.passed_over) == ("cuda", {})
 
     def test_triton_where_cuda_has_no_plan(self):
-        choice = explain((5, 2, 1000), device="cuda", dtype=torch.bfloat16)
+        choice = explain((5, 2, 1100), device="cuda", dtype=torch.bfloat16)
         assert choice.backend == "triton"
         assert "before it cannot run" in choice.reason
-        assert "hidden sizes up to 384" in choice.passed_over["cuda"]
+        assert "hidden sizes up to 1024" in choice.passed_over["cuda"]
         assert "use backend='triton'" in choice.passed_over["cuda"]
         assert "not cuda: " in str(choice)
 

@@ -47,8 +47,47 @@ def test_loops_go_from_barrier_to_barrier_by_the_shortest_way():
     assert loops([BAR, add, line("EXIT")]) == []
 
 
+# Of a cluster: the wait for the peers, asked until it is over; a part of the sums given away or taken and sent.
+ASK, AGAIN = line("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R1], R2", writes=0), line("@!P0 BRA `(.L_ask)", waits=(0,))
+GIVER, GIVE, JOIN = map(line, ("@P1 BRA `(.L_give)", "BAR.ARV R5, 0x40", "BRA `(.L_join)"))
+TAKE, SEND = line("BAR.SYNC.DEFER_BLOCKING R5, 0x40"), line("STAS.128 [R8.64], R4")
+ARRIVE, NEXT = line("SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R1], RZ"), line("@P2 BRA `(.L_ask)")
+PRODUCT, FAULT, END = line("HMMA.16816 R12"), line("@P3 BRA `(.L_trap)"), line("EXIT")
+CLUSTER = [
+    ".L_ask", ASK, FAULT, AGAIN, PRODUCT, GIVER, TAKE, SEND, ".L_join", ARRIVE, NEXT, END,
+    ".L_give", GIVE, JOIN, ".L_trap", line("BPT.TRAP 0x1"), SEND, line("BRA `(.L_ask)"),
+]  # fmt: skip
+
+
+def test_a_clusters_loop_goes_from_the_wait_to_itself_past_what_is_sent():
+    """Not back to the question alone, nor through the trap, after which nothing runs."""
+    way = [ASK, FAULT, AGAIN, PRODUCT, GIVER, TAKE, SEND, ARRIVE, NEXT]
+    assert loops(CLUSTER) == [way]
+    assert loops(CLUSTER, giving=True) == [
+        [ASK, FAULT, AGAIN, PRODUCT, GIVER, GIVE, JOIN, ARRIVE, NEXT],
+    ]
+
+
+def test_a_warp_that_is_divided_takes_no_detour():
+    code = [".L_ask", ASK, line("BRA.DIV UR4, `(.L_trap)"), *CLUSTER[3:]]
+    (way,) = loops(code)
+    assert way[:3] == [ASK, code[2], AGAIN]
+
+
+def test_nothing_goes_on_before_what_the_peers_send_is_there():
+    product, wait = line("MOV R3, R3", 100), line("MOV R3, R3", waits=(0,))
+    sender = [ASK, wait, product, SEND]
+    alone = Scheduler([sender], 30, arch=90, exchange=450.0).play()
+    assert alone == pytest.approx(450 + 100 + 16, abs=5)
+    # Another warp sends later: the phase ends with the last of what is sent. Half as many senders, half the traffic.
+    late = [ASK, wait, product, product, SEND]
+    assert Scheduler([sender, late], 30, arch=90, exchange=450.0).play() == pytest.approx(450 + 200 + 16, abs=5)
+    half = Scheduler([sender], 30, arch=90, senders=0.5, exchange=450.0).play()
+    assert half == pytest.approx(450 + 100 + 8, abs=5)
+
+
 def cycles(*code: Instruction, warps: int = 1) -> list[float]:
-    return [Scheduler([BAR, *code], warps, load, arch=90).play() for load in LOAD_LATENCIES]
+    return [Scheduler([[BAR, *code]] * warps, load, arch=90).play() for load in LOAD_LATENCIES]
 
 
 def test_stalls_and_waits_are_counted():
