@@ -110,18 +110,27 @@ def identity_arms():
 
 def test_the_plan_has_every_arm_everywhere_and_priors_that_fall_as_one_over_n():
     all_trials = list(trials(2))
-    assert len({trial.name for trial in all_trials}) == len(all_trials) == 2 * 208
+    assert len({trial.name for trial in all_trials}) == len(all_trials) == 2 * 272
     cells = {(t.task, t.optimizer, t.samples) for t in all_trials}
-    assert len(cells) == 2 * 3 * 3
+    assert len(cells) == 2 * 3 * 3 + 2 * 3 + 2 * 2
     for cell in cells:
         arms = {t.arm for t in all_trials if (t.task, t.optimizer, t.samples) == cell}
-        assert arms == {"u-decay", "v-decay", "none", "small-rate"}
+        assert arms == {"u-decay", "v-decay", "none"} | ({"small-rate"} if not PLANS[cell[0]].grows else set())
     priors = [t for t in all_trials if t.prior]
     assert {t.arm for t in priors} == {"u-decay"}
     for t in priors:
         smallest = PLANS[t.task].sizes[0]
         assert t.samples > smallest
         assert t.strength == pytest.approx(t.prior * smallest / t.samples)
+
+
+def test_updates_grow_with_the_data_where_epochs_are_fixed(task, monkeypatch):
+    assert [PLANS["mnist-rows-epochs"].updates_at(n, 400) for n in (300, 3000, 30000)] == [400, 4000, 40000]
+    assert [PLANS["mnist-rows"].updates_at(n, 400) for n in (300, 4000, 60000)] == [400] * 3
+    plan = dataclasses.replace(PLAN, grows=True)
+    for samples, last in ((90, 6), (360, 24)):
+        records = run_trial(Trial("digits", "adam", samples, "none"), task, plan, 6)
+        assert records[-1]["step"] == last
 
 
 def test_a_trial_records_what_it_says(task):

@@ -35,7 +35,11 @@ def summarise(trials: Iterable[list[dict[str, Any]]], budget: float) -> str:
     for records in sorted(trials, key=_place):
         cells.setdefault(tuple(records[0][name] for name in KEY), []).append(records)
     ran = {key[0] for key in cells}
-    plans = {name: {"sizes": plan.sizes, "updates": plan.updates} for name, plan in PLANS.items() if name in ran}
+    plans = {
+        name: {"sizes": plan.sizes, "updates": plan.updates, "grows": plan.grows}
+        for name, plan in PLANS.items()
+        if name in ran
+    }
     head = json.dumps({"format": FORMAT, "version": VERSION, "budget": budget, "plans": plans})
     lines = ",\n".join(json.dumps(_cell(key, runs)) for key, runs in cells.items())
     return f'{head[:-1]}, "cells": [\n{lines}\n]}}\n'

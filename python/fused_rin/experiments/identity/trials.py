@@ -9,7 +9,8 @@ batches in four arms, over sizes of the training set, strengths of decay, optimi
     small-rate   nothing decays; a quarter of the learning rate over four times the updates
 
 A strength is a constant, or a prior's: equal to a constant at the smallest training set, falling as 1/N from
-there (`fused_rin.identity_prior.prior_strength`). The number of updates is the same for every N. Decay has one
+there (`fused_rin.identity_prior.prior_strength`). The number of updates is the same for every N, but for a plan whose
+updates grow with N: that is a fixed number of epochs. Decay has one
 of two forms: "penalty" adds strength * weight to the gradient of the data, which Adam and RMSprop then
 normalise; "decoupled" shrinks the weight by rate * strength before every update. Under SGD they are the same;
 the second is run under Adam. The gradient of the data is clipped, the decay is not.
@@ -35,8 +36,11 @@ from ..training.trainer import make_fabric
 
 FORMS = {"sgd": ("penalty",), "rmsprop": ("penalty",), "adam": ("penalty", "decoupled")}
 # By form; a decoupled decay of 1 / (mean rate * updates), 5 under Adam here, shrinks a weight to 1/e.
-STRENGTHS = {"penalty": (0.01, 0.1, 1.0), "decoupled": (0.1, 1.0, 10.0)}
-ANCHORS = {"penalty": (0.1, 1.0), "decoupled": (10.0,)}  # what a prior's strength is at the smallest N
+STRENGTHS: dict[str, tuple[float, ...]] = {"penalty": (0.01, 0.1, 1.0), "decoupled": (0.1, 1.0, 10.0)}
+ANCHORS: dict[str, tuple[float, ...]] = {
+    "penalty": (0.1, 1.0),
+    "decoupled": (10.0,),
+}  # what a prior's strength is at the smallest N
 SLOWER = 4  # how much smaller the small learning rate is, and over how many times the updates
 CLIP = 1.0
 RECORDED = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the updates
@@ -54,27 +58,58 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class Plan:
     """What is trained on one task."""
 
+    task: str
     sizes: tuple[int, ...]  # of the training set
-    updates: int
+    updates: int  # at the smallest N; at others too, unless they grow
     rates: dict[str, float]  # first learning rate by optimizer; it falls to 0 along half a cosine
     settings: dict[str, Any]  # everything else, see `Settings`
+    grows: bool = False  # updates are proportional to N
+    strengths: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=lambda: STRENGTHS)
+    anchors: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=lambda: ANCHORS)
 
-    def to_settings(self, task: str, seed: int = 0, **others: Any) -> Settings:
-        return Settings(task=task, seed=seed, **self.settings, **others)
+    def to_settings(self, name: str, seed: int = 0, **others: Any) -> Settings:
+        return Settings(task=self.task, seed=seed, **self.settings, **others)
+
+    def updates_at(self, samples: int, updates: int) -> int:
+        """`updates` at the smallest N are so many at this one."""
+        return round(updates * samples / self.sizes[0]) if self.grows else updates
 
 
 PLANS = {
     "digits": Plan(
+        task="digits",
         sizes=(90, 360, 1437),
         updates=400,
         rates={"sgd": 0.1, "rmsprop": 1e-3, "adam": 1e-3},
         settings={"hidden_size": 64, "batch_size": 32, "input_std": 1.0, "recurrent_std": 0.01},
     ),
     "mnist-rows": Plan(
+        task="mnist-rows",
         sizes=(300, 4000, 60000),
         updates=400,
         rates={"sgd": 0.1, "rmsprop": 1e-3, "adam": 1e-3},
         settings={"hidden_size": 64, "batch_size": 64, "input_std": 0.1, "recurrent_std": 1e-3},
+    ),
+    # The same for a fixed number of epochs: is it the updates that drown a prior, or the data?
+    "mnist-rows-epochs": Plan(
+        task="mnist-rows",
+        sizes=(300, 3000, 30000),
+        updates=400,
+        grows=True,
+        rates={"sgd": 0.1, "adam": 1e-3},
+        settings={"hidden_size": 64, "batch_size": 64, "input_std": 0.1, "recurrent_std": 1e-3},
+        strengths={"penalty": (0.1,), "decoupled": (10.0,)},
+        anchors={"penalty": (0.1,), "decoupled": (10.0,)},
+    ),
+    # Pixel by pixel, 784 steps, where keeping the identity should matter most.
+    "mnist-784": Plan(
+        task="mnist",
+        sizes=(4000, 60000),
+        updates=2000,
+        rates={"rmsprop": 1e-4, "adam": 1e-4},
+        settings={"hidden_size": 64, "batch_size": 64, "input_std": 0.1, "recurrent_std": 1e-3},
+        strengths={"penalty": (0.01, 0.1, 1.0), "decoupled": ()},
+        anchors={"penalty": (0.1,), "decoupled": ()},
     ),
 }
 
@@ -102,16 +137,17 @@ def trials(seeds: int) -> Iterator[Trial]:
     """All training runs, seed after seed, so that an interrupted experiment has whole seeds."""
     for seed in range(seeds):
         for task, plan in PLANS.items():
-            for optimizer in OPTIMIZERS:
+            for optimizer in plan.rates:
                 for samples in plan.sizes:
                     yield Trial(task, optimizer, samples, "none", seed=seed)
-                    yield Trial(task, optimizer, samples, "small-rate", seed=seed)
+                    if not plan.grows:  # four times as many updates again are hours
+                        yield Trial(task, optimizer, samples, "small-rate", seed=seed)
                     for form in FORMS[optimizer]:
                         for arm in ("u-decay", "v-decay"):
-                            for strength in STRENGTHS[form]:
+                            for strength in plan.strengths[form]:
                                 yield Trial(task, optimizer, samples, arm, form, strength, seed=seed)
                         if samples > plan.sizes[0]:  # there a prior and its constant are the same
-                            for anchor in ANCHORS[form]:
+                            for anchor in plan.anchors[form]:
                                 sigma = 1 / math.sqrt(anchor * plan.sizes[0])
                                 strength = prior_strength(sigma, samples)
                                 yield Trial(task, optimizer, samples, "u-decay", form, strength, anchor, seed)
@@ -151,7 +187,7 @@ def run_trial(trial: Trial, task: Classification, plan: Plan, updates: int) -> l
     """
     model, data = first_model(task, trial, plan), task.subset(trial.samples, trial.seed)
     slower = SLOWER if trial.arm == "small-rate" else 1
-    updates *= slower
+    updates = plan.updates_at(trial.samples, updates) * slower
     settings = dataclasses.replace(
         plan.to_settings(trial.task, trial.seed, learning_rate=plan.rates[trial.optimizer] / slower, schedule="cosine"),
         steps=updates,
