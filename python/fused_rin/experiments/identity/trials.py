@@ -67,7 +67,7 @@ class Plan:
     strengths: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=lambda: STRENGTHS)
     anchors: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=lambda: ANCHORS)
 
-    def to_settings(self, name: str, seed: int = 0, **others: Any) -> Settings:
+    def to_settings(self, task: str, seed: int = 0, **others: Any) -> Settings:
         return Settings(task=self.task, seed=seed, **self.settings, **others)
 
     def updates_at(self, samples: int, updates: int) -> int:
