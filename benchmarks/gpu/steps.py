@@ -90,6 +90,12 @@ def name_of(instance: tuple[int, ...]) -> str:
     return f"{kind} {of}{MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
 
 
+def places(ctas: int, sms: int) -> int:
+    """How many tiles run at a time, one to an SM."""
+    every = (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS)
+    return next(kernel for kernel in every if kernel.ctas == ctas).places(sms)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -110,7 +116,7 @@ def main() -> None:
             ("alone", 1, "relu", False),
             ("tanh", 1, "tanh", False),
             ("general", 1, "relu", True),
-            ("full", sms // instance[6], "relu", False),
+            ("full", places(instance[6], sms), "relu", False),
         ):
             if instance[3] and label in ("tanh", "general"):  # units have one loop
                 continue
