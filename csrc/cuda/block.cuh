@@ -7,6 +7,7 @@
 //   state.cuh            how the state of some rows lies in shared memory
 //   share.cuh            what a thread owns
 //   mma_product.cuh      state times matrix on tensor cores; fma_product.cuh on the FMA pipe
+//   parts.cuh            where warps share out k: how their sums meet
 //   carrier.cuh          how a step's tile travels between device memory and shared memory
 //   schedule.cuh         where a packed step begins and which rows start anew, staged
 //   epilogues.cuh        activation and slope

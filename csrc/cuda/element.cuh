@@ -66,6 +66,7 @@ struct Element<float> {
 };
 
 __device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ __forceinline__ float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
 // A block of U, [2 outputs][K inputs], as every product loads it: outputs `neuron` and `neuron + 1`, inputs from
 // `k + more` on, `more` known when compiled; zero past `hidden`. Forward multiplies by U (output = row), backward by

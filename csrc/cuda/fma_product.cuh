@@ -10,6 +10,7 @@
 
 #include "block.h"
 #include "element.cuh"
+#include "parts.cuh"
 #include "state.cuh"
 
 namespace fused_rin {
@@ -42,8 +43,8 @@ struct FmaConfig {
 template <class Config, bool kBackward>
 class FmaProduct {
   using StateT = State<float, Config::kHidden, Config::kRows>;
+  using PartsOfK = Parts<Config>;
   static constexpr int kOutputs = Config::kGroupOutputs, kRows = Config::kRows, kChunks = Config::kChunks;
-  static constexpr int kParts = Config::kParts, kThreadsAPart = Config::kThreads / kParts;
   static constexpr int kGroupPairs = kOutputs / 2 * kRows;  // of the four lanes together
   static constexpr int kHalf = kGroupPairs >= 2 ? kGroupPairs / 2 : 1, kQuarter = kHalf >= 2 ? kHalf / 2 : 1;
 
@@ -67,7 +68,7 @@ class FmaProduct {
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return p / kRows * 2; }
   static __device__ __forceinline__ constexpr int row_step(int p) { return p % kRows; }
   static __device__ __forceinline__ bool owner(int thread) {
-    return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4) && (kParts == 1 || thread < kThreadsAPart);
+    return thread % 4 < (kGroupPairs < 4 ? kGroupPairs : 4) && PartsOfK::owner(thread);
   }
   template <class Tile>
   static __device__ __forceinline__ uint32_t place(int thread) {
@@ -111,7 +112,8 @@ class FmaProduct {
   template <class Prepare, class CarryOn>
   __device__ __forceinline__ void multiply(uint32_t state, float2 (&sum)[kPairs], const Prepare& prepare,
                                            const CarryOn& carry_on) const {
-    const uint32_t mine = state + 16 * (device::lane_idx() % 4) + part() * (Config::kHidden / kParts * 4);
+    const uint32_t mine =
+        state + 16 * (device::lane_idx() % 4) + PartsOfK::part() * (Config::kHidden / Config::kParts * 4);
     float4 first[kRows];
 #pragma unroll
     for (int n = 0; n < kRows; ++n) first[n] = shared_.load<float4>(mine + StateT::row(n));
@@ -157,39 +159,17 @@ class FmaProduct {
     reduce<kHalf>(v, 2);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) sum[p] = v[p];
-    if constexpr (kParts > 1) meet(sum);
+    if constexpr (Config::kParts > 1) PartsOfK::meet(shared_, given_, sum);
   }
 
  private:
   static __device__ __forceinline__ void load_block(uint32_t (&block)[2][4], const uint2* weight, int first, int hidden,
                                                     int chunk, int r) {
-    const int k = 4 * (device::lane_idx() % 4) + part() * (Config::kHidden / kParts);
+    const int k = 4 * (device::lane_idx() % 4) + PartsOfK::part() * (Config::kHidden / Config::kParts);
     load_weight_block<float, kBackward>(block, weight, first + first_output(device::thread_idx()) + r, k, 16 * chunk,
                                         hidden);
   }
-  static __device__ __forceinline__ int first_output(int thread) {
-    return (kParts == 1 ? thread : thread % kThreadsAPart) / 4 * kOutputs;
-  }
-  static __device__ __forceinline__ int part() { return kParts == 1 ? 0 : device::thread_idx() / kThreadsAPart; }
-
-  // See mma_product.cuh.
-  __device__ __forceinline__ void meet(float2 (&sum)[kPairs]) const {
-    const int own = device::thread_idx() % kThreadsAPart, barrier = 1 + own / 32;
-    const auto place = [&](int from, int p) { return given_ + (((from - 1) * kPairs + p) * kThreadsAPart + own) * 8; };
-    const int from = part();
-    if (from) {
-#pragma unroll
-      for (int p = 0; p < kPairs; ++p) shared_.store(place(from, p), sum[p]);
-      device::named_barrier_arrive(barrier, 32 * kParts);
-      return;
-    }
-    device::named_barrier_sync(barrier, 32 * kParts);
-#pragma unroll
-    for (int other = 1; other < kParts; ++other) {
-#pragma unroll
-      for (int p = 0; p < kPairs; ++p) sum[p] = plus(sum[p], shared_.load<float2>(place(other, p)));
-    }
-  }
+  static __device__ __forceinline__ int first_output(int thread) { return PartsOfK::in_part(thread) / 4 * kOutputs; }
   // The first pair of a thread: a multiple of kPairs, so that those after it are in the same row or neuron, or whole
   // rows of neurons.
   static __device__ __forceinline__ int group_pair(int thread) {

@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "element.cuh"
+#include "parts.cuh"
 #include "state.cuh"
 
 namespace fused_rin {
@@ -49,7 +50,8 @@ class MmaProduct {
   using T = typename Config::T;
   using E = Element<T>;
   using StateT = State<T, Config::kHidden, Config::kRows>;
-  static constexpr int kParts = Config::kParts, kWarpsAPart = Config::kWarps / kParts;
+  using PartsOfK = Parts<Config>;
+  static constexpr int kParts = Config::kParts;
   static constexpr int kTilesM = Config::kTilesM, kTilesN = Config::kTilesN, kSteps = Config::kSteps;
 
  public:
@@ -67,7 +69,7 @@ class MmaProduct {
     const int g = device::lane_idx() / 4, q = device::lane_idx() % 4;
     // Of a tile of 8, the rows past the batch read the last live one again: a broadcast instead of bank traffic.
     const int row = kTilesN == 1 && g >= live_rows ? live_rows - 1 : g;
-    lane_offset_ = StateT::row(row) + 16 * q + part() * (Config::kHidden / kParts * E::kBytes);
+    lane_offset_ = StateT::row(row) + 16 * q + PartsOfK::part() * (Config::kHidden / kParts * E::kBytes);
     // Of a cluster it takes registers to their limit, and would be found anew behind the wait for the peers.
     if (Config::kCtas > 1) lane_offset_ = device::opaque(lane_offset_);
   }
@@ -80,7 +82,7 @@ class MmaProduct {
   static __device__ __forceinline__ constexpr int column(int p) { return p / kTogether % kColumns; }
   static __device__ __forceinline__ constexpr int neuron_step(int p) { return output(tile(p)); }
   static __device__ __forceinline__ constexpr int row_step(int p) { return column(p) / 2 * 8 + column(p) % 2; }
-  static __device__ __forceinline__ bool owner(int thread) { return kParts == 1 || thread < 32 * kWarpsAPart; }
+  static __device__ __forceinline__ bool owner(int thread) { return PartsOfK::owner(thread); }
   // Where the first pair is in a tile that lies so in shared memory, and from there to pair p.
   template <class Tile>
   static __device__ __forceinline__ uint32_t place(int thread) {
@@ -194,52 +196,24 @@ class MmaProduct {
       }
     }
     if constexpr (kParts > 1) {
-      meet(d[0]);
+      float4 sums[kTilesM * kTilesN];
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
+      for (int i = 0; i < kTilesM * kTilesN; ++i) {
+        const float (&tile)[4] = d[0][i / kTilesN][i % kTilesN];
+        sums[i] = {tile[0], tile[1], tile[2], tile[3]};
+      }
+      PartsOfK::meet(shared_, given_, sums);
 #pragma unroll
-        for (int n = 0; n < kTilesN; ++n) hand_over(m, n);
+      for (int i = 0; i < kTilesM * kTilesN; ++i) {
+        const int p = pair(i / kTilesN, 2 * (i % kTilesN));
+        sum[p] = {sums[i].x, sums[i].z};
+        sum[p + kTogether] = {sums[i].y, sums[i].w};
       }
     }
   }
 
  private:
-  static __device__ __forceinline__ int warp_of_part(int thread) {
-    return kParts == 1 ? thread >> 5 : (thread >> 5) % kWarpsAPart;
-  }
-  static __device__ __forceinline__ int part() { return kParts == 1 ? 0 : device::warp_idx() / kWarpsAPart; }
-
-  // The parts of k: the others give the first part their sums, which adds them up in order. The buffer is free again
-  // when the next step begins: its reader has published a state by then.
-  __device__ __forceinline__ void meet(float (&d)[kTilesM][kTilesN][4]) const {
-    const int own = device::thread_idx() % (32 * kWarpsAPart), barrier = 1 + warp_of_part(device::thread_idx());
-    const auto place = [&](int from, int m, int n) {
-      return given_ + ((((from - 1) * kTilesM + m) * kTilesN + n) * 32 * kWarpsAPart + own) * 16;
-    };
-    const int from = part();
-    if (from) {
-#pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kTilesN; ++n)
-          shared_.store(place(from, m, n), float4{d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]});
-      }
-      device::named_barrier_arrive(barrier, 32 * kParts);
-      return;
-    }
-    device::named_barrier_sync(barrier, 32 * kParts);
-#pragma unroll
-    for (int other = 1; other < kParts; ++other) {
-#pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kTilesN; ++n) {
-          const float4 sum = shared_.load<float4>(place(other, m, n));
-          d[m][n][0] += sum.x, d[m][n][1] += sum.y, d[m][n][2] += sum.z, d[m][n][3] += sum.w;
-        }
-      }
-    }
-  }
+  static __device__ __forceinline__ int warp_of_part(int thread) { return PartsOfK::in_part(thread) >> 5; }
 
   // A-fragment rows g and g + 8 of a tile are outputs next to each other, and those of kTogether tiles are, so that the
   // load-store unit has half as many of a thread's outputs to move, each twice as long.
@@ -257,7 +231,7 @@ class MmaProduct {
                                                        int hidden, int step, int m) {
     constexpr int kWords = 4 / E::kBytes;  // elements in a 4-byte word
     const int lane = device::lane_idx();
-    const int k = 4 * (lane % 4) * kWords + part() * (Config::kHidden / kParts);
+    const int k = 4 * (lane % 4) * kWords + PartsOfK::part() * (Config::kHidden / kParts);
     const int more = 16 * (step / 2) + 2 * (step % 2);
     typename E::Scalar block[2][2 * kWords];
     load_weight_block<T, kBackward>(block, weight, first + neuron(device::thread_idx()) + output(m), k, more * kWords,

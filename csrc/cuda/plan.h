@@ -25,8 +25,7 @@ struct BlockChoice {
   int tile_rows;                // for problem.h
 };
 
-// The kernel; `units`: with factors of their own. Throws std::invalid_argument, with the reason,
-// where none fits.
+// The kernel; `units`: with factors of their own. Throws std::invalid_argument, with the reason, where none fits.
 BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtype, bool allow_tf32,
                        const DeviceLimits& device, bool units = false);
 

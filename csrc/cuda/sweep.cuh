@@ -39,7 +39,7 @@
 namespace fused_rin {
 
 // A block's shared memory: two buffers of the state, what of the matrix is not in registers, the ring, the schedule,
-// the factors of the units.
+// the factors of the units, sums that the parts of k give each other, the mbarriers of a cluster.
 template <class Config, bool kBackward, bool kUnits>
 struct Layout {
   static constexpr int kSlots = kBackward ? Config::kSlotsBackward : Config::kSlotsForward;

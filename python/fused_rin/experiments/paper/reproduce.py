@@ -60,7 +60,7 @@ def reproduce(
             f"model {next(known)} and N up to {seeds - 1}"
         )
     least = min(trial.settings.steps for trial, _ in chosen)
-    if budget * least < 2:
+    if round(budget * least) <= 1:
         print(f"budget {budget:g} is a single step of {least:,}: this trains nothing", file=sys.stderr)
     folders = {}
     for trial, seed in chosen:

@@ -30,25 +30,27 @@ def table(record: Record) -> str:
     rows = list(dict.fromkeys(entry["row"] for entry in results))
     models = list(dict.fromkeys(entry["model"] for entry in results))
     cells = {(entry["row"], entry["model"]): entry for entry in results}
-    counted = any(entry["constants"] for entry in results)
-    head = ["trial", *(["one answer"] if counted else []), *(text for m in models for text in (f"{m}, here", "paper"))]
+    answers = _best_answers(record)
+    head = ["trial", *(["one answer"] if answers else []), *(text for m in models for text in (f"{m}, here", "paper"))]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        constants: list[float] = next((entry["constants"] for entry in results if entry["row"] == row), [])
-        line = [row, *([_percent(record, max(constants))] if counted else [])]
+        line = [row, *([_percent(record, answers[row])] if answers else [])]
         for model in models:
             entry = cells.get((row, model))
             line += [_here(record, entry), _paper(entry)] if entry else ["", ""]
         lines.append(line)
-    if counted and len(rows) > 1:
+    if answers and len(rows) > 1:
         lines.append(_means(record, rows, models, cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + _legend(record, models)
 
 
+def _best_answers(record: Record) -> dict[str, float]:
+    """By row, the share of the test set that the best constant answer gets right; empty where answers are numbers."""
+    return {entry["row"]: max(entry["constants"]) for entry in record["results"] if entry["constants"]}
+
+
 def _means(record: Record, rows: list[str], models: list[str], cells: dict[tuple[str, str], Record]) -> list[str]:
-    line = [f"**mean of {len(rows)}**", _percent(record, statistics.mean(
-        next(max(entry["constants"]) for (r, _), entry in cells.items() if r == row) for row in rows
-    ))]  # fmt: skip
+    line = [f"**mean of {len(rows)}**", _percent(record, statistics.mean(_best_answers(record).values()))]
     for model in models:
         entries = [cells[row, model] for row in rows if (row, model) in cells and _last(cells[row, model], "accuracy")]
         if not entries:
@@ -162,8 +164,7 @@ def draw_beside_paper(record: Record) -> Figure:
         axis.plot([], [], "o", color=f"C{colour}", label=model)
     axis.plot([], [], "o", color="grey", fillstyle="none", markersize=9, label="the paper")
     axis.plot([], [], "x", color="grey", markersize=5, label="before it diverged")
-    constants = {entry["row"]: max(entry["constants"]) for entry in record["results"] if entry["constants"]}
-    for row, share in constants.items():
+    for row, share in _best_answers(record).items():
         axis.hlines(100 * share, rows.index(row) - 0.35, rows.index(row) + 0.35, color="grey", linewidth=1)
     axis.plot([], [], color="grey", linewidth=1, label="one answer")
     axis.set_xticks(range(len(rows)), rows, rotation=60 if len(rows) > 6 else 0)
