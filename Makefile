@@ -148,6 +148,10 @@ gpu:
 cuda-all: setup
 	$(BIN)/python -m tools.cuda_build all
 
+# The CUDA kernels of grids of 64 and 128 CTAs on CPU fibres, six minutes; `make test` has those of 32.
+cuda-large: setup
+	$(BIN)/python -m pytest tests/cuda_on_cpu/large_grids.py
+
 # The Triton kernels' tests with another release, e.g. TRITON=3.6.0, the oldest that is supported. Its interpreter makes
 # an int of an array with one element, which NumPy 2.5 refuses.
 TRITON ?= 3.6.0

@@ -46,7 +46,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 add_library(cuda_kernels OBJECT csrc/cuda/block.cu csrc/cuda/block_bfloat16.cu csrc/cuda/block_float16.cu
             csrc/cuda/block_float32_fma.cu csrc/cuda/block_float32_tf32.cu csrc/cuda/block_float32_tf32x3.cu
             csrc/cuda/block_bfloat16_units.cu csrc/cuda/block_float16_units.cu csrc/cuda/block_float32_units.cu
-            csrc/cuda/cluster_bfloat16.cu csrc/cuda/cluster_float16.cu csrc/cuda/cluster_float32.cu)
+            csrc/cuda/cluster_bfloat16.cu csrc/cuda/cluster_float16.cu csrc/cuda/cluster_float32.cu
+            csrc/cuda/grid_bfloat16.cu csrc/cuda/grid_float16.cu csrc/cuda/grid_float32.cu)
 target_include_directories(cuda_kernels PRIVATE csrc/cuda)
 set_target_properties(cuda_kernels PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 # Not compressed, so that tests/cuda_aot reads the registers and the stack of every kernel out of the module without a

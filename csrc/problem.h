@@ -59,7 +59,11 @@ struct Problem {
   void* inner;          // [K - 1, rows, D] x^1 to x^(K-1), written (or null: not wanted) | read
   bool scalar_states;   // state_in and state_out are scalars, as they are carried: CPU, where a call ends mid-sequence
 
-  int64_t tile_rows;  // CUDA, of a cluster: batch rows of a tile, or 0: as many as the kernel can take
+  // CUDA, where several blocks share a tile
+  int64_t tile_rows;        // batch rows of a tile, or 0: as many as the kernel can take
+  void* workspace;          // of a grid: what its blocks hand each other; overwritten, aligned to 16 bytes
+  int64_t workspace_bytes;  // as many tiles run at a time as it has room for
+  int64_t first_tile;       // of a launch; internal
 
   // Units with factors of their own. Scalars here are float32, float64 with a dtype of float64.
   Form form;

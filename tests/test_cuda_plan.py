@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from fused_rin import cuda
-from fused_rin.cuda_plan import CLUSTER_KERNELS, KERNELS, plan, runnable
+from fused_rin.cuda_plan import CLUSTER_KERNELS, GRID_KERNELS, KERNELS, plan, runnable
 from fused_rin.device import Device, NoPlan, allow_tf32
 
 from tests.conftest import CudaModule
@@ -29,7 +30,7 @@ def by_name(device: Device) -> str:
 
 @pytest.mark.parametrize("device", DEVICES, ids=by_name)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-@pytest.mark.parametrize("hidden", [1, 32, 100, 128, 192, 256, 384, 1024])
+@pytest.mark.parametrize("hidden", [1, 32, 100, 128, 192, 256, 384, 1024, 2048, 2049])
 @pytest.mark.parametrize("batch", [1, 5, 64, 4096])
 def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
     try:
@@ -39,7 +40,8 @@ def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
             plan(batch, 2, hidden, dtype, device)
         return
     kernel = chosen.kernel
-    assert kernel in (KERNELS if device.max_cluster_size == 1 else (*KERNELS, *CLUSTER_KERNELS))
+    assert kernel in (*KERNELS, *CLUSTER_KERNELS, *GRID_KERNELS)
+    assert kernel.runs_on(device)
     assert kernel.hidden >= hidden
     assert kernel.most_shared_bytes <= device.shared_memory_per_block
     assert kernel.threads <= 1024
@@ -47,16 +49,27 @@ def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
     assert chosen.blocks * kernel.rows >= 2 * batch * kernel.ctas
     assert chosen.blocks % kernel.ctas == 0
     assert chosen.estimated_cycles > 0
+    tiles = chosen.blocks // kernel.ctas
+    assert chosen.workspace_bytes == kernel.workspace_bytes * min(tiles, kernel.places(device.sms))
+    assert bool(chosen.workspace_bytes) == kernel.grid
 
 
-@pytest.mark.parametrize(("device", "clusters"), [(A100, False), (H100, True), (H200, True), (B200, True)])
+@pytest.mark.parametrize(
+    ("device", "clusters"), [(A100, False), (RTX4090, False), (H100, True), (H200, True), (B200, True)], ids=str
+)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_the_sizes_that_are_promised(device, clusters, dtype):
-    largest = (512 if dtype == FP32 else 1024) if clusters else (256 if dtype == FP32 else 384)
+    """One block, then a cluster where there are any, then a grid; in float32 2,048 units take 128 SMs."""
+    wide = dtype == FP32
+    largest = 1024 if wide and device is A100 else 2048
+    of_a_block, of_a_cluster = (256, 512) if wide else (384, 1024)
+    if device is RTX4090:  # has less shared memory
+        of_a_block = 192 if wide else 256
     for hidden in range(1, largest + 1):
         kernel = plan(8, 1, hidden, dtype, device).kernel
         assert kernel.hidden >= hidden
-        assert (kernel.ctas > 1) == (hidden > (256 if dtype == FP32 else 384))
+        assert (kernel.ctas > 1) == (hidden > of_a_block)
+        assert kernel.grid == (hidden > (of_a_cluster if clusters else of_a_block))
     with pytest.raises(NoPlan, match=rf"hidden sizes up to {largest} in {dtype} on {device.name}, got {largest + 1}"):
         plan(8, 1, largest + 1, dtype, device)
     with pytest.raises(NoPlan, match="with factors of its own for each unit on"):
@@ -86,10 +99,23 @@ def test_rows_are_spread_over_clusters_first():
 def test_code_of_older_architectures_has_no_clusters():
     seen = runnable(B200, ["80", "90a"], 80, 13000, 13000)
     assert seen.max_cluster_size == 1
-    with pytest.raises(NoPlan, match="hidden sizes up to 384"):
-        plan(1, 1, 512, BF16, seen)
+    assert plan(1, 1, 512, BF16, seen).kernel.grid
     assert runnable(B200, ["80", "90a", "100"], 80, 13000, 13000).max_cluster_size == 16
     assert runnable(H100, ["80", "90a"], 80, 13000, 13000).max_cluster_size == 16
+
+
+def test_a_grid_takes_so_many_sms():
+    """Two tiles side by side where 64 SMs hold a matrix of 2,048 units, with half the rows each; or one on 128."""
+    one, two, more = (plan(batch, 1, 2000, BF16, H200) for batch in (1, 16, 40))
+    assert (one.kernel.ctas, one.tile_rows, one.workspace_bytes // one.kernel.workspace_bytes) == (128, 1, 1)
+    assert (two.kernel.ctas, two.tile_rows, two.workspace_bytes // two.kernel.workspace_bytes) == (64, 8, 2)
+    assert (more.kernel.ctas, more.blocks // 64, more.workspace_bytes) == (64, 5, two.workspace_bytes)
+    assert plan(8, 1, 2000, BF16, H200).tile_rows == 4
+    assert plan(8, 1, 2000, BF16, A100).kernel.ctas == 64
+    assert plan(1, 1, 2000, FP32, H200).kernel.ctas == 128
+    words = two.describe()
+    for part in ("grid plan on H200", "2 tile(s) of 8 batch row(s), 2 at a time on 64 of 132 SMs each", "through L2"):
+        assert part in words
 
 
 def test_small_batches_take_the_smallest_tile():
@@ -129,8 +155,10 @@ def test_torchs_tf32_setting_is_followed(monkeypatch):
 
 def test_a_matrix_that_one_architecture_cannot_hold():
     assert plan(1, 1, 384, BF16, H100).kernel.hidden == 384
+    assert plan(1, 1, 384, BF16, RTX4090).kernel.grid
+    small = replace(RTX4090, sms=24)
     with pytest.raises(NoPlan, match=r"RTX 4090 offers 99 KB; use backend='triton'"):
-        plan(1, 1, 384, BF16, RTX4090)
+        plan(1, 1, 384, BF16, small)
     with pytest.raises(NoPlan, match="tiny"):
         plan(1, 1, 256, FP32, TINY)
 
@@ -172,7 +200,8 @@ def test_an_available_device_is_judged_by_the_plan(monkeypatch):
     device = torch.device("cuda", 0)
     assert cuda.unavailable_reason(device, BF16) is None
     assert cuda.unavailable_reason(device, BF16, 256) is None
-    assert "384" in cuda.unavailable_reason(device, BF16, 384)
+    assert cuda.unavailable_reason(device, BF16, 384) is None
+    assert "2049" in cuda.unavailable_reason(device, BF16, 2049)
     assert "float64" in cuda.unavailable_reason(device, torch.float64)
     assert "RTX 4090" in cuda.describe(10, 3, 1, 100, BF16, device)
 
@@ -202,8 +231,7 @@ def test_no_kernel_that_would_be_empty_is_planned():
     """A B200 that runs PTX of compute_86 has kernels that fit 99 KB alone: 384x8 would leave its outputs unwritten."""
     assert plan(2048, 1, 384, BF16, runnable(B200, ["80", "90a"], 80, 13000, 13000)).kernel.hidden == 384
     seen = runnable(B200, ["86"], 86, 13000, 13000)
-    with pytest.raises(NoPlan, match="B200 offers 99 KB"):
-        plan(2048, 1, 384, BF16, seen)
+    assert plan(2048, 1, 384, BF16, seen).kernel.grid
     assert plan(2048, 1, 256, BF16, B200).kernel.rows == 16
     assert plan(2048, 1, 256, BF16, seen).kernel.rows == 8
 

@@ -19,7 +19,7 @@ BROKEN = {
     ),
     "says nothing": ("exit 1", "--version ended with exit code 1 and said: nothing"),
     "is another program": ("echo hello", "--version names no release: hello"),
-    "is too old": ("echo 'release 11.8, V11.8.89'", "it is of CUDA 11.8, CUDA 12.0 or later is needed"),
+    "is too old": ("echo 'release 11.8, V11.8.89'", "it is of CUDA 11.8, CUDA 12.3 or later is needed"),
     "has no host compiler": (
         f"{WORKS}; [ $1 = --version ] || {{ echo 'In x' >&2; echo 'gcc: No such file or directory' >&2; exit 1; }}",
         "compiling a small program ended with exit code 1 and said: gcc: No such file or directory",

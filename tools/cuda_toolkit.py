@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-OLDEST = (12, 0)  # the first that knows sm_90a
+OLDEST = (12, 3)  # the first with PTX 8.3, whose loads and stores of 16 bytes are one access (.b128)
 ALL = ("80", "86", "89", "90a", "100", "120")
 WITHOUT_GPU = ("80", "90a")
 SECONDS = 120  # a trial takes 1 to 3; one that hangs is no compiler

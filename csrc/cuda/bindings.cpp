@@ -11,13 +11,16 @@ using namespace fused_rin;
 
 namespace {
 
-// Math, hidden, rows and ctas of the instance; rows of a tile, or 0; how much of D is padding.
-using KernelId = std::tuple<int, int, int, int, int64_t, int64_t>;
+// Math, hidden, rows and ctas of the instance; rows of a tile, or 0; how much of D is padding; the workspace's address
+// and bytes.
+using KernelId = std::tuple<int, int, int, int, int64_t, int64_t, Address, int64_t>;
 
 void launch(Problem p, const KernelId& kernel, int device, Address stream) {
-  const auto& [math, hidden, rows, ctas, tile_rows, padding] = kernel;
+  const auto& [math, hidden, rows, ctas, tile_rows, padding, workspace, workspace_bytes] = kernel;
   p.tile_rows = tile_rows;
   p.padding = padding;
+  p.workspace = pointer<void>(workspace);
+  p.workspace_bytes = workspace_bytes;
   launch_block(p, static_cast<Math>(math), hidden, rows, ctas, device, pointer<void>(stream));
 }
 
@@ -35,7 +38,8 @@ py::list instances() {
   py::list list;
   for (const BlockInstance& i : block_instances())
     list.append(py::make_tuple(static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward),
-                               static_cast<int>(i.units), i.hidden, i.rows, i.ctas, i.threads, i.shared_bytes));
+                               static_cast<int>(i.units), i.hidden, i.rows, i.ctas, i.threads, i.shared_bytes,
+                               i.workspace_bytes));
   return list;
 }
 
@@ -55,7 +59,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sweep_block", &sweep_block);
   m.def("sweep_block_of_units", &sweep_block_of_units);
   m.def("instances", &instances,
-        "(dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes) of every kernel.");
+        "(dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes, workspace bytes of a tile) of every "
+        "kernel.");
   m.def("versions", &versions, "(driver, runtime) in CUDA's numbers, 12040 for 12.4.");
   m.attr("architectures") = FUSED_RIN_CUDA_ARCHS;  // that there is machine code for, such as "80 90a"
   m.attr("ptx") = FUSED_RIN_CUDA_PTX;              // and PTX, for what comes after them

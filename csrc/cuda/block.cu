@@ -19,6 +19,9 @@ void append_float32_unit_instances(std::vector<BlockInstance>& instances);
 void append_bfloat16_cluster_instances(std::vector<BlockInstance>& instances);
 void append_float16_cluster_instances(std::vector<BlockInstance>& instances);
 void append_float32_cluster_instances(std::vector<BlockInstance>& instances);
+void append_bfloat16_grid_instances(std::vector<BlockInstance>& instances);
+void append_float16_grid_instances(std::vector<BlockInstance>& instances);
+void append_float32_grid_instances(std::vector<BlockInstance>& instances);
 
 const std::vector<BlockInstance>& block_instances() {
   static const std::vector<BlockInstance> instances = [] {
@@ -34,6 +37,9 @@ const std::vector<BlockInstance>& block_instances() {
     append_bfloat16_cluster_instances(all);
     append_float16_cluster_instances(all);
     append_float32_cluster_instances(all);
+    append_bfloat16_grid_instances(all);
+    append_float16_grid_instances(all);
+    append_float32_grid_instances(all);
     return all;
   }();
   return instances;
@@ -68,6 +74,10 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int c
       throw std::invalid_argument("a tile of " + std::to_string(problem.tile_rows) +
                                   " rows does not suit a kernel of " + std::to_string(rows) + " rows and " +
                                   std::to_string(ctas) + " CTAs");
+    if (instance.workspace_bytes &&
+        (problem.workspace_bytes < instance.workspace_bytes || bits(problem.workspace) % 16 || !problem.workspace))
+      throw std::invalid_argument("a tile needs " + std::to_string(instance.workspace_bytes) +
+                                  " bytes of workspace, aligned to 16, got " + std::to_string(problem.workspace_bytes));
     const DeviceGuard guard(device);
     instance.launch(problem, stream);
     return;

@@ -13,12 +13,14 @@
 //   epilogues.cuh        activation and slope
 //   units.cuh            the same of units with factors of their own: leaky networks
 //   exchange.cuh         who is met once a step: the block, or the blocks of a cluster that share a tile
+//   grid_exchange.cuh    ... or blocks anywhere on the device
 //   sweep.cuh            the loop
 //   block_configs.h      the sizes that are compiled; block.cu launches one, plan.cpp and cuda_plan.py choose it
 #pragma once
 
 #include <launch.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "block.h"
@@ -46,10 +48,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1) cluster_sweep(const Probl
     device::trap();
 }
 
+// The same of one tile shared by blocks anywhere on the device, all of which run: see grid_exchange.cuh.
+template <class Config, bool kBackward>
+__global__ void __launch_bounds__(Config::kThreads, 1) grid_sweep(const Problem problem) {
+  if constexpr (Layout<Config, kBackward, false>::kBytes <= device::kMaxSharedBytes)
+    sweep<Config, typename Config::template Product<kBackward>, kBackward, false>(problem);
+  else
+    device::trap();
+}
+
 template <class Config, bool kBackward, bool kUnits>
 constexpr auto kernel_of() {
   if constexpr (Config::kCtas == 1)
     return &block_sweep<Config, kBackward, kUnits>;
+  else if constexpr (Config::kGrid)
+    return &grid_sweep<Config, kBackward>;
   else
     return &cluster_sweep<Config, kBackward>;
 }
@@ -58,8 +71,20 @@ template <class Config, bool kBackward, bool kUnits>
 void launch_block_sweep(const Problem& problem, void* stream) {
   const int64_t rows = rows_of_tile<Config>(problem);
   const int64_t tiles = problem.groups * ((problem.batch + rows - 1) / rows);
-  launch_kernel(kernel_of<Config, kBackward, kUnits>(), problem, tiles * Config::kCtas, Config::kThreads,
-                Layout<Config, kBackward, kUnits>::kBytes, stream, Config::kCtas);
+  constexpr auto kKernel = kernel_of<Config, kBackward, kUnits>();
+  constexpr int kShared = Layout<Config, kBackward, kUnits>::kBytes;
+  if constexpr (!Config::kGrid) {
+    launch_kernel(kKernel, problem, tiles * Config::kCtas, Config::kThreads, kShared, stream, Config::kCtas);
+  } else {
+    constexpr int64_t kTileBytes = Exchange<Config>::kWorkspaceBytes;
+    const int64_t at_a_time = std::min(tiles, problem.workspace_bytes / kTileBytes);
+    Problem part = problem;
+    for (part.first_tile = 0; part.first_tile < tiles; part.first_tile += at_a_time) {
+      const int64_t now = std::min(at_a_time, tiles - part.first_tile);
+      zero_memory(part.workspace, now * kTileBytes, stream);  // no number of an earlier sweep's steps
+      launch_kernel(kKernel, part, now * Config::kCtas, Config::kThreads, kShared, stream, Config::kCtas, true);
+    }
+  }
 }
 
 template <class Config, bool kBackward, bool kUnits>
@@ -75,6 +100,7 @@ BlockInstance block_instance() {
           Config::kThreads,
           Layout<Config, kBackward, kUnits>::kBytes,
           Config::kMatrixBytes,
+          Exchange<Config>::kWorkspaceBytes,
           &launch_block_sweep<Config, kBackward, kUnits>,
           [] { return ptx_version(kernel_of<Config, kBackward, kUnits>()); }};
 }

@@ -1,5 +1,5 @@
-// The compiled instances of the `block` and the `cluster` plan and their launch; plain data, so that the planner and
-// the tests read it.
+// The compiled instances of the `block`, the `cluster` and the `grid` plan and their launch; plain data, so that the
+// planner and the tests read it.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +18,12 @@ struct BlockInstance {
   bool units;  // with factors of their own: problem.skips is given
   int hidden;  // compiled size; any smaller D runs in it
   int rows;    // batch rows of a tile
-  int ctas;    // that share a tile: 1, or a cluster of so many
+  int ctas;    // that share a tile: 1, or a cluster of so many, or a grid
   int parts;   // of k, each with warps of its own
   int threads;
-  int shared_bytes;  // dynamic
-  int matrix_bytes;  // of them: what of the matrix is not in registers
+  int shared_bytes;         // dynamic
+  int matrix_bytes;         // of them: what of the matrix is not in registers
+  int64_t workspace_bytes;  // of a tile, in device memory; 0 but of a grid
   void (*launch)(const Problem& problem, void* stream);
   int (*ptx_version)();  // what its code on the current device was compiled from, 90 for compute_90
 };

@@ -153,6 +153,32 @@ __device__ __forceinline__ void st_async(Peer peer, uint32_t offset, uint4 value
 #endif
 }
 
+// ---- packets
+
+// 16 bytes of device memory that blocks hand each other whole: relaxed at the scope of the device, .b128 is one access
+// (PTX 9.7.9.8 and 9.7.9.12, memory consistency model 8.4: since CUDA 12.3).
+__device__ __forceinline__ void store_packet(uint4* p, uint4 value) {
+  const uint64_t low = value.x | uint64_t{value.y} << 32, high = value.z | uint64_t{value.w} << 32;
+  asm volatile("{.reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v;}" ::"l"(p), "l"(low), "l"(high)
+               : "memory");
+}
+// Where it is wanted; else `value` stays.
+__device__ __forceinline__ void load_packet_if(bool wanted, const uint4* p, uint4& value) {
+  uint64_t low = value.x | uint64_t{value.y} << 32, high = value.z | uint64_t{value.w} << 32;
+  asm volatile(
+      "{.reg .pred p; .reg .b128 v; setp.ne.u32 p, %2, 0; mov.b128 v, {%0, %1};"
+      " @p ld.relaxed.gpu.global.b128 v, [%3]; mov.b128 {%0, %1}, v;}"
+      : "+l"(low), "+l"(high)
+      : "r"(static_cast<uint32_t>(wanted)), "l"(p)
+      : "memory");
+  value = {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+           static_cast<uint32_t>(high >> 32)};
+}
+// Before a packet is asked for again that was not there. Seconds, in which all blocks run, are an error, not patience.
+__device__ __forceinline__ void poll_again(int tries) {
+  if (tries == 1 << 23) trap();
+}
+
 __device__ __forceinline__ SharedMemory shared_memory() {
   extern __shared__ __align__(128) char dynamic_shared_memory[];
   return SharedMemory(dynamic_shared_memory);

@@ -1,4 +1,5 @@
-// Who is met once a step, and how the state gets to them. The loop (sweep.cuh) keeps this order:
+// Who is met once a step, and how the state gets to them: the block, a cluster, a grid. The loop (sweep.cuh) keeps this
+// order:
 //
 //   wait       the state of the step before is here, whole; everybody has read the one before that
 //   (product, output, epilogue; the block's part of the new state is stored in its other buffer)
@@ -11,6 +12,7 @@
 #include <type_traits>
 
 #include "element.cuh"
+#include "grid_exchange.cuh"
 #include "state.cuh"
 
 namespace fused_rin {
@@ -19,8 +21,9 @@ namespace fused_rin {
 template <class Config>
 class BlockExchange {
  public:
-  static constexpr int kBytes = 0;
-  __device__ __forceinline__ BlockExchange(device::SharedMemory, uint32_t, int, int) {}
+  static constexpr int kBytes = 0, kWorkspaceBytes = 0;
+  template <class Share>
+  __device__ __forceinline__ BlockExchange(device::SharedMemory, uint32_t, const Share&, const Problem&) {}
   __device__ __forceinline__ void wait() { device::sync_block(); }
   __device__ __forceinline__ void push(uint32_t) const {}
   __device__ __forceinline__ void arrive() const {}
@@ -49,10 +52,13 @@ class ClusterExchange {
 
  public:
   static constexpr int kBytes = 16;  // two mbarriers
+  static constexpr int kWorkspaceBytes = 0;
 
-  __device__ __forceinline__ ClusterExchange(device::SharedMemory shared, uint32_t place, int rank, int live_rows)
-      : shared_(shared), barriers_(place), live_rows_(live_rows) {
-    const int lane = device::lane_idx(), chunk = lane % kLanes;
+  template <class Share>
+  __device__ __forceinline__ ClusterExchange(device::SharedMemory shared, uint32_t place, const Share& share,
+                                             const Problem&)
+      : shared_(shared), barriers_(place), live_rows_(share.live_rows) {
+    const int lane = device::lane_idx(), chunk = lane % kLanes, rank = share.rank;
     row_ = lane < kLanes * kStride ? chunk / kChunksARow : Config::kRows;  // or it has nothing to send
     // Opaque, or they are found anew in every step, between the state and its sending.
     place_ = device::opaque(rank * (Config::kOutputs * E::kBytes) + device::warp_idx() * kWarpBytes +
@@ -64,17 +70,7 @@ class ClusterExchange {
   // Fills the buffers, the first one with `initial` (or zeros), and meets the peers.
   template <class Share>
   __device__ __forceinline__ void begin(const Share& share, const void* initial) const {
-    constexpr int kPerRow = Config::kHidden * E::kBytes / 16;
-    const int64_t first = share.tile;
-#pragma unroll 1
-    for (int i = share.thread; i < Config::kRows * kPerRow; i += Config::kThreads) {
-      const int row = i / kPerRow, column = i % kPerRow * 16;
-      const bool there = initial && row < live_rows_ && column < share.hidden * E::kBytes;
-      const char* const from = static_cast<const char*>(initial) + first + row * share.row_bytes + column;
-      const uint32_t to = StateT::row(row) + column;
-      shared_.store(to, there ? device::load_global(reinterpret_cast<const uint4*>(from)) : uint4{});
-      shared_.store(to + Config::kStateBytes, uint4{});
-    }
+    fill_states<Config>(shared_, share, initial);
     if (share.thread == 0) {
       device::mbarrier_init(shared_, barriers_, Config::kWarps);
       device::mbarrier_init(shared_, barriers_ + 8, Config::kWarps);
@@ -136,6 +132,7 @@ class ClusterExchange {
 };
 
 template <class Config>
-using Exchange = std::conditional_t<Config::kCtas == 1, BlockExchange<Config>, ClusterExchange<Config>>;
+using Exchange = std::conditional_t<Config::kCtas == 1, BlockExchange<Config>,
+                                    std::conditional_t<Config::kGrid, GridExchange<Config>, ClusterExchange<Config>>>;
 
 }  // namespace fused_rin

@@ -18,9 +18,9 @@ namespace fused_rin {
 template <class Config, bool kBackward>
 class FmaProduct;
 
-// See mma_product.cuh for kCtas and kParts.
+// See mma_product.cuh for kCtas, kParts and kGrid.
 template <int kHidden_, int kRows_, int kWarps_, int kRegisterChunks_, int kSlotsForward_, int kSlotsBackward_,
-          int kCtas_ = 1, int kParts_ = 1>
+          int kCtas_ = 1, int kParts_ = 1, bool kGrid_ = false>
 struct FmaConfig {
   using T = float;
   template <bool kBackward>
@@ -28,6 +28,7 @@ struct FmaConfig {
   static constexpr Math kMath = Math::kFma;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
   static constexpr int kCtas = kCtas_, kParts = kParts_, kOutputs = kHidden / kCtas;  // outputs of a CTA
+  static constexpr bool kGrid = kGrid_;
   static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
   static constexpr int kGroupOutputs = kOutputs * kParts / (8 * kWarps);
   static constexpr int kChunks = kHidden / kParts / 16;  // 16-byte chunks of k that a lane multiplies

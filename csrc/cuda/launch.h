@@ -16,25 +16,38 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 #ifdef __CUDACC__  // operators/cuda.cpp, which launches by block.h, is compiled without nvcc
+inline void zero_memory(void* memory, int64_t bytes, void* stream) {
+  check_cuda(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+             "cudaMemsetAsync");
+}
+
+// `group`: blocks in a row that need each other, and so run side by side: a cluster; or, `anywhere` on the device, all
+// that are launched.
 template <class Arguments>
 void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
-                   void* stream, int cluster = 1) {
+                   void* stream, int group = 1, bool anywhere = false) {
   if (blocks > std::numeric_limits<int>::max())
     throw std::invalid_argument("batch tiles x recurrences must be below 2^31, got " + std::to_string(blocks));
   // More than 48 KB of shared memory has to be asked for, on each device; a note on the host, allowed in a capture.
   if (shared_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
                "cudaFuncSetAttribute");
-  if (cluster == 1) {
+  if (group == 1) {
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
     check_cuda(cudaGetLastError(), "kernel launch");
     return;
   }
-  if (cluster > 8)  // what every device with clusters has; 16 has to be asked for
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  if (!anywhere) {
+    if (group > 8)  // what every device with clusters has; 16 has to be asked for
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 "cudaFuncSetAttribute");
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(group), 1, 1};
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
@@ -42,7 +55,7 @@ void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), "launch of a kernel of clusters");
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), "launch of blocks that run side by side");
 }
 #endif
 

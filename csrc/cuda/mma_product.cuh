@@ -14,9 +14,10 @@ class MmaProduct;
 
 // Who keeps what where. kRegisterSteps of the matrix's k-steps (32 bytes of k each) live in registers; each costs
 // 4 * kTilesM registers a thread. kSlots*: steps in the ring of the streamed tensors, the one at hand included. kCtas
-// share the outputs. kParts: of k, with warps of their own; the first part's own the sums.
+// share the outputs, a cluster or, kGrid, blocks anywhere. kParts: of k, with warps of their own; the first part's own
+// the sums.
 template <class T_, Math kMath_, int kHidden_, int kRows_, int kWarps_, int kRegisterSteps_, int kSlotsForward_,
-          int kSlotsBackward_, int kCtas_ = 1, int kParts_ = 1>
+          int kSlotsBackward_, int kCtas_ = 1, int kParts_ = 1, bool kGrid_ = false>
 struct MmaConfig {
   using T = T_;
   template <bool kBackward>
@@ -24,6 +25,7 @@ struct MmaConfig {
   static constexpr Math kMath = kMath_;
   static constexpr int kHidden = kHidden_, kRows = kRows_, kWarps = kWarps_, kThreads = 32 * kWarps_;
   static constexpr int kCtas = kCtas_, kParts = kParts_, kOutputs = kHidden / kCtas;  // outputs of a CTA
+  static constexpr bool kGrid = kGrid_;
   static constexpr int kSlotsForward = kSlotsForward_, kSlotsBackward = kSlotsBackward_;
   static constexpr int kSteps = kHidden / kParts * Element<T>::kBytes / 32;  // k-steps of a warp
   static constexpr int kRegisterSteps = kRegisterSteps_ < kSteps ? kRegisterSteps_ : kSteps;

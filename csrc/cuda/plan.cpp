@@ -17,13 +17,26 @@ double mma_cycles(const DeviceLimits& device) {
   return device.major == 8 || device.major == 10 ? 8.0 : 32.0;
 }
 
-constexpr double kStepLatency = 190.0, kHop = 430.0, kArrivingBytes = 16.0;
+constexpr double kStepLatency = 190.0;
+struct Travel {
+  double hop, bytes;
+};
+constexpr Travel kToPeers{430.0, 16.0}, kThroughL2{700.0, 22.0};
 
 int bytes_of(const BlockInstance& kernel) { return kernel.math == Math::kMma ? 2 : 4; }
 int outputs_of(const BlockInstance& kernel) { return kernel.hidden / kernel.ctas; }
 
+bool is_grid(const BlockInstance& kernel) { return kernel.workspace_bytes > 0; }
+const Travel& travel(const BlockInstance& kernel) { return is_grid(kernel) ? kThroughL2 : kToPeers; }
+
 double arriving_cycles(const BlockInstance& kernel, int64_t rows) {
-  return rows * (kernel.hidden - outputs_of(kernel)) * bytes_of(kernel) / kArrivingBytes;
+  return rows * (kernel.hidden - outputs_of(kernel)) * bytes_of(kernel) / travel(kernel).bytes;
+}
+
+// Tiles that run at a time, one to an SM.
+int64_t places_of(const BlockInstance& kernel, const DeviceLimits& device) {
+  if (kernel.ctas == 1 || is_grid(kernel)) return device.sms / kernel.ctas;
+  return std::max(1, 10 * device.sms / (11 * kernel.ctas));
 }
 
 // Of one step's product, what no overlap hides.
@@ -47,8 +60,8 @@ double work_cycles(const BlockInstance& kernel, const DeviceLimits& device) {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool suits(const BlockInstance& kernel, DType dtype, bool allow_tf32, bool units, const DeviceLimits& device) {
-  return !kernel.backward && kernel.ctas <= device.max_cluster_size && kernel.units == units && kernel.dtype == dtype &&
-         kernel.math != (allow_tf32 ? Math::kTf32x3 : Math::kTf32);
+  return !kernel.backward && kernel.ctas <= (is_grid(kernel) ? device.sms : device.max_cluster_size) &&
+         kernel.units == units && kernel.dtype == dtype && kernel.math != (allow_tf32 ? Math::kTf32x3 : Math::kTf32);
 }
 
 // Of either direction: a plan is for both.
@@ -74,7 +87,7 @@ BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtyp
     throw std::invalid_argument("the CUDA kernels need compute capability 8.0 or later, this device has " +
                                 std::to_string(device.major) + "." + std::to_string(device.minor));
   BlockChoice best{};
-  using Cost = std::tuple<bool, double, int, int>;  // a cluster only where no block holds the matrix
+  using Cost = std::tuple<bool, double, int, int>;  // several blocks only where one does not hold the matrix
   Cost least;
   int largest = 0;
   for (const BlockInstance& kernel : block_instances()) {
@@ -84,9 +97,9 @@ BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtyp
     if (kernel.hidden < hidden || shared > device.shared_bytes_per_block ||
         kernel.threads * 168 > device.registers_per_sm)
       continue;
-    const int64_t places = kernel.ctas == 1 ? device.sms : std::max(1, 10 * device.sms / (11 * kernel.ctas));
+    const int64_t places = places_of(kernel, device);
     int64_t rows = kernel.rows;
-    if (kernel.ctas > 1) {  // few rows a cluster: what each sends takes longer than all else
+    if (kernel.ctas > 1) {  // few rows a tile: what is sent takes longer than all else
       const int64_t places_a_group = std::max<int64_t>(1, places / std::max<int64_t>(1, groups));
       rows = std::min(rows, std::max<int64_t>(1, ceil_div(batch, places_a_group)));
     }
@@ -98,10 +111,12 @@ BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtyp
     const double work = work_cycles(kernel, device);
     const double waves = static_cast<double>(ceil_div(in_turn, resident));
     const double arriving = arriving_cycles(kernel, rows);
-    const double latency = kStepLatency + (kernel.ctas > 1 ? kHop + arriving : 0.0);
+    const double latency = kStepLatency + (kernel.ctas > 1 ? travel(kernel).hop + arriving : 0.0);
     const Cost cost{kernel.ctas > 1, waves * std::max(latency + work, resident * (work + arriving)), kernel.hidden,
                     kernel.rows};
-    if (!best.kernel || cost < least) best = {&kernel, kernel.ctas > 1 ? static_cast<int>(rows) : 0}, least = cost;
+    if (best.kernel && !(cost < least)) continue;
+    best = {&kernel, kernel.ctas > 1 ? static_cast<int>(rows) : 0, std::min(tiles, places) * kernel.workspace_bytes};
+    least = cost;
   }
   if (!best.kernel)
     throw std::invalid_argument("no CUDA kernel holds a matrix of " + std::to_string(hidden) +

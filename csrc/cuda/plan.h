@@ -1,4 +1,4 @@
-// Which kernel of the `block` or the `cluster` plan runs a problem, for processes without Python: what
+// Which kernel of the `block`, the `cluster` or the `grid` plan runs a problem, for processes without Python: what
 // fused_rin/cuda_plan.py, where the model and its constants are explained, decides for the others. tests/cuda_on_cpu
 // holds the two together.
 #pragma once
@@ -23,6 +23,7 @@ int shared_bytes_of_code(int ptx_version);
 struct BlockChoice {
   const BlockInstance* kernel;  // the forward one of the pair
   int tile_rows;                // for problem.h
+  int64_t workspace_bytes;      // that it needs, for as many tiles as run at a time
 };
 
 // The kernel; `units`: with factors of their own. Throws std::invalid_argument, with the reason, where none fits.

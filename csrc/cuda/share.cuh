@@ -1,4 +1,5 @@
-// What a thread of a block owns. kCtas blocks in a row share a tile, each with its part of the neurons. Offsets are in
+// What a thread of a block owns. kCtas blocks in a row share a tile, each with its part of the neurons; those of a grid
+// come as many tiles at a time as there is room for. Offsets are in
 // bytes; pair p of a thread is at `tile + offset(p)` of a time step's rows, or of the state. 32 bits hold what is
 // within a tile: 64 rows of at most 2^24 elements (see block.cu).
 #pragma once
@@ -28,7 +29,8 @@ struct Share {
       : thread(static_cast<int>(thread_)), hidden(static_cast<int>(problem.hidden)) {
     const int64_t rows = rows_of_tile<Config>(problem);
     const uint32_t tiles = static_cast<uint32_t>((problem.batch + rows - 1) / rows);
-    const uint32_t index = Config::kCtas == 1 ? block : block / Config::kCtas;
+    const uint32_t first_tile = Config::kGrid ? static_cast<uint32_t>(problem.first_tile) : 0;
+    const uint32_t index = Config::kCtas == 1 ? block : first_tile + block / Config::kCtas;
     rank = Config::kCtas == 1 ? 0 : static_cast<int>(block % Config::kCtas);
     group = index / tiles;
     first_row = int64_t{index % tiles} * rows;

@@ -26,7 +26,9 @@ struct State {
   static constexpr int kStride = kHidden * kElementBytes + 64;
   static constexpr int kEightRows = 8 * kStride + 4 * 32;
   static constexpr int kBytes = kRows * kStride + kRows / 2 * 32;  // of one of the two buffers
-  static_assert(kHidden * kElementBytes % 128 == 0, "a row is whole bank lines");
+  static_assert(kHidden * kElementBytes % 32 == 0,
+                "rows begin at whole chunks; where they are no whole bank lines, a "
+                "few threads read little of them");
 
   static __device__ __forceinline__ constexpr uint32_t row(int n) { return n * kStride + (n >> 1) * 32; }
 };

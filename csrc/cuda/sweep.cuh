@@ -77,7 +77,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 
   const device::SharedMemory shared = device::shared_memory();
   Product product(shared, Places::kGiven, live_rows);
-  Exchange<Config> exchange(shared, Places::kExchange, share.rank, live_rows);
+  Exchange<Config> exchange(shared, Places::kExchange, share, problem);
   const auto at = [](auto* tensor, int64_t bytes) {
     using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
     using Wanted = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;

@@ -112,6 +112,14 @@ inline void st_async(Peer peer, uint32_t offset, uint4 value, uint32_t barrier) 
   fibres::async_store(peer.rank, offset, &value, sizeof(value), barrier);
 }
 
+// ---- packets
+
+inline void store_packet(uint4* p, uint4 value) { fibres::packet_store(p, &value, sizeof(value)); }
+inline void load_packet_if(bool wanted, const uint4* p, uint4& value) {
+  if (wanted) fibres::packet_load(p, &value, sizeof(value));
+}
+inline void poll_again(int) { fibres::packet_await(); }
+
 template <class T>
 T load_global(const T* p) {
   fibres::global_access(p, sizeof(T), false);

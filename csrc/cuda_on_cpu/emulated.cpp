@@ -15,22 +15,23 @@ int emulate_block(const Problem* problem, int math, int hidden, int rows, int ct
                  [&] { launch_block(*problem, static_cast<Math>(math), hidden, rows, ctas, seed, nullptr); });
 }
 
-// Nine integers per instance: dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes. Returns their
-// number.
+// Ten integers per instance: dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes, workspace bytes
+// of a tile. Returns their number.
 int emulated_instances(int32_t* values, int capacity) {
   int n = 0;
   for (const BlockInstance& i : block_instances()) {
     if (n++ >= capacity) continue;
-    for (const int value : {static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward),
-                            static_cast<int>(i.units), i.hidden, i.rows, i.ctas, i.threads, i.shared_bytes})
+    for (const int value :
+         {static_cast<int>(i.dtype), static_cast<int>(i.math), static_cast<int>(i.backward), static_cast<int>(i.units),
+          i.hidden, i.rows, i.ctas, i.threads, i.shared_bytes, static_cast<int>(i.workspace_bytes)})
       *values++ = value;
   }
   return n;
 }
 
 // The plan for processes without Python. `device`: capability's two numbers, SMs, shared bytes of a block, registers of
-// an SM, CTAs of a cluster. Fills in math, hidden, rows, ctas and rows of a tile and returns 0, or 1 where there is no
-// plan.
+// an SM, CTAs of a cluster. Fills in math, hidden, rows, ctas, rows of a tile and bytes of workspace and returns 0, or
+// 1 where there is no plan.
 int emulated_plan(int64_t batch, int64_t groups, int64_t hidden, int dtype, int allow_tf32, int units,
                   const int32_t* device, int32_t* chosen) {
   try {
@@ -43,6 +44,7 @@ int emulated_plan(int64_t batch, int64_t groups, int64_t hidden, int dtype, int 
     chosen[2] = kernel.rows;
     chosen[3] = kernel.ctas;
     chosen[4] = choice.tile_rows;
+    chosen[5] = static_cast<int32_t>(choice.workspace_bytes);
     return 0;
   } catch (const std::invalid_argument&) {
     return 1;

@@ -10,6 +10,8 @@
 #include <map>
 #include <random>
 
+#include "packets.h"
+
 namespace fused_rin::fibres {
 namespace {
 
@@ -23,8 +25,10 @@ struct AsyncCopy {
 
 struct Thread {
   ucontext_t context;
-  enum class State { kReady, kBarrier, kWarp, kMbarrier, kCluster, kDone } state = State::kReady;
-  int64_t waits_for = -1;  // the number of the barrier, or the place of the mbarrier
+  enum class State { kReady, kBarrier, kWarp, kMbarrier, kCluster, kPacket, kDone } state = State::kReady;
+  int64_t waits_for = -1;           // the number of the barrier, or the place of the mbarrier
+  std::vector<const void*> polled;  // where it has looked for packets since it last waited for one
+  uint64_t looked_after = 0;        // how many had arrived when it began to look
   std::vector<AsyncCopy> open_group;
   std::deque<std::vector<AsyncCopy>> groups;
 };
@@ -108,15 +112,21 @@ class Group {
     current = this;
     size_t done = 0;
     while (done < threads_.size() && !error_) {
-      if (!under_way_.empty() && (ready_.empty() || (random_() & 15) == 0)) {
-        deliver();
+      if (!(under_way_.empty() && packets_.empty()) && (ready_.empty() || (random_() & 15) == 0)) {
+        if (packets_.empty() || (!under_way_.empty() && random_() & 1))
+          deliver();
+        else
+          deliver_packet();
         continue;
       }
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(KernelError(where_all_wait()));
         break;
       }
-      const size_t pick = random_() % ready_.size();
+      // Drawn evenly, all threads would go on at nearly one pace: so for some time one warp waits for all others.
+      if (++decisions_ % (64 * launch_.threads) == 1) slow_ = static_cast<int>(random_() % warps_.size());
+      size_t pick = random_() % ready_.size();
+      for (size_t i = 0; i < ready_.size() && ready_[pick] / kWarpSize == slow_; ++i) pick = (pick + 1) % ready_.size();
       active_ = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
@@ -125,6 +135,7 @@ class Group {
       ++done;
       --block().running;
     }
+    while (!packets_.empty()) deliver_packet();
     current = nullptr;
     if (error_) std::rethrow_exception(error_);  // the other fibres' stacks are simply abandoned
   }
@@ -250,6 +261,29 @@ class Group {
     ++warp().clock[active_ / kWarpSize];  // who knows its later past does not know that this has arrived
   }
 
+  // ---- packets
+
+  void packet_store(void* p, const void* value, size_t bytes) {
+    global_access(p, bytes, true);
+    packets_.store(p, value, bytes);
+  }
+
+  void packet_load(const void* p, void* value, size_t bytes) {
+    if (thread().polled.empty()) thread().looked_after = arrived_;
+    thread().polled.push_back(p);
+    global_access(p, bytes, false);
+    std::memcpy(value, p, bytes);
+  }
+
+  // Until something arrives where the thread has looked; not at all if something has arrived since it began to.
+  void packet_await() {
+    if (thread().looked_after < arrived_)
+      yield();
+    else
+      suspend(Thread::State::kPacket, 0);
+    thread().polled.clear();
+  }
+
  private:
   static void enter() {
     Group& group = *current;
@@ -324,6 +358,19 @@ class Group {
     }
   }
 
+  void deliver_packet() {
+    ++arrived_;
+    const char* const place = packets_.deliver(random_());
+    const auto is_there = [=](const void* packet) {  // a part of it
+      return place >= packet && place < static_cast<const char*>(packet) + 16;
+    };
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      const Thread& one = threads_[i];
+      if (one.state == Thread::State::kPacket && std::any_of(one.polled.begin(), one.polled.end(), is_there))
+        wake(static_cast<int>(i));
+    }
+  }
+
   static std::string ended(const Block& peer) {
     return "a store to the shared memory of block " + std::to_string(peer.index) + ", which has ended";
   }
@@ -368,6 +415,9 @@ class Group {
       if (warps_[w].arrived)
         text += " warp " + std::to_string(w) + " has " + std::to_string(warps_[w].arrived) + " lanes at " +
                 warps_[w].collective + ";";
+    const auto polling = std::count_if(threads_.begin(), threads_.end(),
+                                       [](const Thread& t) { return t.state == Thread::State::kPacket; });
+    if (polling) text += " " + std::to_string(polling) + " threads wait for packets;";
     return text;
   }
 
@@ -381,6 +431,10 @@ class Group {
   std::vector<Block> blocks_;
   std::vector<int> ready_;
   std::vector<AsyncStore> under_way_;
+  Packets packets_;
+  uint64_t arrived_ = 0;  // packets
+  uint64_t decisions_ = 0;
+  int slow_ = -1;  // warp
   int in_cluster_sync_ = 0;
   std::exception_ptr error_;
   int active_ = 0;
@@ -457,6 +511,10 @@ void async_wait(int pending) {
     thread.groups.pop_front();
   }
 }
+
+void packet_store(void* p, const void* value, size_t bytes) { current->packet_store(p, value, bytes); }
+void packet_load(const void* p, void* value, size_t bytes) { current->packet_load(p, value, bytes); }
+void packet_await() { current->packet_await(); }
 
 void cluster_sync() { current->cluster_sync(); }
 void mbarrier_init(uint32_t offset, int count) { current->mbarrier_init(offset, count); }

@@ -1,5 +1,6 @@
 // CUDA blocks on CPU fibres: every thread has a stack of its own, one runs at a time, and the one that runs next is
-// drawn from a seeded generator, so a schedule can be replayed. The blocks of a cluster run side by side.
+// drawn from a seeded generator, so a schedule can be replayed. The blocks of a cluster run side by side, and those of
+// a grid that share a tile.
 //
 // What it watches, and reports as an exception with the kernel's coordinates (block, thread, warp, lane):
 //   - accesses outside shared memory or outside every registered tensor, misaligned ones, writes to read-only tensors;
@@ -8,7 +9,8 @@
 //     per warp, so the verdict does not depend on the schedule that happened to run);
 //   - warps that diverge around a collective, barriers that not all threads reach, deadlock;
 //   - stores to a peer's shared memory that overtake its readers, that are read before their mbarrier's phase has ended
-//     (they arrive late and in shuffled order), or that reach a block which has ended.
+//     (they arrive late and in shuffled order), or that reach a block which has ended;
+//   - packets in device memory that never come: each store of one arrives late too, whole, in shuffled order.
 #pragma once
 
 #include <cstddef>
@@ -69,6 +71,11 @@ void warp_collective(const char* name, void* arguments, void (*execute)(void* co
 void async_copy(uint32_t offset, const void* global, size_t bytes);
 void async_commit();
 void async_wait(int pending);
+
+// ---- packets: stores to device memory that arrive some time later, each whole, and loads of what has arrived
+void packet_store(void* p, const void* value, size_t bytes);
+void packet_load(const void* p, void* value, size_t bytes);
+void packet_await();  // until something has arrived where the thread has looked
 
 // ---- clusters
 void cluster_sync();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,11 +15,15 @@ namespace fused_rin {
 inline thread_local std::vector<fibres::Tensor> launch_tensors;
 inline thread_local uint64_t launch_seed = 0;
 
+inline void zero_memory(void* memory, int64_t bytes, void*) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
+
 template <class Arguments>
 void launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int shared_bytes,
-                   void*, int cluster = 1) {
-  fibres::run({cluster > 1 ? "cluster_sweep" : "block_sweep", blocks, threads, cluster,
-               static_cast<size_t>(shared_bytes), launch_seed, launch_tensors},
+                   void*, int group = 1, bool anywhere = false) {
+  fibres::run({anywhere    ? "grid_sweep"
+               : group > 1 ? "cluster_sweep"
+                           : "block_sweep",
+               blocks, threads, group, static_cast<size_t>(shared_bytes), launch_seed, launch_tensors},
               [&] { kernel(arguments); });
 }
 

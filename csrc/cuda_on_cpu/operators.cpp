@@ -11,7 +11,7 @@ namespace {
 
 constexpr DeviceLimits kH200{9, 0, 132, 227 * 1024, 65536, 16};
 
-void run(const Problem& p, int64_t rows, int) {
+void run(const Problem& p, int64_t rows, int, const Workspace& workspace) {
   const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2, row = p.groups * p.hidden * size;
   const auto bytes = [](int64_t count) { return static_cast<size_t>(count); };
   launch_tensors = {
@@ -34,6 +34,9 @@ void run(const Problem& p, int64_t rows, int) {
       plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, false, kH200, p.skips != nullptr);
   Problem problem = p;
   problem.tile_rows = chosen.tile_rows;
+  problem.workspace_bytes = chosen.workspace_bytes;
+  if (chosen.workspace_bytes) problem.workspace = workspace(chosen.workspace_bytes);
+  launch_tensors.push_back({"workspace", problem.workspace, bytes(chosen.workspace_bytes), true});
   const BlockInstance& kernel = *chosen.kernel;
   launch_block(problem, kernel.math, kernel.hidden, kernel.rows, kernel.ctas, 0, nullptr);
 }

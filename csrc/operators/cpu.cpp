@@ -25,7 +25,7 @@ void check_offsets(const Problem& p, int64_t rows) {
             " and sequence ", b, " runs in that step, but there are ", rows, " rows");
 }
 
-void run(const Problem& p, int64_t rows, int) {
+void run(const Problem& p, int64_t rows, int, const Workspace&) {
   if (p.offsets) check_offsets(p, rows);
   // Whoever comes first looks; nobody waits, so a fork from another thread's call can leave nothing locked.
   static std::atomic<const Kernels*> chosen{nullptr};

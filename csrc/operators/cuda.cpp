@@ -58,13 +58,15 @@ void* stream(int device) {
 }
 
 // In float32's own accuracy: torch's switch for TF32 is not part of its stable ABI.
-void run(const Problem& p, int64_t, int device) {
+void run(const Problem& p, int64_t, int device, const Workspace& workspace) {
   check(p.skips || p.activation <= Activation::kTanh,
         "there is no CUDA kernel for activations but relu, tanh and none");
   const BlockChoice chosen = plan_block(p.batch, p.groups, p.hidden - p.padding, p.dtype, /*allow_tf32=*/false,
                                         limits(device), /*units=*/p.skips != nullptr);
   Problem problem = p;
   problem.tile_rows = chosen.tile_rows;
+  problem.workspace_bytes = chosen.workspace_bytes;
+  if (chosen.workspace_bytes) problem.workspace = workspace(chosen.workspace_bytes);
   const BlockInstance& kernel = *chosen.kernel;
   launch_block(problem, kernel.math, kernel.hidden, kernel.rows, kernel.ctas, device, stream(device));
 }

@@ -233,7 +233,12 @@ UnitsResult sweep(const Sweep& s, const Units* units, const Device& device) {
   p.state_out = state_out.address();
   if (outside) p.aside = aside.address();
   p.hidden += p.padding;
-  device.run(p, s.offsets ? rows[0] : p.steps * p.batch, s.states.get_device());
+  std::optional<Tensor> kept;
+  const auto workspace = [&](int64_t bytes) {
+    kept = torch::stable::new_empty(s.states, Shape{(bytes + element - 1) / element});
+    return kept->data_ptr();
+  };
+  device.run(p, s.offsets ? rows[0] : p.steps * p.batch, s.states.get_device(), workspace);
   return {out.tensor(), state_out.tensor(), aside.tensor()};
 }
 

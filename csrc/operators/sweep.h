@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -54,12 +55,15 @@ struct Units {
   const std::string& form;
 };
 
+// Memory that lives until the sweep has run: so many bytes, aligned as torch's tensors are. To be asked once.
+using Workspace = std::function<void*(int64_t)>;
+
 // Where the sweep runs.
 struct Device {
   const char* name;  // what `backend` may be beside "auto"
   bool (*is_mine)(const Tensor&);
   int64_t row_bytes;  // a multiple of which each row of D units takes, and is aligned to; other rows are padded
-  void (*run)(const Problem&, int64_t rows, int index);  // all tensors contiguous; index: of the device
+  void (*run)(const Problem&, int64_t rows, int index, const Workspace&);  // contiguous tensors; index: of the device
 };
 
 // Checks all arguments, which in Python the callers have done: here anyone may call, from C++ or from a graph that was

@@ -147,7 +147,13 @@ def _sweep(
         (_address(rows.lengths), _address(rows.offsets), _address(resets)),
         (_address(weight), _address(in_), _address(saved), _address(state_in), _address(target), _address(state_out)),
     )  # fmt: skip
-    chosen = cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding
+    workspace = None
+    if plan.workspace_bytes:  # of the caching allocator: a later sweep has it again after this one, on its stream
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
+    chosen = (
+        *(cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding),
+        *(_address(workspace), plan.workspace_bytes),
+    )
     where = chosen, index, stream
     if units is None:
         _cuda.sweep_block(*problem, *where)

@@ -2,8 +2,9 @@
 
 In the `block` plan one CTA holds one recurrence's whole matrix, in registers and, where they do not suffice, in shared
 memory, and sweeps a tile of the batch. In the `cluster` plan (sm_90+) several CTAs share a tile, each with the matrix
-of its outputs, and send each other their part of the state in every step. The planner estimates the cycles of a step
-for every kernel that fits and takes the fastest. Its constants come from public figures and from counting instructions
+of its outputs, and send each other their part of the state in every step. In the `grid` plan they lie anywhere on the
+device and hand it over through its L2. The planner estimates the cycles of a step for every kernel that fits and takes
+the fastest. Its constants come from public figures and from counting instructions
 (benchmarks/NOTES-cuda.md); they order the kernels of one device, and are no promise of a speed.
 """
 
@@ -60,6 +61,20 @@ _CLUSTER_TABLES: dict[str, tuple[tuple[int, int, int, int, int, int, int, int], 
     "fma": ((512, 1, 8, 16, 8, 8, 8, 2), (512, 2, 8, 16, 8, 8, 8, 2)),
 }  # fmt: skip
 
+# The same of grids; a mirror of csrc/cuda/grid_configs.h.
+_GRID_TABLES: dict[str, tuple[tuple[int, int, int, int, int, int, int, int], ...]] = {
+    "mma": (
+        (512, 8, 8, 4, 8, 8, 32, 8),
+        (1024, 8, 8, 8, 8, 8, 64, 8),
+        (2048, 8, 8, 12, 8, 8, 64, 8), (2048, 8, 8, 16, 8, 8, 128, 8),
+    ),
+    "fma": (
+        (512, 1, 8, 4, 8, 8, 32, 8), (512, 4, 8, 4, 8, 8, 32, 8),
+        (1024, 1, 8, 8, 8, 8, 64, 8), (1024, 4, 8, 8, 8, 8, 64, 8),
+        (2048, 1, 8, 16, 8, 8, 128, 8), (2048, 4, 8, 15, 8, 8, 128, 8),
+    ),
+}  # fmt: skip
+
 # Cycles that one mma.sync (m16n8k16 of 16-bit types, m16n8k8 of tf32) occupies one of an SM's four tensor cores, by
 # compute capability. sm_80: 1,024 FMA per clock and SM. sm_90: measured on an H100, two thirds of 2,048.
 # GeForce parts (8.6, 8.9, 12.0) run float32 accumulation at 256 FMA per clock and SM.
@@ -69,6 +84,9 @@ _STEP_LATENCY = 190.0  # cycles: barrier, first load of the state, the mma chain
 # peers have arrived and are seen, and the bytes that arrive at an SM in a cycle. 8 CTAs with 128 and 1,024 bytes each:
 # 500 and 874 cycles, 486 and 878 by these; 16: 569 and 1,444, 550 and 1,390.
 _HOP, _ARRIVING_BYTES = 430.0, 16.0
+# Through L2: where 1,024 threads polled, 128 blocks with 256 bytes each took 2,202 cycles, 2,190 by these; 8 blocks
+# with 32 to 512 bytes 627 to 848 (256 threads).
+_L2_HOP, _POLLED_BYTES = 700.0, 22.0
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
@@ -85,9 +103,10 @@ class Kernel:
     register_parts: int
     forward_slots: int
     backward_slots: int
-    ctas: int = 1  # that share a tile: a cluster
+    ctas: int = 1  # that share a tile: a cluster, or a grid
     parts: int = 1  # of k, each with warps of its own
     units: bool = False  # with factors of their own
+    grid: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -124,13 +143,22 @@ class Kernel:
         tiles, factors = 1 + (backward or self.units), 8 * self.hidden * self.units
         lanes = 256 * self.warps // self.parts if self.math == "fma" else 0
         given = (self.parts - 1) * max(self.outputs * self.rows * 4, lanes)
-        ring, exchange = slots * tiles * tile, 16 * (self.ctas > 1)
+        ring, exchange = slots * tiles * tile, 16 * (self.ctas > 1 and not self.grid)
         return self.matrix_shared_bytes + 2 * state + ring + schedule + factors + given + exchange
 
     @property
     def most_shared_bytes(self) -> int:
         """Of either direction: a plan is for both."""
         return max(self.shared_bytes(backward=False), self.shared_bytes(backward=True))
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of a tile in device memory: two buffers of the packets of all blocks' warps that own outputs, twice each."""
+        if not self.grid:
+            return 0
+        sources = self.ctas * (self.warps // self.parts)
+        words = self.rows * self.hidden * self.element_bytes // sources // 4
+        return 2 * 2 * sources * -(-words // 3) * 16
 
     def work_cycles(self, capability: tuple[int, int]) -> float:
         """Cycles of one step's product that no overlap hides: tensor cores or FMA pipe, or shared memory if slower."""
@@ -152,21 +180,28 @@ class Kernel:
 
     def arriving_cycles(self, rows: int) -> float:
         """Of a step of so many batch rows, in which an SM takes in what the peers send."""
-        return rows * (self.hidden - self.outputs) * self.element_bytes / _ARRIVING_BYTES
+        rate = _POLLED_BYTES if self.grid else _ARRIVING_BYTES
+        return rows * (self.hidden - self.outputs) * self.element_bytes / rate
 
     def exchange_cycles(self, rows: int) -> float:
         """Until all of that is there."""
-        return 0.0 if self.ctas == 1 else _HOP + self.arriving_cycles(rows)
+        hop = _L2_HOP if self.grid else _HOP
+        return 0.0 if self.ctas == 1 else hop + self.arriving_cycles(rows)
 
     def places(self, sms: int) -> int:
         """How many tiles run at a time, one to an SM: of an H100's 132 SMs 30 clusters of 4, 15 of 8, 7 of 16
         (measured), since a cluster lies within a GPC.
         """
-        return sms if self.ctas == 1 else max(1, 10 * sms // (11 * self.ctas))
+        return sms // self.ctas if self.ctas == 1 or self.grid else max(1, 10 * sms // (11 * self.ctas))
+
+    def runs_on(self, device: Device) -> bool:
+        """Whether the device has its blocks side by side."""
+        return self.ctas <= (device.sms if self.grid else device.max_cluster_size)
 
 
 KERNELS = tuple(Kernel(math, *columns) for math, table in _TABLES.items() for columns in table)
 CLUSTER_KERNELS = tuple(Kernel(math, *columns) for math, table in _CLUSTER_TABLES.items() for columns in table)
+GRID_KERNELS = tuple(Kernel(math, *columns, grid=True) for math, table in _GRID_TABLES.items() for columns in table)
 UNIT_KERNELS = tuple(replace(k, units=True) for k in KERNELS if (k.hidden, k.rows) in _UNIT_TABLES.get(k.math, ()))
 
 
@@ -180,7 +215,8 @@ class SweepPlan:
     sms: int
     resident: int  # CTAs that one SM holds at a time
     estimated_cycles: float  # of a step, all waves together
-    tile_rows: int = 0  # batch rows of a cluster, where they are fewer than fit; 0: of a block
+    tile_rows: int = 0  # batch rows of a tile that several CTAs share, where they are fewer than fit; 0: of a block
+    workspace_bytes: int = 0  # that a grid needs, for as many tiles as run at a time
 
     def describe(self) -> str:
         k = self.kernel
@@ -191,6 +227,15 @@ class SweepPlan:
             "fma": "float32 FMA",
         }[k.math]
         where, of_units = "registers", ", units with factors of their own" if k.units else ""
+        if k.grid:
+            tiles, at_a_time = self.blocks // k.ctas, self.workspace_bytes // k.workspace_bytes
+            where = "registers and shared memory" if k.matrix_shared_bytes else "registers"
+            return (
+                f"grid plan on {self.device}: {tiles} tile(s) of {self.tile_rows} batch row(s), {at_a_time} at a time "
+                f"on {k.ctas} of {self.sms} SMs each, {k.threads} threads a CTA, matrix padded to {k.hidden} x "
+                f"{k.hidden} spread over their {where}, {arithmetic}, the state handed over through L2 in every step; "
+                f"about {self.estimated_cycles:.0f} cycles a step by the model (not a measurement)"
+            )
         if k.ctas > 1:
             return (
                 f"cluster plan on {self.device}: {self.blocks // k.ctas} cluster(s) of {k.ctas} CTAs of {k.threads} "
@@ -297,8 +342,8 @@ def plan(
         maths = ("fma", "tf32") if allow_tf32 else ("fma", "tf32x3")
     compiled = [
         k
-        for k in (UNIT_KERNELS if units else (*KERNELS, *CLUSTER_KERNELS))
-        if k.math in maths and k.ctas <= device.max_cluster_size
+        for k in (UNIT_KERNELS if units else (*KERNELS, *CLUSTER_KERNELS, *GRID_KERNELS))
+        if k.math in maths and k.runs_on(device)
     ]
     wide_enough = [k for k in compiled if k.hidden >= hidden]
     if not wide_enough:
@@ -320,11 +365,11 @@ def plan(
             f"hidden size {hidden} in {dtype} takes at least {least / 1024:.0f} KB of shared memory a block, "
             f"{device.name} offers {device.shared_memory_per_block / 1024:.0f} KB; use backend='triton'"
         )
-    # Clusters only where no block holds the matrix: their constants are not measured yet.
+    # Several blocks only where one does not hold the matrix: what they send each other takes longer than all else.
     plans = []
     for kernel in [k for k in fitting if k.ctas == 1] or fitting:
         places, rows = kernel.places(device.sms), kernel.rows
-        if kernel.ctas > 1:  # few rows a cluster: what each sends takes longer than all else
+        if kernel.ctas > 1:  # few rows a tile, too
             rows = min(rows, max(1, math.ceil(batch / max(1, places // max(1, groups)))))
         tiles = groups * math.ceil(batch / rows)
         in_turn = max(1, math.ceil(tiles / places))  # tiles of a place
@@ -333,5 +378,7 @@ def plan(
         latency = _STEP_LATENCY + kernel.exchange_cycles(rows)
         cycles = math.ceil(in_turn / resident) * max(latency + work, resident * (work + kernel.arriving_cycles(rows)))
         tile_rows = rows if kernel.ctas > 1 else 0
-        plans.append(SweepPlan(kernel, device.name, tiles * kernel.ctas, device.sms, resident, cycles, tile_rows))
+        workspace = min(tiles, places) * kernel.workspace_bytes
+        blocks = tiles * kernel.ctas
+        plans.append(SweepPlan(kernel, device.name, blocks, device.sms, resident, cycles, tile_rows, workspace))
     return min(plans, key=lambda p: (p.estimated_cycles, p.kernel.hidden, p.kernel.rows))

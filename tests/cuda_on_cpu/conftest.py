@@ -44,7 +44,11 @@ class NativeOnFibres:
         lengths, offsets, resets = row_tensors
         weight, in_, saved, state_in, out, state_out = tensors
         form, skips, gains, initial, noise, aside = units
-        math, padded, rows, ctas, tile_rows, padding = kernel
+        math, padded, rows, ctas, tile_rows, padding, workspace, workspace_bytes = kernel
+        # What an earlier sweep may have left, numbers of its steps too.
+        words = workspace_bytes // 4
+        left = (ctypes.c_int32 * words)(*[1, 2] * (words // 2))
+        ctypes.memmove(workspace, left, workspace_bytes)
         size = 4 if dtype == 0 else 2
         row_count = self.rows_of(steps, batch, lengths, offsets)
         row_bytes = groups * hidden * size
@@ -63,11 +67,12 @@ class NativeOnFibres:
             "initial": (initial, batch * row_bytes, False),
             "noise": (noise, row_count * row_bytes, False),
             "aside": (aside, row_count * row_bytes, True),
+            "workspace": (workspace, workspace_bytes, True),
         }
         problem = Problem(
             steps, batch, groups, hidden, reversed_, dtype, activation, backward, skip, lengths, offsets, resets,
             weight, in_, saved, state_in, out, state_out, padding, 0, 0, 0, False, tile_rows,
-            form, skips, gains, initial, noise, aside,
+            workspace, workspace_bytes, 0, form, skips, gains, initial, noise, aside,
         )  # fmt: skip
         self.kernels.add((math, padded, rows, ctas))
         self.machine.run_block(problem, math, padded, rows, ctas, self.seed, extents)
@@ -96,7 +101,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[cuda_plan.Kernel], None]
     """Makes the planner choose one kernel."""
 
     def choose(kernel: cuda_plan.Kernel) -> None:
-        chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
+        chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0, 0, kernel.workspace_bytes)
         monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
 
     return choose

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CUDA, CPU, HERE = ROOT / "csrc" / "cuda", ROOT / "csrc" / "cuda_on_cpu", Path(__file__).parent
 OPERATORS = ROOT / "csrc" / "operators"
-SMALL_CLUSTERS = 256  # hidden size up to which clusters are compiled for these tests alone (small_clusters.cpp)
+SMALL = 256  # hidden size up to which blocks share a tile for these tests alone (small_kernels.cpp)
 HAS_STABLE_ABI = torch.__version__ >= (2, 10)  # which the operators' C++ library is built on
 
 
@@ -43,6 +43,8 @@ class Problem(ctypes.Structure):
         ("inner", ctypes.c_void_p),
         ("scalar_states", ctypes.c_bool),
         ("tile_rows", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("workspace_bytes", "first_tile")),
         ("form", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("skips", "gains", "initial", "noise", "aside")),
     ]
@@ -64,7 +66,7 @@ def build() -> ctypes.CDLL:
     if not compiler:
         raise RuntimeError("the emulation of the CUDA kernels needs a C++17 compiler (g++, clang++ or CXX)")
     units = [
-        *sorted([*CUDA.glob("block*.cu"), *CUDA.glob("cluster*.cu")]),
+        *sorted(path for plan in ("block", "cluster", "grid") for path in CUDA.glob(f"{plan}*.cu")),
         CUDA / "plan.cpp",
         *sorted(CPU.glob("*.cpp")),
         *sorted(HERE.glob("*.cpp")),
@@ -115,19 +117,23 @@ class Machine:
         allow_tf32: bool,
         device: tuple[int, ...],
         units: bool = False,
-    ) -> tuple[int, int, int, int, int] | None:
-        """(math, hidden, rows, ctas, rows of a tile) as processes without Python choose; None where no kernel fits."""
-        call, chosen = self.library.emulated_plan, (ctypes.c_int32 * 5)()
+    ) -> tuple[int, ...] | None:
+        """(math, hidden, rows, ctas, rows of a tile, workspace bytes) as processes without Python choose; None where no
+        kernel fits.
+        """
+        call, chosen = self.library.emulated_plan, (ctypes.c_int32 * 6)()
         call.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_int] * 3, *[ctypes.POINTER(ctypes.c_int32)] * 2]
         failed = call(batch, groups, hidden, dtype, allow_tf32, units, (ctypes.c_int32 * 6)(*device), chosen)
         return None if failed else tuple(chosen)
 
     def instances(self) -> list[tuple[int, ...]]:
-        """(dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes) of every compiled kernel."""
+        """(dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes, workspace bytes of a tile) of every
+        compiled kernel.
+        """
         count = self.library.emulated_instances(None, 0)
-        values = (ctypes.c_int32 * (9 * count))()
+        values = (ctypes.c_int32 * (10 * count))()
         self.library.emulated_instances(values, count)
-        return [tuple(values[9 * i : 9 * i + 9]) for i in range(count)]
+        return [tuple(values[10 * i : 10 * i + 10]) for i in range(count)]
 
     def call(self, function: str, *arguments: object, tensors: dict[str, tuple[int, int, bool]]) -> None:
         """`function(*arguments, ...)` with tensors {name: (address, bytes, writable)} as all that it may touch.
@@ -150,5 +156,5 @@ class Machine:
         seed: int,
         tensors: dict[str, tuple[int, int, bool]],
     ) -> None:
-        function = "emulate_small_cluster" if ctas > 1 and hidden <= SMALL_CLUSTERS else "emulate_block"
+        function = "emulate_small" if ctas > 1 and hidden <= SMALL else "emulate_block"
         self.call(function, ctypes.byref(problem), math, hidden, rows, ctas, seed, tensors=tensors)

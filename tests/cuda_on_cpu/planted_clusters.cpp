@@ -1,7 +1,8 @@
 // A small exchange between the blocks of a cluster, as exchange.cuh does it, with a bug planted in it or none.
 //
 // kBlocks blocks of two warps hold a word a thread. In every step each adds up all words of all blocks (of the step
-// before) and one more, its own number; the sums go to everybody by st.async.
+// before), all but the first of a block twice, so that a wrong sum stays one; and its own number;
+// the sums go to everybody by st.async.
 #include <launch.h>
 
 #include <device.cuh>
@@ -67,7 +68,7 @@ void exchange(const Arguments a) {
         device::mbarrier_arrive(shared, barrier);
     };
     sum = rank + 1;
-    for (int i = 0; i < kWords; ++i) sum += shared.load<uint32_t>(here + 4 * i);
+    for (int i = 0; i < kWords; ++i) sum += (i % kThreads ? 2 : 1) * shared.load<uint32_t>(here + 4 * i);
     const uint32_t own = there + 4 * (rank * kThreads + thread);
     shared.store<uint32_t>(own, sum + thread);
     device::sync_warp();

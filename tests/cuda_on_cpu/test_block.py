@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 from fused_rin import cuda, cuda_plan, reference
-from fused_rin.cuda_plan import CLUSTER_KERNELS, KERNELS, MATH, UNIT_KERNELS, Kernel
+from fused_rin.cuda_plan import CLUSTER_KERNELS, GRID_KERNELS, KERNELS, MATH, UNIT_KERNELS, Kernel
 from fused_rin.problem import ALL_ROWS, Rows, Rule
 
 from tests.conftest import check_sweeps, make_case
@@ -49,8 +49,9 @@ def test_the_planner_knows_what_is_compiled(machine: Machine):
             k.ctas,
             k.threads,
             k.shared_bytes(backward=bool(backward)),
+            k.workspace_bytes,
         )
-        for k in (*KERNELS, *UNIT_KERNELS, *CLUSTER_KERNELS)
+        for k in (*KERNELS, *UNIT_KERNELS, *CLUSTER_KERNELS, *GRID_KERNELS)
         for dtype in ((2, 3) if k.math == "mma" else (0,))
         for backward in (0, 1)
     }

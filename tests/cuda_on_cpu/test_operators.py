@@ -20,7 +20,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def test_the_plan_without_python_is_the_same(machine: Machine, device):
     limits = (*device.capability, device.sms, device.shared_memory_per_block, device.registers_per_sm)
     limits += (device.max_cluster_size,)
-    sizes = [1, 8, 33, 64, 65, 128, 129, 150, 192, 193, 256, 257, 384, 385, 512, 513, 1000, 1025]
+    sizes = [1, 8, 33, 64, 65, 128, 129, 150, 192, 193, 256, 257, 384, 385, 512, 513, 1000, 1025, 2048, 2049]
     seen = set()
     for dtype, hidden, batch, groups, tf32, units in itertools.product(
         cuda_plan.DTYPES, sizes, (0, 1, 7, 8, 9, 100, 1057, 4096, 100_000), (1, 2, 6), (False, True), (False, True)
@@ -28,7 +28,8 @@ def test_the_plan_without_python_is_the_same(machine: Machine, device):
         try:
             plan = cuda_plan.plan(batch, groups, hidden, dtype, device, allow_tf32=tf32, units=units)
             kernel = plan.kernel
-            expected = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows)
+            expected = (cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas)
+            expected += (plan.tile_rows, plan.workspace_bytes)
         except NoPlan:
             expected = None
         got = machine.plan(batch, groups, hidden, cuda_plan.DTYPES[dtype], tf32, limits, units)

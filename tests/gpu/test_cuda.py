@@ -39,52 +39,81 @@ def check(case: Case, device: torch.device | str = "cuda") -> None:
 
 def fits(kernel: cuda_plan.Kernel) -> bool:
     device = device_record(torch.cuda.current_device())
-    return kernel.most_shared_bytes <= device.shared_memory_per_block and kernel.ctas <= device.max_cluster_size
+    return kernel.most_shared_bytes <= device.shared_memory_per_block and kernel.runs_on(device)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, kernel: cuda_plan.Kernel) -> None:
+    """As the plan; of a grid with as many tiles at a time as there is room for."""
+    places = kernel.places(device_record(torch.cuda.current_device()).sms)
+    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0, 0, places * kernel.workspace_bytes)
+    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+
+
+def name(kernel: cuda_plan.Kernel) -> str:
+    return f"{kernel.math}-{kernel.hidden}x{kernel.rows}" + (f"-of-{kernel.ctas}" if kernel.ctas > 1 else "")
 
 
 @pytest.mark.parametrize(
     "kernel",
-    [k for k in (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS) if k.math != "tf32"],
-    ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}",
+    [k for k in (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS, *cuda_plan.GRID_KERNELS) if k.math != "tf32"],
+    ids=name,
 )
 @pytest.mark.parametrize("loop", ["relu", "tanh", "general"])
 def test_every_kernel(monkeypatch, kernel, loop):
     """Its three loops: the general one at an odd size with a ragged batch tile."""
     if not fits(kernel):
-        pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block and clusters of {kernel.ctas}")
-    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
-    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+        pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block and {kernel.ctas} together")
+    force(monkeypatch, kernel)
     hidden, batch = (kernel.hidden - 27, kernel.rows + 1) if loop == "general" else (kernel.hidden, kernel.rows)
     activation = "tanh" if loop == "tanh" else "relu"
     for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
         check(make_case(33, batch, hidden, dtype=dtype, activation=activation))
 
 
-@pytest.mark.parametrize("kernel", cuda_plan.CLUSTER_KERNELS, ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}")
+@pytest.mark.parametrize("kernel", [*cuda_plan.CLUSTER_KERNELS, *cuda_plan.GRID_KERNELS], ids=name)
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
-def test_every_kernel_of_clusters(monkeypatch, kernel, layout):
+def test_every_kernel_of_shared_tiles(monkeypatch, kernel, layout):
     """More tiles than are resident at a time, resets, both directions; twice the same bits."""
     if not fits(kernel):
-        pytest.skip(f"needs clusters of {kernel.ctas}")
-    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
-    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+        pytest.skip(f"needs {kernel.ctas} blocks together")
+    force(monkeypatch, kernel)
     dtype = BF16 if kernel.math == "mma" else FP32
     options = {"layout": layout, "resets": True, "num_reversed": 1}
-    case = make_case(65, 20 * kernel.rows + 1, kernel.hidden - 27, 2, dtype=dtype, **options)
+    tiles = 5 if kernel.grid else 20
+    case = make_case(65, tiles * kernel.rows + 1, kernel.hidden - 27, 2, dtype=dtype, **options)
     check(case)
     forward = on_gpu(cuda.forward, "cuda")
     for first, second in zip(forward(*case.arguments), forward(*case.arguments), strict=True):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kernel", cuda_plan.UNIT_KERNELS, ids=lambda k: f"{k.math}-{k.hidden}x{k.rows}")
+def test_grids_in_a_graph(monkeypatch):
+    """Replayed, a grid finds the numbers of its own last run in its workspace: they are cleared each time."""
+    kernel = next(k for k in cuda_plan.GRID_KERNELS if k.math == "mma")
+    if not fits(kernel):
+        pytest.skip(f"needs {kernel.ctas} blocks together")
+    force(monkeypatch, kernel)
+    case = make_case(3, 2 * kernel.rows, kernel.hidden, dtype=BF16)
+    given = [a.cuda() if isinstance(a, torch.Tensor) else a for a in case.arguments]
+    expected = cuda.forward(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cuda.forward(*given)
+    for _ in range(3):
+        for tensor in found:
+            tensor.zero_()
+        graph.replay()
+        for got, right in zip(found, expected, strict=True):
+            assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("kernel", cuda_plan.UNIT_KERNELS, ids=name)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_kernel_of_units(monkeypatch, kernel, form):
     """Factors of each unit, in every form; in two directions, with noise, resets and an odd size."""
     if not fits(kernel):
         pytest.skip(f"needs {kernel.most_shared_bytes} bytes of shared memory a block")
-    chosen = cuda_plan.SweepPlan(kernel, "forced", 1, 1, 1, 0.0)
-    monkeypatch.setattr(cuda_plan, "plan", lambda *a, **k: chosen)
+    force(monkeypatch, kernel)
     for dtype in (BF16, FP16) if kernel.math == "mma" else (FP32,):
         for activation, layout in (("tanh", "full"), ("sigmoid", "lengths"), ("softplus", "packed")):
             options = {"layout": layout, "resets": True, "num_reversed": 1, "noise": True}
