@@ -49,13 +49,14 @@ def test_a_step_is_a_difference_of_launches(monkeypatch):
     step = object.__new__(steps.Step)
     step.run = lambda count: 50 + 0.2 * count
     assert step.seconds(3) == pytest.approx(0.2e-6)
-    assert steps.name_of((2, 0, 1, 0, 128, 8, 1, 128, 0)) == "bfloat16 mma 128x8 backward"
-    assert steps.name_of((0, 3, 0, 1, 64, 2, 1, 128, 0)) == "float32 units-fma 64x2 forward"
-    assert steps.name_of((3, 0, 0, 0, 1024, 8, 16, 256, 0)) == "float16 cluster-mma 1024x8 forward"
+    assert steps.name_of((2, 0, 1, 0, 128, 8, 1, 128, 0, 0)) == "bfloat16 mma 128x8 backward"
+    assert steps.name_of((0, 3, 0, 1, 64, 2, 1, 128, 0, 0)) == "float32 units-fma 64x2 forward"
+    assert steps.name_of((3, 0, 0, 0, 1024, 8, 16, 256, 0, 0)) == "float16 cluster-mma 1024x8 forward"
+    assert steps.name_of((0, 3, 1, 0, 512, 4, 32, 256, 0, 9)) == "float32 grid-fma 512x4/32 backward"
 
 
 def test_a_full_gpu_has_a_tile_at_every_place():
-    assert [steps.places(ctas, 132) for ctas in (1, 8, 16)] == [132, 15, 7]
+    assert [steps.places(ctas, 132) for ctas in (1, 8, 16, 32, 64, 128)] == [132, 15, 7, 4, 2, 1]
 
 
 def test_results_survive_the_file(tmp_path):

@@ -68,6 +68,31 @@ def test_a_clusters_loop_goes_from_the_wait_to_itself_past_what_is_sent():
     ]
 
 
+# Of a grid: a barrier, part of the sums given away or taken and published, then everybody's polled for.
+POLL, MORE = line("@P5 LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64]", writes=1), line("@P5 BRA `(.L_poll)", waits=(1,))
+PUBLISH, KEEP = line("STG.E.128.STRONG.GPU desc[UR4][R2.64], R8"), line("STS [R3], R8")
+FIRST, ROUND = line("@!P6 BRA `(.L_step)"), line("BRA `(.L_begin)")
+GRID = [
+    ".L_begin", FIRST, ".L_poll", POLL, MORE, KEEP, ".L_step", BAR, PRODUCT, GIVER, TAKE, PUBLISH, ".L_join",
+    line("@P2 EXIT"), ROUND, ".L_give", GIVE, JOIN,
+]  # fmt: skip
+
+
+def test_a_grids_loop_publishes_and_polls():
+    """Though a shorter way leads past the first step's poll, which is none."""
+    out = GRID[13]
+    assert loops(GRID) == [[BAR, PRODUCT, GIVER, TAKE, PUBLISH, out, ROUND, FIRST, POLL, MORE, KEEP]]
+    assert loops(GRID, giving=True) == [[BAR, PRODUCT, GIVER, GIVE, JOIN, out, ROUND, FIRST, POLL, MORE, KEEP]]
+
+
+def test_what_is_polled_for_is_there_when_everybody_has_sent():
+    product = line("MOV R3, R3", 100)
+    owner, giver = [BAR, product, PUBLISH, POLL, MORE, KEEP], [BAR, POLL, MORE, KEEP]
+    cycles = [Scheduler(ways, 30, arch=90, exchange=700.0).play() for ways in ([owner], [owner, giver])]
+    assert cycles[0] == pytest.approx(BARRIER + 100 + 700, abs=30)
+    assert cycles[1] == pytest.approx(cycles[0], abs=30)  # who asks before that waits as long
+
+
 def test_a_warp_that_is_divided_takes_no_detour():
     code = [".L_ask", ASK, line("BRA.DIV UR4, `(.L_trap)"), *CLUSTER[3:]]
     (way,) = loops(code)

@@ -69,8 +69,8 @@ def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
 
 
 def readable(mangled: str) -> str:
-    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false, false>; `units-mma` if the last is true, and
-    `cluster-mma` of cluster_sweep<MmaConfig<...>, false>.
+    """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false, false>; `units-mma` if the last is true,
+    `cluster-mma` of cluster_sweep<MmaConfig<...>, false>; and `grid-mma 512x8/32` of grid_sweep, of 32 blocks.
     """
     kind = re.search(r"(Mma|Fma)ConfigI", mangled)
     assert kind, f"a kernel that is not a block sweep: {mangled}"
@@ -78,11 +78,13 @@ def readable(mangled: str) -> str:
     found = re.search(r"MathE(\d)E", mangled)
     math = ("mma", "tf32", "tf32x3")[int(found.group(1))] if found else "fma"
     dtype = next((n for tag, n in (("8BFloat16", "bfloat16"), ("7Float16", "float16")) if tag in mangled), "float32")
-    flags = re.search(r"ELb(\d)E(?:Lb(\d)E)?", mangled)
+    flags = re.search(r"Lb\dEEELb(\d)E(?:Lb(\d)E)?", mangled)  # behind the configuration's own
     assert flags, f"a sweep of an older form: {mangled}"
     direction = "backward" if flags.group(1) == "1" else "forward"
-    of = "cluster-" if "cluster_sweep" in mangled else "units-" if flags.group(2) == "1" else ""
-    return f"{dtype} {of}{math} {numbers[0]}x{numbers[1]} {direction}"
+    grid = "grid_sweep" in mangled
+    of = "grid-" if grid else "cluster-" if "cluster_sweep" in mangled else "units-" if flags.group(2) == "1" else ""
+    size = f"{numbers[0]}x{numbers[1]}" + (f"/{numbers[6]}" if grid else "")
+    return f"{dtype} {of}{math} {size} {direction}"
 
 
 def compiler_release(path: Path) -> str:

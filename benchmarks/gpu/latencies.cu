@@ -164,6 +164,40 @@ __global__ void grid_sync(long long* out) {
   if (grid.thread_rank() == 0) *out = clock64() - start;
 }
 
+// What the blocks of a grid do between two products, as grid_exchange.cuh does it: everybody publishes `count` packets
+// of 16 bytes, numbered by the step and twice in a row, and polls for all of everybody's at once, from its own on.
+// `before`: steps of earlier launches, whose numbers are still there.
+constexpr int kPolls = 12;
+__global__ void grid_gather(long long* out, uint4* workspace, int count, int before) {
+  const int all = static_cast<int>(gridDim.x) * count, own = static_cast<int>(blockIdx.x) * count;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  uint32_t word = 0;
+  const long long start = clock64();
+  for (int i = 1; i <= kRepeat; ++i) {
+    const uint32_t step = before + i;
+    uint4* const buffer = workspace + (step & 1) * 2 * all;
+    if (thread < count) {
+      device::store_packet(buffer + own + thread, {word, word, word, step});
+      device::store_packet(buffer + own + thread + all, {word, word, word, step});
+    }
+    uint4 packet[kPolls];
+#pragma unroll
+    for (int p = 0; p < kPolls; ++p) packet[p].w = thread + p * threads < all ? ~step : step;
+    for (uint32_t missing = 1; missing;) {
+#pragma unroll
+      for (int p = 0; p < kPolls; ++p)
+        device::load_packet_if(packet[p].w != step, buffer + own + thread + p * threads, packet[p]);
+      missing = 0;
+#pragma unroll
+      for (int p = 0; p < kPolls; ++p) missing |= packet[p].w ^ step;
+    }
+#pragma unroll
+    for (int p = 0; p < kPolls; ++p) word |= thread + p * threads < all ? packet[p].x : 0;
+    __syncthreads();
+  }
+  if (blockIdx.x == 0 && thread == 0) *out = clock64() - start + (word == 12345);
+}
+
 // ---- clusters
 __global__ void cluster_barrier(long long* out) {
   const long long start = clock64();
@@ -358,6 +392,26 @@ int main() {
     return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_sync), device.multiProcessorCount, 256, arguments,
                                        0, nullptr);
   });
+  uint4* workspace = nullptr;
+  constexpr int kMost = 256 * kPolls;  // packets
+  check(cudaMalloc(&workspace, 4 * kMost * sizeof(uint4)), "cudaMalloc");
+  check(cudaMemset(workspace, 0, 4 * kMost * sizeof(uint4)), "cudaMemset");
+  int before = 0;
+  for (const int blocks : {2, 8, 32, 64, 128}) {
+    for (const int count : {3, 11, 22}) {
+      if (blocks > device.multiProcessorCount || blocks * count > kMost) continue;
+      measure(
+          "everything to everybody, through L2",
+          std::to_string(count) + " packets of each, " + std::to_string(blocks) + " CTAs of 256 threads", kRepeat, [&] {
+            int given = count;
+            void* arguments[] = {&results, &workspace, &given, &before};
+            const cudaError_t error =
+                cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_gather), blocks, 256, arguments, 0, nullptr);
+            before += kRepeat;
+            return error;
+          });
+    }
+  }
   if (device.major >= 9 && device.major < 12) {
     measure_clusters<2>();
     measure_clusters<4>();

@@ -9,8 +9,9 @@ round a loop from barrier to barrier; the other three schedulers run in step wit
 for a warp it does four times. Three latencies of a load from device memory, or of a copy into shared memory: 30 cycles,
 as if there were none, 280, as from L2, and 650. Where they differ, reading ahead does not hide the latency.
 
-Of a cluster the loop goes from the wait for the peers to itself, and what is sent to them is there as many cycles later
-as the planner takes for it (cuda_plan.py; measured on an H100), with all the rows of a tile.
+Of a cluster the loop goes from the wait for the peers to itself, of a grid from barrier to barrier; what is sent to the
+others is there as many cycles later as the planner takes for it (cuda_plan.py; measured on an H100), with all the rows
+of a tile. A packet is polled for once.
 
 What the model does not know: bank conflicts, caches, clocks, that an instruction cache may miss. It plays a loop's code
 from the first instruction to the last: of the kernels of units, whose loop has six activations and three forms, all of
@@ -84,6 +85,8 @@ def played(line: Instruction, load: float, arch: int, wavefronts: float, senders
     opcode = line.opcode
     if line.is_send:
         return Played(line, "memory", 4 * senders * WIDTHS["128"], OTHER_LATENCY)
+    if line.is_poll:  # see Scheduler.issue for when it is answered
+        return Played(line, "memory", 4 * WIDTHS["128"], 0.0)
     if opcode.startswith("LDGDEPBAR"):
         return Played(line, "none", 0.0, OTHER_LATENCY, closes=True)
     if opcode.startswith(MEMORY):
@@ -114,6 +117,7 @@ class Warp:
     groups: list[float] = field(default_factory=list)  # the same when each group was closed
     barriers: int = 0  # that it has arrived at
     sent: float = 0.0  # when its last store to a peer was on its way
+    sent_in: int = 0  # and in which round
     earliest: float | None = None  # when its next instruction may issue, as far as that hangs on the warp alone
 
 
@@ -156,6 +160,8 @@ class Scheduler:
         if next_.queued or next_.line.is_barrier or warp.loop[0].line.is_phase:
             if warp.barriers > len(self.released):
                 return math.inf
+            if next_.line.is_poll and max(w.sent_in for w in self.warps) < warp.barriers:
+                return math.inf  # asks in vain
             return max(now, self.released[warp.barriers - 1]) if warp.barriers else now
         return max(now, self.free[next_.unit])
 
@@ -164,6 +170,8 @@ class Scheduler:
         begin = max(now, self.free[next_.unit])
         self.free[next_.unit], self.free["issue"] = begin + next_.cycles, now + 1
         result, line = begin + next_.latency, next_.line
+        if line.is_poll:
+            result = max(result, max(w.sent for w in self.warps) + self.exchange)
         if next_.copies:
             warp.copies = max(warp.copies, result)
         elif next_.closes:
@@ -173,7 +181,7 @@ class Scheduler:
         if line.reads != NO_BOARD:
             warp.boards[line.reads] = max(warp.boards[line.reads], begin + OPERANDS_READ)
         if line.is_send:
-            warp.sent = begin + next_.cycles
+            warp.sent, warp.sent_in = begin + next_.cycles, warp.barriers
         if line.is_barrier or line.is_phase:
             warp.barriers += 1
             if min(w.barriers for w in self.warps) > len(self.released):
@@ -199,8 +207,18 @@ class Scheduler:
 def kernel_of(name: str) -> cuda_plan.Kernel:
     _, math_, size, _ = name.split()
     kind, _, product = math_.rpartition("-")
-    every = {"": cuda_plan.KERNELS, "units": cuda_plan.UNIT_KERNELS, "cluster": cuda_plan.CLUSTER_KERNELS}[kind]
-    return next(k for k in every if (k.math, f"{k.hidden}x{k.rows}") == (product, size))
+    every = {
+        "": cuda_plan.KERNELS,
+        "units": cuda_plan.UNIT_KERNELS,
+        "cluster": cuda_plan.CLUSTER_KERNELS,
+        "grid": cuda_plan.GRID_KERNELS,
+    }[kind]
+    return next(k for k in every if (k.math, size_of(k)) == (product, size))
+
+
+def size_of(kernel: cuda_plan.Kernel) -> str:
+    """As in a kernel's name: of a grid with the number of its blocks."""
+    return f"{kernel.hidden}x{kernel.rows}" + (f"/{kernel.ctas}" if kernel.grid else "")
 
 
 def wavefronts(kernel: cuda_plan.Kernel) -> float:

@@ -43,8 +43,13 @@ class Instruction:
 
     @property
     def is_send(self) -> bool:
-        """To a peer's shared memory."""
-        return self.opcode.startswith("STAS")
+        """To a peer's shared memory, or to whoever polls for it."""
+        return self.opcode.startswith("STAS") or bool(re.match(r"STG\S*\.STRONG\.GPU", self.opcode))
+
+    @property
+    def is_poll(self) -> bool:
+        """For what another block of a grid sends."""
+        return bool(re.match(r"LDG\S*\.STRONG\.GPU", self.opcode))
 
     @property
     def is_gift(self) -> bool:
@@ -92,12 +97,13 @@ def loops(code: Code, *, giving: bool = False) -> list[list[Instruction]]:
     """Every loop from a block barrier to itself by the shortest way, once each; the barrier comes first.
 
     Of a cluster, from the wait for the peers to itself, by the shortest way on which something is sent to them, or
-    given to another warp. No warp is divided.
+    given to another warp; of a grid, from a barrier to itself, on which theirs is polled for, too. No warp is divided.
     """
     target = {line: i for i, line in enumerate(code) if isinstance(line, str)}
     places = {i: line for i, line in enumerate(code) if isinstance(line, Instruction)}
     phases = {i for i, line in places.items() if line.is_phase}
     barriers = phases or {i for i, line in places.items() if line.is_barrier}
+    needed = 1 if phases else 2 if any(line.is_poll for line in places.values()) else 0
 
     def following(i: int) -> Iterator[int]:
         line = code[i]
@@ -110,29 +116,34 @@ def loops(code: Code, *, giving: bool = False) -> list[list[Instruction]]:
         if i + 1 < len(code):
             yield i + 1
 
-    # A place on a way, and whether what has to be was sent on it: of a block nothing has to be.
-    Place = tuple[int, bool]
+    # A place on a way, and what of that was done before it: 1 it has sent, or given, 2 and polled.
+    Place = tuple[int, int]
+
+    def done(line: Instruction | str, so_far: int) -> int:
+        if isinstance(line, str):
+            return so_far
+        next_ = (line.is_gift if giving else line.is_send) if so_far == 0 else line.is_poll
+        return so_far + (next_ and so_far < needed)
 
     def way_to_next(barrier: int) -> list[int]:
         """From a barrier to the next one, both included; empty if there is none."""
-        start = (barrier, not phases)
+        start = (barrier, 0)
         cost: dict[Place, int] = {start: 0}
         origin: dict[Place, Place] = {}
         queue = [(0, start)]
         while queue:
             so_far, place = heapq.heappop(queue)
-            i, sent = place
-            if i in barriers and sent and so_far:
+            i, stage = place
+            if i in barriers and so_far:
+                if stage < needed:
+                    continue  # a phase is asked for again
                 way = [place]
                 while way[-1] != start or len(way) == 1:
                     way.append(origin[way[-1]])
                 return [at for at, _ in reversed(way)]
-            if i in phases and so_far:
-                continue  # asked again
             for further_on in following(i):
                 line = code[further_on]
-                sends = isinstance(line, Instruction) and (line.is_gift if giving else line.is_send)
-                after = (further_on, sent or sends)
+                after = (further_on, done(line, stage))
                 further = so_far + isinstance(line, Instruction)
                 if further < cost.get(after, further + 1) or (after == start and after not in origin):
                     cost[after], origin[after] = further, place

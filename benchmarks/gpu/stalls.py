@@ -26,7 +26,7 @@ def profile(kernel: str, folder: Path) -> list[list[str]]:
     command = [find_tool("ncu"), "--clock-control", "none", "--warp-sampling-interval", "0", "-f", "-o", str(report)]
     for section in SECTIONS:
         command += ["--section", section]
-    command += ["-k", "regex:(block|cluster)_sweep", "-c", "1", sys.executable, "-m", "benchmarks.gpu.steps"]
+    command += ["-k", "regex:(block|cluster|grid)_sweep", "-c", "1", sys.executable, "-m", "benchmarks.gpu.steps"]
     command += [str(folder / "steps.json"), "--only", kernel, "--launches", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -44,9 +44,12 @@ class Step:
     """One kernel on `blocks` tiles of its own size; `run(steps)` launches it once."""
 
     def __init__(self, instance: tuple[int, ...], blocks: int, activation: str = "relu", lengths: bool = False) -> None:
-        dtype, math, self.backward, self.units, self.hidden, self.rows, ctas, _, _ = instance
-        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, ctas, 0, 0), dtype, self.rows * blocks
+        dtype, math, self.backward, self.units, self.hidden, self.rows, ctas, _, _, workspace_bytes = instance
         options = {"device": "cuda", "dtype": DTYPES[dtype]}
+        self.workspace = torch.empty(blocks * workspace_bytes, dtype=torch.uint8, device="cuda")
+        workspace = self.workspace.data_ptr(), self.workspace.numel()
+        self.kernel, self.dtype, self.batch = (math, self.hidden, self.rows, ctas, 0, 0, *workspace), dtype, self.rows
+        self.batch *= blocks
         torch.manual_seed(0)
         size = (LONG, self.batch, self.hidden)
         self.weight = torch.randn(self.hidden, self.hidden, **options) * 0.01 / self.hidden**0.5
@@ -84,15 +87,16 @@ class Step:
 
 
 def name_of(instance: tuple[int, ...]) -> str:
-    dtype, math, backward, units, hidden, rows, ctas, _, _ = instance
+    dtype, math, backward, units, hidden, rows, ctas, _, _, workspace_bytes = instance
     kind = str(DTYPES[dtype]).removeprefix("torch.")
-    of = "units-" if units else "cluster-" if ctas > 1 else ""
-    return f"{kind} {of}{MATH[math]} {hidden}x{rows} {'backward' if backward else 'forward'}"
+    of = "units-" if units else "grid-" if workspace_bytes else "cluster-" if ctas > 1 else ""
+    size = f"{hidden}x{rows}" + (f"/{ctas}" if workspace_bytes else "")
+    return f"{kind} {of}{MATH[math]} {size} {'backward' if backward else 'forward'}"
 
 
 def places(ctas: int, sms: int) -> int:
     """How many tiles run at a time, one to an SM."""
-    every = (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS)
+    every = (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS, *cuda_plan.GRID_KERNELS)
     return next(kernel for kernel in every if kernel.ctas == ctas).places(sms)
 
 

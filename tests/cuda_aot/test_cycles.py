@@ -18,7 +18,7 @@ from tests.cuda_aot.test_resources import can_run, every_kernel, module
 COMMITTED = json.loads(predict.TABLE.read_text())
 SAMPLE = (  # played anew
     "bfloat16 mma 128x8 forward", "bfloat16 mma 128x8 backward", "float32 fma 64x2 forward",
-    "bfloat16 cluster-mma 1024x8 forward",
+    "bfloat16 cluster-mma 1024x8 forward", "bfloat16 grid-mma 2048x8/128 backward",
 )  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def test_the_table_is_of_this_code():
 
 @pytest.mark.parametrize(
     "kernel",
-    [k for k in (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS) if k.math == "fma"],
-    ids=lambda k: f"{k.hidden}x{k.rows}",
+    [k for k in (*cuda_plan.KERNELS, *cuda_plan.CLUSTER_KERNELS, *cuda_plan.GRID_KERNELS) if k.math == "fma"],
+    ids=predict.size_of,
 )
 def test_wavefronts_of_fma_loads_lie_between_the_states_and_the_matrixs(kernel):
     assert 1 <= predict.wavefronts(kernel) <= 4

@@ -36,7 +36,7 @@ EMPTY = 16  # registers that a kernel without a body may take
 # Kernels within a register or two of the limit, which spilled in one version or another of the sources.
 SHORT_OF_REGISTERS = {
     86: ("float16 mma 192x8",),
-    89: ("bfloat16 mma 192x8",),
+    89: ("bfloat16 mma 192x8", "float32 grid-fma 2048x4/128"),
     100: ("float16 mma 384x8", "float16 units-mma 384x8", "float32 tf32x3 192x8", "float32 tf32 256x8"),
     120: ("bfloat16 mma 192x8", "float32 tf32 128x8"),
 }
@@ -89,13 +89,19 @@ def can_run(name: str, arch: int) -> bool:
     """
     kernel = kernel_of(name)
     fits = kernel.shared_bytes(backward=name.endswith("backward")) <= SHARED_LIMIT[arch] * 1024
-    return fits and (kernel.ctas == 1 or arch >= 90)
+    return fits and (kernel.ctas == 1 or kernel.grid or arch >= 90)
 
 
 def every_kernel() -> set[str]:
     return {
-        f"{dtype} {'units-' * k.units}{'cluster-' * (k.ctas > 1)}{k.math} {k.hidden}x{k.rows} {direction}"
-        for k in (*cuda_plan.KERNELS, *cuda_plan.UNIT_KERNELS, *cuda_plan.CLUSTER_KERNELS)
+        f"{dtype} {of}{k.math} {predict.size_of(k)} {direction}"
+        for of, kernels in (
+            ("", cuda_plan.KERNELS),
+            ("units-", cuda_plan.UNIT_KERNELS),
+            ("cluster-", cuda_plan.CLUSTER_KERNELS),
+            ("grid-", cuda_plan.GRID_KERNELS),
+        )
+        for k in kernels
         for dtype in (("bfloat16", "float16") if k.math == "mma" else ("float32",))
         for direction in ("forward", "backward")
     }
@@ -189,21 +195,27 @@ def test_the_table_has_every_kernel_on_every_architecture():
 
 
 def instantiations(kernels: tuple[str, ...]) -> str:
-    """C++ that has the compiler make both directions of the named kernels, with the columns of block_configs.h."""
-    configs = (TABLE.parents[2] / "csrc" / "cuda" / "block_configs.h").read_text()
+    """C++ that has the compiler make both directions of the named kernels, with the columns of block_configs.h or
+    grid_configs.h.
+    """
     lines = ['#include "block.cuh"', "namespace fused_rin {"]
     for kernel in kernels:
         dtype, math, size = kernel.split()
+        plan = "grid" if math.startswith("grid-") else "block"
+        configs = (TABLE.parents[2] / "csrc" / "cuda" / f"{plan}_configs.h").read_text()
         element = {"float32": "float", "bfloat16": "T", "float16": "T"}[dtype]
-        units, math = str(math.startswith("units-")).lower(), math.removeprefix("units-")
-        math_name = {"mma": "kMma", "tf32": "kTf32", "tf32x3": "kTf32x3"}[math]
-        columns = r",\s*".join(size.split("x"))
-        found = re.search(rf"MmaConfig<{element}, Math::{math_name},\s*{columns},[^>]*>", configs)
-        assert found, f"{kernel} is not in block_configs.h"
+        units = "" if plan == "grid" else f", {str(math.startswith('units-')).lower()}"
+        product = math.rpartition("-")[2]
+        math_name = {"mma": "kMma", "tf32": "kTf32", "tf32x3": "kTf32x3", "fma": ""}[product]
+        head = f"MmaConfig<{element}, Math::{math_name}," if math_name else "FmaConfig<"
+        of_tile, _, ctas = size.partition("/")
+        columns = r",\s*".join(of_tile.split("x")) + rf",[^>]*{ctas}[^>]*>"
+        found = re.search(rf"{head}\s*{columns}", configs)
+        assert found, f"{kernel} is not in {plan}_configs.h"
         tag = {"bfloat16": "BFloat16", "float16": "Float16"}.get(dtype, "")
         config = found.group().replace("<T,", f"<device::{tag},")
         for backward in ("false", "true"):
-            lines.append(f"template __global__ void block_sweep<{config}, {backward}, {units}>(const Problem);")
+            lines.append(f"template __global__ void {plan}_sweep<{config}, {backward}{units}>(const Problem);")
     return "\n".join([*lines, "}", ""])
 
 
