@@ -105,10 +105,10 @@ class TestOnAGpu:
         assert (choice.backend, choice.passed_over) == ("cuda", {})
 
     def test_triton_where_cuda_has_no_plan(self):
-        choice = explain((5, 2, 1100), device="cuda", dtype=torch.bfloat16)
+        choice = explain((5, 2, 2100), device="cuda", dtype=torch.bfloat16)
         assert choice.backend == "triton"
         assert "before it cannot run" in choice.reason
-        assert "hidden sizes up to 1024" in choice.passed_over["cuda"]
+        assert "hidden sizes up to 2048" in choice.passed_over["cuda"]
         assert "use backend='triton'" in choice.passed_over["cuda"]
         assert "not cuda: " in str(choice)
 
@@ -129,10 +129,10 @@ class TestOnAGpu:
     @pytest.mark.parametrize("reason", ["is not installed", "is older than"])
     def test_triton_absent_or_too_old(self, reason):
         self.monkeypatch.setattr(triton_kernels, "_missing", lambda: f'Triton {reason}; use backend="auto"')
-        choice = explain((5, 2, 1000), device="cuda")
+        choice = explain((5, 2, 3000), device="cuda")
         assert choice.backend == "reference"
         assert reason in choice.passed_over["triton"]
-        self.refuses("triton", 1000, torch.float32, f"{reason}.*use backend=")
+        self.refuses("triton", 3000, torch.float32, f"{reason}.*use backend=")
 
     def test_an_old_gpu(self):
         self.be(Device("T4", (7, 5), 40, 64 * 1024, 65536, 4 << 20, 1))

@@ -96,5 +96,5 @@ def test_an_empty_batch_and_what_no_kernel_takes(operators):
     assert h_n.shape == (0, 1, 24)
     with pytest.raises(ValueError, match="the CUDA kernels take float32, bfloat16 and float16"):
         forward(*make_case(2, 1, 8, dtype=torch.float64).arguments)
-    with pytest.raises(ValueError, match="no CUDA kernel holds a matrix of 1100 units on this device"):
-        forward(*make_case(2, 1, 1100, dtype=BF16).arguments)
+    with pytest.raises(ValueError, match="no CUDA kernel holds a matrix of 2100 units on this device"):
+        forward(*make_case(2, 1, 2100, dtype=BF16).arguments)
