@@ -7,6 +7,7 @@ the containers; the attributes are those that `cuobjdump -elf` prints by name (E
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -68,6 +69,20 @@ def cubins(path: Path) -> Iterator[tuple[int, dict[str, Resources]]]:
         yield _parse(image)
 
 
+def codes(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(sm number, {mangled kernel name: a digest of its machine code}) for every cubin in a file."""
+    for image in images(path):
+        sections = _Sections(image)
+        yield (
+            sections.arch,
+            {
+                name.removeprefix(".text."): hashlib.sha256(sections.content(i)).hexdigest()[:12]
+                for name, i in sections.places.items()
+                if name.startswith(".text.")
+            },
+        )
+
+
 def readable(mangled: str) -> str:
     """`bfloat16 mma 128x8 forward` of block_sweep<MmaConfig<...>, false, false>; `units-mma` if the last is true,
     `cluster-mma` of cluster_sweep<MmaConfig<...>, false>; and `grid-mma 512x8/32` of grid_sweep, of 32 blocks.
@@ -93,21 +108,31 @@ def compiler_release(path: Path) -> str:
     return match.group(1).decode() if match else ""
 
 
+def _text(table: bytes, at: int) -> str:
+    return table[at : table.index(b"\0", at)].decode()
+
+
+class _Sections:
+    """Of an ELF file: `places` is {name: number}."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        section_offset, flags = struct.unpack_from("<QI", data, 40)
+        entry_size, count, names_index = struct.unpack_from("<HHH", data, 58)
+        self.headers = [
+            struct.unpack_from("<IIQQQQIIQQ", data, section_offset + i * entry_size) for i in range(count)
+        ]  # name, type, flags, address, offset, size, link, info, alignment, entry size
+        names = self.content(names_index)
+        self.places = {_text(names, h[0]): i for i, h in enumerate(self.headers)}
+        self.arch = flags >> 8 & 0xFF
+
+    def content(self, i: int) -> bytes:
+        return self.data[self.headers[i][4] : self.headers[i][4] + self.headers[i][5]]
+
+
 def _parse(data: bytes) -> tuple[int, dict[str, Resources]]:
-    section_offset, flags = struct.unpack_from("<QI", data, 40)
-    entry_size, count, names_index = struct.unpack_from("<HHH", data, 58)
-    headers = [
-        struct.unpack_from("<IIQQQQIIQQ", data, section_offset + i * entry_size) for i in range(count)
-    ]  # name, type, flags, address, offset, size, link, info, alignment, entry size
-
-    def content(i: int) -> bytes:
-        return data[headers[i][4] : headers[i][4] + headers[i][5]]
-
-    def text(table: bytes, at: int) -> str:
-        return table[at : table.index(b"\0", at)].decode()
-
-    names = content(names_index)
-    section = {text(names, h[0]): i for i, h in enumerate(headers)}
+    sections = _Sections(data)
+    section, content = sections.places, sections.content
     symbols, strings = content(section[".symtab"]), content(section[".strtab"])
     attributes: dict[str, dict[int, int]] = {}
     info, at = content(section[".nv.info"]), 0
@@ -118,7 +143,7 @@ def _parse(data: bytes) -> tuple[int, dict[str, Resources]]:
             continue
         if size == 8:
             symbol, value = struct.unpack_from("<II", info, at)
-            name = text(strings, struct.unpack_from("<I", symbols, symbol * 24)[0])
+            name = _text(strings, struct.unpack_from("<I", symbols, symbol * 24)[0])
             attributes.setdefault(name, {})[attribute] = value
         at += size
     kernels = {}
@@ -129,6 +154,6 @@ def _parse(data: bytes) -> tuple[int, dict[str, Resources]]:
         kernels[name] = Resources(
             registers=values[_REGCOUNT],
             stack=max(values.get(_FRAME_SIZE, 0), values.get(_MIN_STACK_SIZE, 0)),
-            static_shared=headers[shared][5] if shared is not None else 0,
+            static_shared=sections.headers[shared][5] if shared is not None else 0,
         )
-    return flags >> 8 & 0xFF, kernels
+    return sections.arch, kernels

@@ -21,17 +21,16 @@ them, and what it says is a bound. What it is worth is in benchmarks/NOTES-cuda.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fused_rin import cuda_plan
 
-from benchmarks.gpu.cubins import compiler_release, readable
+from benchmarks.gpu.cubins import codes, compiler_release, readable
 from benchmarks.gpu.sass import NO_BOARD, Instruction, disassemble, loops
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "step-cycles.json"
@@ -256,16 +255,23 @@ def cycles(kernel: cuda_plan.Kernel, ways: Ways, arch: int) -> list[int]:
     return [round(scheduler(kernel, ways, load, arch).play()) for load in LOAD_LATENCIES]
 
 
-def digest(found: dict[str, Ways]) -> str:
-    """What a kernel's loops are: another schedule has another one."""
-    single = {kind: ways[0] if len(ways) == 1 else ways for kind, ways in found.items()}
-    return hashlib.sha256(repr(single).encode()).hexdigest()[:12]
+def digests(module: Path) -> dict[tuple[str, str], str]:
+    """{(architecture, kernel): a digest of its machine code}; empty kernels too."""
+    return {(f"sm_{arch}", readable(name)): code for arch, found in codes(module) for name, code in found.items()}
 
 
-def kernels(module: Path) -> Iterator[tuple[str, str, dict[str, Ways]]]:
-    """(architecture, kernel, the ways of its warps round its loops) of what is not empty there."""
-    for arch, functions in disassemble(module):
+def kernels(module: Path, only: Collection[str] = ()) -> Iterator[tuple[str, str, dict[str, Ways]]]:
+    """(architecture, kernel, the ways of its warps round its loops) of what is not empty there; of all, or of some
+    kernels only.
+    """
+
+    def wanted(mangled: str) -> bool:
+        return not only or readable(mangled) in only
+
+    for arch, functions in disassemble(module, wanted):
         for mangled, code in functions.items():
+            if not wanted(mangled):
+                continue
             if owners := named(loops(code)):
                 gives = any(isinstance(line, Instruction) and line.is_gift for line in code)
                 givers = named(loops(code, giving=True)) if gives else {}
@@ -283,18 +289,19 @@ def built() -> Path:
 def write(module: Path) -> None:
     """The table, with a line a kernel so that a difference shows what changed."""
     lines: dict[str, list[str]] = {}
+    code = digests(module)
     for arch, name, found in kernels(module):
         number = int(arch.removeprefix("sm_"))
         row: dict[str, object] = {kind: cycles(kernel_of(name), ways, number) for kind, ways in found.items()}
-        lines.setdefault(arch, []).append(f"   {json.dumps(name)}: {json.dumps({**row, 'code': digest(found)})}")
+        lines.setdefault(arch, []).append(f"   {json.dumps(name)}: {json.dumps({**row, 'code': code[arch, name]})}")
     body = ",\n".join(f'  "{arch}": {{\n' + ",\n".join(sorted(rows)) + "\n  }" for arch, rows in sorted(lines.items()))
     head = f' "nvcc": {json.dumps(compiler_release(module))},\n "load latencies": {json.dumps(LOAD_LATENCIES)},\n'
     TABLE.write_text("{\n" + head + ' "cycles": {\n' + body + "\n }\n}\n")
 
 
 def show(wanted: str, wanted_arch: str) -> None:
-    for arch, name, found in kernels(built()):
-        if (arch, name) != (wanted_arch, wanted):
+    for arch, name, found in kernels(built(), [wanted]):
+        if arch != wanted_arch:
             continue
         kernel = kernel_of(name)
         for kind, ways in found.items():

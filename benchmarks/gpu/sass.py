@@ -6,11 +6,12 @@ releases when its result has arrived or its operands are read, and which ones it
 
 from __future__ import annotations
 
+import functools
 import heapq
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Instruction:
     reads: int  # that is released when its operands are read, or NO_BOARD
     waits: tuple[int, ...]  # scoreboards that have to be free
 
-    @property
+    @functools.cached_property
     def opcode(self) -> str:
         return re.sub(r"^@\S+\s+", "", self.text).split()[0]
 
@@ -83,9 +84,11 @@ def functions(disassembly: str) -> dict[str, Code]:
     return found
 
 
-def disassemble(module: Path) -> Iterator[tuple[int, dict[str, Code]]]:
-    """(sm number, {mangled kernel name: code}) for every cubin in a file."""
-    for image, (arch, _) in zip(images(module), cubins(module), strict=True):
+def disassemble(module: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[int, dict[str, Code]]]:
+    """(sm number, {mangled kernel name: code}) for every cubin in a file that has a wanted kernel."""
+    for image, (arch, kernels) in zip(images(module), cubins(module), strict=True):
+        if not any(map(wanted, kernels)):
+            continue
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(image)
             file.flush()
