@@ -183,13 +183,15 @@ __global__ void grid_gather(long long* out, uint4* workspace, int count, int bef
     uint4 packet[kPolls];
 #pragma unroll
     for (int p = 0; p < kPolls; ++p) packet[p].w = thread + p * threads < all ? ~step : step;
-    for (uint32_t missing = 1; missing;) {
+    for (int tries = 0;; ++tries) {
 #pragma unroll
       for (int p = 0; p < kPolls; ++p)
         device::load_packet_if(packet[p].w != step, buffer + own + thread + p * threads, packet[p]);
-      missing = 0;
+      uint32_t missing = 0;
 #pragma unroll
       for (int p = 0; p < kPolls; ++p) missing |= packet[p].w ^ step;
+      if (!missing) break;
+      device::poll_again(tries);
     }
 #pragma unroll
     for (int p = 0; p < kPolls; ++p) word |= thread + p * threads < all ? packet[p].x : 0;

@@ -1,7 +1,7 @@
 """Plays the machine code of a step of every kernel: how many cycles it takes, and where it waits.
 
     python -m benchmarks.gpu.predict                 cycles of the built module to benchmarks/results/step-cycles.json
-    python -m benchmarks.gpu.predict --show "bfloat16 mma 128x8 forward" [--arch sm_90]
+    python -m benchmarks.gpu.predict --show "bfloat16 mma 128x8 forward" [--arch sm_90] [--exchange CYCLES]
 
 Needs the built module and nvdisasm (on the PATH, under CUDA_HOME, or in Triton's package). The model is of one of an
 SM's four schedulers and its warps, each of which runs in order, by the control bits of its instructions (sass.py),
@@ -299,13 +299,15 @@ def write(module: Path) -> None:
     TABLE.write_text("{\n" + head + ' "cycles": {\n' + body + "\n }\n}\n")
 
 
-def show(wanted: str, wanted_arch: str) -> None:
+def show(wanted: str, wanted_arch: str, exchange: float | None) -> None:
     for arch, name, found in kernels(built(), [wanted]):
         if arch != wanted_arch:
             continue
         kernel = kernel_of(name)
         for kind, ways in found.items():
             player = scheduler(kernel, ways, LOAD_LATENCIES[-1], int(arch.removeprefix("sm_")))
+            if exchange is not None:
+                player.exchange = exchange
             print(f"{name}, {kind}: {player.play():.0f} cycles, {len(ways[0])} instructions")
             for i, line in enumerate(ways[0]):
                 waited = f"waits {player.waited[i]:.0f}" if i in player.waited else ""
@@ -316,9 +318,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", metavar="KERNEL", help="print its loops, and where they wait")
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--exchange", type=float, help="between blocks, cycles; without it the planner's")
     arguments = parser.parse_args()
     if arguments.show:
-        show(arguments.show, arguments.arch)
+        show(arguments.show, arguments.arch, arguments.exchange)
     else:
         write(built())
 

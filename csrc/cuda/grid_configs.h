@@ -1,8 +1,9 @@
 // Every compiled instance of the `grid` plan.
 //
-// Columns as in cluster_configs.h. All of the matrix is in registers, 16 outputs of a block, eight warps with an eighth
-// of k each: what a step waits for is the state of all others, so many blocks with little of it each. With 2,048 units
-// also half as many blocks with 32 outputs, for devices that have no 128 SMs, and where two tiles run side by side.
+// Columns as in cluster_configs.h. 16 outputs of a block, eight warps with an eighth of k each, the matrix in
+// registers: what a step waits for is the state of all others, so many blocks with little to multiply. With 2,048 units
+// also half as many blocks with 32 outputs, a quarter of their matrix in shared memory: for devices that have no 128
+// SMs, and where two tiles run side by side. In float32 four rows of 2,048 units spilled with all of it in registers.
 #pragma once
 
 #include "block.cuh"

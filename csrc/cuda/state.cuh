@@ -12,6 +12,8 @@
 
 #include <device.cuh>
 
+#include "element.cuh"
+
 namespace fused_rin {
 
 // Neighbouring pairs, moved as one.
@@ -32,5 +34,23 @@ struct State {
 
   static __device__ __forceinline__ constexpr uint32_t row(int n) { return n * kStride + (n >> 1) * 32; }
 };
+
+// The buffers of the state where several blocks share a tile: the first with `initial` (or zeros), the other zeros.
+template <class Config, class Share>
+__device__ __forceinline__ void fill_states(const device::SharedMemory& shared, const Share& share,
+                                            const void* initial) {
+  using StateT = State<typename Config::T, Config::kHidden, Config::kRows>;
+  constexpr int kBytes = Element<typename Config::T>::kBytes, kPerRow = Config::kHidden * kBytes / 16;
+  const int64_t first = share.tile;
+#pragma unroll 1
+  for (int i = share.thread; i < Config::kRows * kPerRow; i += Config::kThreads) {
+    const int row = i / kPerRow, column = i % kPerRow * 16;
+    const bool there = initial && row < share.live_rows && column < share.hidden * kBytes;
+    const char* const from = static_cast<const char*>(initial) + first + row * share.row_bytes + column;
+    const uint32_t to = StateT::row(row) + column;
+    shared.store(to, there ? device::load_global(reinterpret_cast<const uint4*>(from)) : uint4{});
+    shared.store(to + Config::kStateBytes, uint4{});
+  }
+}
 
 }  // namespace fused_rin

@@ -1,9 +1,5 @@
 #include "fibres.h"
 
-#include <setjmp.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -12,6 +8,7 @@
 #include <random>
 
 #include "packets.h"
+#include "switch.h"
 
 namespace fused_rin::fibres {
 namespace {
@@ -24,12 +21,8 @@ struct AsyncCopy {
   size_t bytes;
 };
 
-// A fibre begins by setcontext, which alone gives it its stack, and goes on by longjmp: swapcontext asks the system for
-// the signals' mask every time, two thirds of what a switch takes.
 struct Thread {
-  ucontext_t first;
-  jmp_buf context;
-  bool begun = false;
+  Fibre fibre;
   enum class State { kReady, kBarrier, kWarp, kMbarrier, kCluster, kPacket, kDone } state = State::kReady;
   int64_t waits_for = -1;           // the number of the barrier, or the place of the mbarrier
   std::vector<const void*> polled;  // where it has looked for packets since it last waited for one
@@ -104,11 +97,7 @@ class Group {
                          {},
                          launch.threads});
     for (size_t i = 0; i < threads_.size(); ++i) {
-      getcontext(&threads_[i].first);
-      threads_[i].first.uc_stack.ss_sp = stacks + i * kStackBytes;
-      threads_[i].first.uc_stack.ss_size = kStackBytes;
-      threads_[i].first.uc_link = nullptr;
-      makecontext(&threads_[i].first, &Group::enter, 0);
+      threads_[i].fibre.prepare(stacks + i * kStackBytes, kStackBytes, &Group::enter);
       ready_.push_back(static_cast<int>(i));
     }
   }
@@ -135,7 +124,7 @@ class Group {
       active_ = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
-      resume(threads_[active_]);
+      threads_[active_].fibre.resume(scheduler_);
       if (threads_[active_].state != Thread::State::kDone) continue;
       ++done;
       --block().running;
@@ -298,18 +287,7 @@ class Group {
       group.error_ = std::current_exception();
     }
     group.thread().state = Thread::State::kDone;
-    _longjmp(group.scheduler_, 1);
-  }
-
-  // Goes on with a fibre until it waits. Not inlined, so that nothing in it lives past a jump.
-  __attribute__((noinline)) void resume(Thread& thread) {
-    if (_setjmp(scheduler_)) return;
-    if (thread.begun) _longjmp(thread.context, 1);
-    thread.begun = true;
-    setcontext(&thread.first);
-  }
-  __attribute__((noinline)) void wait_for_turn(Thread& thread) {
-    if (!_setjmp(thread.context)) _longjmp(scheduler_, 1);
+    Fibre::leave(group.scheduler_);
   }
 
   Warp& warp() { return warps_[active_ / kWarpSize]; }
@@ -405,7 +383,7 @@ class Group {
     const int me = active_;
     threads_[me].state = state;
     threads_[me].waits_for = what;
-    wait_for_turn(threads_[me]);
+    threads_[me].fibre.wait(scheduler_);
   }
   void yield() {
     ready_.push_back(active_);
@@ -457,25 +435,6 @@ class Group {
   int active_ = 0;
 };
 
-// Kept from launch to launch: to have their pages from the system anew takes a twentieth of all the time.
-struct Stacks {
-  char* memory = nullptr;
-  size_t bytes = 0;
-
-  void have(size_t wanted) {
-    if (wanted <= bytes) return;
-    release();
-    void* const all = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED) throw std::bad_alloc();
-    memory = static_cast<char*>(all), bytes = wanted;
-  }
-  void release() {
-    if (memory) munmap(memory, bytes);
-    memory = nullptr, bytes = 0;
-  }
-  ~Stacks() { release(); }
-};
-
 }  // namespace
 
 void run(const Launch& launch, const std::function<void()>& kernel) {
@@ -485,12 +444,12 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     throw KernelError("blocks come in whole clusters; got " + std::to_string(launch.blocks) + " in clusters of " +
                       std::to_string(launch.cluster));
   static thread_local Stacks stacks;
-  stacks.have(launch.threads * launch.cluster * kStackBytes);
+  char* const memory = stacks.have(launch.threads * launch.cluster * kStackBytes);
   std::mt19937_64 random(launch.seed);
   std::vector<int64_t> order(launch.blocks / launch.cluster);
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i) * launch.cluster;
   std::shuffle(order.begin(), order.end(), random);
-  for (const int64_t first : order) Group(launch, first, random(), kernel, stacks.memory).run();
+  for (const int64_t first : order) Group(launch, first, random(), kernel, memory).run();
 }
 
 int thread_idx() { return current->active(); }

@@ -151,9 +151,9 @@ def _sweep(
     if plan.workspace_bytes:  # of the caching allocator: a later sweep has it again after this one, on its stream
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
     chosen = (
-        *(cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding),
-        *(_address(workspace), plan.workspace_bytes),
-    )
+        cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding,
+        _address(workspace), plan.workspace_bytes,
+    )  # fmt: skip
     where = chosen, index, stream
     if units is None:
         _cuda.sweep_block(*problem, *where)
