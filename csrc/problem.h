@@ -65,6 +65,10 @@ struct Problem {
   int64_t workspace_bytes;  // as many tiles run at a time as it has room for
   int64_t first_tile;       // of a launch; internal
 
+  // CUDA, 16-bit types, where a call ends mid-sequence: what is carried, unrounded, or null
+  const float* carried_in;  // [B, G, D], of which state_in is the rounded copy; with state_in alone
+  float* carried_out;       // [B, G, D], written beside state_out
+
   // Units with factors of their own. Scalars here are float32, float64 with a dtype of float64.
   Form form;
   const void* skips;    // [G, D] scalars, s of each unit in place of `skip`; null only inside, where `skip` is for all

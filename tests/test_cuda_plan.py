@@ -59,17 +59,19 @@ def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
 )
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_the_sizes_that_are_promised(device, clusters, dtype):
-    """One block, then a cluster where there are any, then a grid; in float32 2,048 units take 128 SMs."""
+    """On a full device a block, then a cluster where there are any, then a grid; in float32 2,048 units take 128 SMs."""
     wide = dtype == FP32
     largest = 1024 if wide and device is A100 else 2048
     of_a_block, of_a_cluster = (256, 512) if wide else (384, 1024)
     if device is RTX4090:  # has less shared memory
         of_a_block = 192 if wide else 256
     for hidden in range(1, largest + 1):
-        kernel = plan(8, 1, hidden, dtype, device).kernel
-        assert kernel.hidden >= hidden
-        assert (kernel.ctas > 1) == (hidden > of_a_block)
-        assert kernel.grid == (hidden > (of_a_cluster if clusters else of_a_block))
+        few, many = (plan(batch, 1, hidden, dtype, device).kernel for batch in (8, 4096))
+        assert few.hidden >= hidden
+        assert few.ctas >= many.ctas
+        assert (many.ctas > 1) == (hidden > of_a_block)
+        assert many.grid == (hidden > (of_a_cluster if clusters else of_a_block))
+        assert not (few.grid and clusters and hidden <= of_a_cluster)
     with pytest.raises(NoPlan, match=rf"hidden sizes up to {largest} in {dtype} on {device.name}, got {largest + 1}"):
         plan(8, 1, largest + 1, dtype, device)
     with pytest.raises(NoPlan, match="with factors of its own for each unit on"):
@@ -93,7 +95,7 @@ def test_rows_are_spread_over_clusters_first():
         chosen = plan(batch, 1, hidden, BF16, H200)
         assert (chosen.tile_rows, chosen.blocks // chosen.kernel.ctas) == (rows, clusters)
     assert plan(1, 1, 512, BF16, H200).estimated_cycles < plan(120, 1, 512, BF16, H200).estimated_cycles
-    assert plan(8, 1, 384, BF16, H200).tile_rows == 0  # blocks have the rows that they are compiled for
+    assert plan(1024, 1, 384, BF16, H200).tile_rows == 0  # blocks have the rows that they are compiled for
 
 
 def test_code_of_older_architectures_has_no_clusters():
@@ -154,13 +156,26 @@ def test_torchs_tf32_setting_is_followed(monkeypatch):
 
 
 def test_a_matrix_that_one_architecture_cannot_hold():
-    assert plan(1, 1, 384, BF16, H100).kernel.hidden == 384
-    assert plan(1, 1, 384, BF16, RTX4090).kernel.grid
+    assert plan(1024, 1, 384, BF16, H100).kernel.hidden == 384
+    assert plan(1024, 1, 384, BF16, RTX4090).kernel.grid
     small = replace(RTX4090, sms=24)
     with pytest.raises(NoPlan, match=r"RTX 4090 offers 99 KB; use backend='triton'"):
         plan(1, 1, 384, BF16, small)
     with pytest.raises(NoPlan, match="tiny"):
         plan(1, 1, 256, FP32, TINY)
+
+
+def test_few_rows_of_a_matrix_that_fills_a_block_are_shared():
+    """Where a good part of U would lie in one block's shared memory, and other SMs have nothing to do."""
+    shared = [(384, BF16), (300, FP16), (256, FP32)]
+    for hidden, dtype in shared:
+        few, many = plan(4, 1, hidden, dtype, H100), plan(1024, 1, hidden, dtype, H100)
+        assert few.kernel.ctas == 8
+        assert few.tile_rows == 1
+        assert many.kernel.ctas == 1
+    assert plan(4, 1, 384, BF16, A100).kernel.grid
+    for hidden, dtype in ((256, BF16), (192, FP32), (128, FP32)):
+        assert plan(1, 1, hidden, dtype, H100).kernel.ctas == 1
 
 
 def test_what_the_kernels_do_not_take():
@@ -175,7 +190,7 @@ def test_a_plan_in_words():
     words = plan(16, 2, 100, BF16, H200).describe()
     for part in ("H200", "4 CTA(s)", "8 batch row(s)", "128 x 128", "registers", "tensor cores", "not a measurement"):
         assert part in words
-    assert "and shared memory" in plan(1, 1, 384, BF16, H200).describe()
+    assert "and shared memory" in plan(1024, 1, 384, BF16, H200).describe()
 
 
 def test_a_build_without_the_module_says_so(monkeypatch):

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 
+import fused_rin
 import pytest
 import torch
+from fused_rin import settings
 
-from benchmarks.gpu import measure, report, run, stalls, steps
+from benchmarks.gpu import layers, measure, report, run, stalls, steps
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, cases, precisions
 from benchmarks.harness import MODES, PEER, Case, Measurement, Results
 
@@ -219,8 +221,10 @@ def test_the_real_stages(tmp_path, monkeypatch):
         "look", "build", "tests", "steps", "stalls", "benchmark", "latencies", "report",
     ]  # fmt: skip
     second = run.stages(tmp_path, "90a", tmp_path / "scratch", part=2, shards=3)
-    assert [s.name for s in second] == ["look", "build", "tests", "memcheck", "racecheck", "training loop"]
-    # With run.json, steps.json, bench.json, table.md and speedup.png those are eight files; run-2.json and loop.json.
+    names = ["look", "build", "tests", "memcheck", "racecheck", "training loop", "layers"]
+    assert [s.name for s in second] == names
+    # With run.json, steps.json, bench.json, table.md and speedup.png those are eight files; with run-2.json, loop.json
+    # and layers.json five.
     assert {s.log for s in first} == {"", "tests.txt", "stalls.txt", "latencies.json"}
     assert {s.log for s in second} == {"", "tests-2.txt", "sanitizer.txt"}
     build = next(s for s in first if s.name == "build")
@@ -230,7 +234,34 @@ def test_the_real_stages(tmp_path, monkeypatch):
     assert not any(s.failed for s in first + second if s.status.startswith(run.LEFT_OUT))
     without = [s for part in (1, 2) for s in run.stages(tmp_path, "90a", tmp_path, part=part, nvcc=False)]
     left_out = {s.name for s in without if s.status == f"{run.LEFT_OUT}: no nvcc, so no CUDA kernels"}
-    assert left_out == {"steps", "stalls", "latencies", "memcheck", "racecheck"}
+    assert left_out == {"steps", "stalls", "latencies", "memcheck", "racecheck", "layers"}
+
+
+def test_layers_are_timed_as_they_say(monkeypatch, tmp_path):
+    """All of it but the GPU, whose clock says 7 us with layers side by side, and 30 and 9 of other ways."""
+    seen = []
+
+    def elapsed(_):
+        seen.append(settings.WAVEFRONT)
+        return {"on": 7.0, "off": 30.0}[settings.WAVEFRONT]
+
+    def runner(module, mode, batch):
+        return lambda: seen.append((type(module).__name__, mode, batch, settings.WAVEFRONT))
+
+    monkeypatch.setattr(settings, "WAVEFRONT", "")
+    monkeypatch.setattr(layers, "elapsed_us", elapsed)
+    monkeypatch.setattr(layers, "runner", runner)
+    monkeypatch.setattr(layers, "graphed", lambda run: run)
+    monkeypatch.setattr(layers.wavefront, "plan_of", lambda *_: layers.wavefront.Wave(128, None, 1.7))
+    monkeypatch.setattr(layers, "RIN", lambda *a, **k: fused_rin.RIN(8, 8, 2))
+    monkeypatch.setattr(torch.nn, "RNN", lambda *a, rnn=torch.nn.RNN, **k: rnn(8, 8, 2))
+    rows = list(layers.time_case(2, 128, 8, "forward"))
+    assert [(row["way"], row["us"], row["us_graph"]) for row in rows] == [
+        ("side by side", 7.0, 7.0), ("in turn", 30.0, 30.0), (PEER, 30.0, 30.0),
+    ]  # fmt: skip
+    assert [row.get("span") for row in rows] == [128, None, None]
+    replayed = [call for call in seen if isinstance(call, tuple)]
+    assert replayed == [("RIN", "forward", 8, "on"), ("RIN", "forward", 8, "off"), ("RNN", "forward", 8, "off")]
 
 
 def test_all_of_a_part_with_fakes(tmp_path, monkeypatch):
@@ -255,7 +286,7 @@ def test_all_of_a_part_with_fakes(tmp_path, monkeypatch):
     written = {path.name for path in (tmp_path / "results").iterdir()}
     # The report makes its own two of bench.json.
     first = {"run.json", "tests.txt", "steps.json", "stalls.txt", "bench.json", "latencies.json"}
-    assert written == first | {"run-2.json", "tests-2.txt", "sanitizer.txt", "loop.json"}
+    assert written == first | {"run-2.json", "tests-2.txt", "sanitizer.txt", "loop.json", "layers.json"}
 
 
 NCU = """==PROF== Disconnected

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.run [RESULTS] [--part 2]     RESULTS: a folder; benchmarks/results/<gpu>/ if not given
 
 Part 1: build, CUDA tests and a few of Triton's, a step of every kernel, where two of them stall, benchmark, latencies,
-table and plot. Part 2: all Triton tests, training, compute-sanitizer; it builds only what part 1 did not.
+table and plot. Part 2: all Triton tests, training, compute-sanitizer, layers side by side; it builds only what part 1
+did not.
 
 Needs no network and, beside CUDA, a Python with torch, triton, pybind11, cmake, ninja and pytest (matplotlib for the
 plot, Lightning Fabric for training): the build uses what is installed (`pip install --no-build-isolation --no-deps`). A
@@ -11,7 +12,7 @@ stage that fails is written down with the end of its output and does not stop th
 1. It is 2, before anything is done, where there is no GPU. Without nvcc the Triton backend alone is tested and
 measured.
 Part 1 writes run.json, tests.txt, steps.json, stalls.txt, bench.json, latencies.json, table.md and speedup.png; part 2
-run-2.json, tests-2.txt, loop.json and sanitizer.txt.
+run-2.json, tests-2.txt, loop.json, sanitizer.txt and layers.json.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def stages(
     program = str(scratch / "latencies")
     compile_latencies = [find_tool("nvcc"), "-std=c++17", "-O2", "-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     compile_latencies += ["-I", str(ROOT / "csrc/cuda"), str(ROOT / "benchmarks/gpu/latencies.cu"), "-o", program]
-    cuda = [[*pytest, "tests/gpu/test_cuda.py", "--shard", f"{i}/4"] for i in range(1, 5)] if nvcc else []
+    of_cuda = ["tests/gpu/test_cuda.py", "tests/gpu/test_wavefront.py"]
+    cuda = [[*pytest, *of_cuda, "--shard", f"{i}/4"] for i in range(1, 5)] if nvcc else []
     smoke = [[*pytest, "tests/gpu/test_triton.py", "-k", "test_sizes and 257 and (64 or 512)"]]
     triton = [[*pytest, "tests/gpu/test_triton.py", "--shard", f"{i}/{shards}"] for i in range(1, shards + 1)]
     training = [[*pytest, "tests/gpu/test_training.py"]]
@@ -163,11 +165,12 @@ def stages(
             Stage("memcheck", [memcheck], 60, "sanitizer.txt", alone),
             Stage("racecheck", [[*sanitizer, "racecheck", *small]], 60, "sanitizer.txt"),
             Stage("training loop", [loop], 60),
+            Stage("layers", [[python, "-m", "benchmarks.gpu.layers", str(results / "layers.json")]], 55),
         ]
         if importlib.util.find_spec("lightning_fabric") is None:
-            planned[-1].status = f"{LEFT_OUT}: no Lightning Fabric"
+            planned[-2].status = f"{LEFT_OUT}: no Lightning Fabric"
     for stage in planned:
-        if not nvcc and stage.name in ("steps", "stalls", "latencies", "memcheck", "racecheck"):
+        if not nvcc and stage.name in ("steps", "stalls", "latencies", "memcheck", "racecheck", "layers"):
             stage.status = f"{LEFT_OUT}: no nvcc, so no CUDA kernels"
         if stage.name == "stalls" and shutil.which(find_tool("ncu")) is None:
             stage.status = f"{LEFT_OUT}: no ncu"

@@ -14,6 +14,7 @@ namespace {
 // Math, hidden, rows and ctas of the instance; rows of a tile, or 0; how much of D is padding; the workspace's address
 // and bytes.
 using KernelId = std::tuple<int, int, int, int, int64_t, int64_t, Address, int64_t>;
+using CarriedAddresses = std::tuple<Address, Address>;  // carried_in, carried_out
 
 void launch(Problem p, const KernelId& kernel, int device, Address stream) {
   const auto& [math, hidden, rows, ctas, tile_rows, padding, workspace, workspace_bytes] = kernel;
@@ -27,6 +28,15 @@ void launch(Problem p, const KernelId& kernel, int device, Address stream) {
 void sweep_block(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
                  const KernelId& kernel, int device, Address stream) {
   launch(make_problem(sizes, rule, rows, tensors), kernel, device, stream);
+}
+
+// Some steps of a recurrence: the state comes and goes as it is carried.
+void sweep_block_of_span(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
+                         const CarriedAddresses& carried, const KernelId& kernel, int device, Address stream) {
+  Problem p = make_problem(sizes, rule, rows, tensors);
+  p.carried_in = pointer<const float>(std::get<0>(carried));
+  p.carried_out = pointer<float>(std::get<1>(carried));
+  launch(p, kernel, device, stream);
 }
 
 void sweep_block_of_units(const Sizes& sizes, const Rule& rule, const RowAddresses& rows, const SweepAddresses& tensors,
@@ -57,6 +67,7 @@ std::tuple<int, int> versions() {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA sweeps of fused_rin; see csrc/problem.h for the meaning of the arguments.";
   m.def("sweep_block", &sweep_block);
+  m.def("sweep_block_of_span", &sweep_block_of_span);
   m.def("sweep_block_of_units", &sweep_block_of_units);
   m.def("instances", &instances,
         "(dtype, math, backward, units, hidden, rows, ctas, threads, shared bytes, workspace bytes of a tile) of every "

@@ -57,7 +57,7 @@ void launch_block(const Problem& problem, Math math, int hidden, int rows, int c
   const auto bits = [](auto... tensors) { return (reinterpret_cast<uintptr_t>(tensors) | ...); };
   const int64_t row_bytes = problem.hidden * (problem.dtype == DType::kFloat32 ? 4 : 2);
   if ((bits(problem.weight, problem.in, problem.saved, problem.state_in, problem.out, problem.state_out,
-            problem.initial, problem.noise, problem.aside) |
+            problem.initial, problem.noise, problem.aside, problem.carried_in, problem.carried_out) |
        row_bytes) %
       16)
     throw std::invalid_argument("the block kernels need rows of whole 16 bytes, and tensors aligned to them");

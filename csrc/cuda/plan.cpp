@@ -27,6 +27,9 @@ int bytes_of(const BlockInstance& kernel) { return kernel.math == Math::kMma ? 2
 int outputs_of(const BlockInstance& kernel) { return kernel.hidden / kernel.ctas; }
 
 bool is_grid(const BlockInstance& kernel) { return kernel.workspace_bytes > 0; }
+// Cycles of blocks that share a tile against those of blocks on their own (cuda_plan.py says why).
+constexpr double kWeightOfSharing = 1.25;
+
 const Travel& travel(const BlockInstance& kernel) { return is_grid(kernel) ? kThroughL2 : kToPeers; }
 
 double arriving_cycles(const BlockInstance& kernel, int64_t rows) {
@@ -87,7 +90,7 @@ BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtyp
     throw std::invalid_argument("the CUDA kernels need compute capability 8.0 or later, this device has " +
                                 std::to_string(device.major) + "." + std::to_string(device.minor));
   BlockChoice best{};
-  using Cost = std::tuple<bool, double, int, int>;  // several blocks only where one does not hold the matrix
+  using Cost = std::tuple<double, int, int>;
   Cost least;
   int largest = 0;
   for (const BlockInstance& kernel : block_instances()) {
@@ -112,8 +115,8 @@ BlockChoice plan_block(int64_t batch, int64_t groups, int64_t hidden, DType dtyp
     const double waves = static_cast<double>(ceil_div(in_turn, resident));
     const double arriving = arriving_cycles(kernel, rows);
     const double latency = kStepLatency + (kernel.ctas > 1 ? travel(kernel).hop + arriving : 0.0);
-    const Cost cost{kernel.ctas > 1, waves * std::max(latency + work, resident * (work + arriving)), kernel.hidden,
-                    kernel.rows};
+    const double cycles = waves * std::max(latency + work, resident * (work + arriving));
+    const Cost cost{cycles * (kernel.ctas > 1 ? kWeightOfSharing : 1.0), kernel.hidden, kernel.rows};
     if (best.kernel && !(cost < least)) continue;
     best = {&kernel, kernel.ctas > 1 ? static_cast<int>(rows) : 0, std::min(tiles, places) * kernel.workspace_bytes};
     least = cost;

@@ -68,6 +68,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   constexpr bool kTileIsOutput = Product::kStateIsOutput && !kUnits;
   using UnitsOrNone = std::conditional_t<kUnits, UnitStep<Config, Product, kBackward>, NoUnits>;
   using Group = Pairs<Pair, kTogether>;
+  constexpr bool kCarries = E::kBytes == 2 && !kUnits;  // what is carried has more bits than its copy in memory
 
   const uint32_t block = static_cast<uint32_t>(device::block_idx());  // fewer than 2^31: see launch.h
   const Share<Config, Product> share(problem, block, device::thread_idx());
@@ -82,6 +83,11 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
     using Wanted = std::conditional_t<std::is_const_v<Bytes>, const Pair, Pair>;
     return reinterpret_cast<Wanted*>(static_cast<Bytes*>(tensor) + bytes);
+  };
+
+  const auto carried = [](auto* scalars, const auto& of, int p) {
+    using Wanted = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(scalars)>>, const float2, float2>;
+    return reinterpret_cast<Wanted*>(scalars + (of.tile + of.offset(p)) / E::kBytes);
   };
 
   const auto length = [&](int row) {  // clamped: values on a device are not checked, that would stall it
@@ -131,6 +137,9 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
                                                  at(problem.state_in, share.tile + share.offset(p)));
     x[p] = kBackward ? Pair{} : given;
     a[p] = E::unpack(given);
+    if constexpr (kCarries) {
+      if (problem.carried_in && share.owns(p)) a[p] = device::load_global(carried(problem.carried_in, share, p));
+    }
   }
   const UnitsOrNone units(problem, shared, Places::kFactors, share);
   Pair values[kUnits ? kPairs : 1] = {};  // of act in the last step
@@ -422,6 +431,9 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     }
     device::store_global(at(problem.state_out, again.tile + again.offset(p)),
                          kBackward || kUnits ? E::pack(a[p]) : x[p]);
+    if constexpr (kCarries) {
+      if (problem.carried_out) device::store_global(carried(problem.carried_out, again, p), a[p]);
+    }
     if (!problem.lengths || problem.offsets) continue;
 #pragma unroll 1
     for (int64_t t = steps; t < problem.steps; ++t) {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.functional import pad
 
 from fused_rin import cuda_plan, native
 from fused_rin.device import Device, NoPlan, aligned, allow_tf32, device_record, launches
-from fused_rin.problem import ACTIVATIONS, FORMS, Rows, Rule, Units
+from fused_rin.problem import ACTIVATIONS, FORMS, Rows, Rule, States, Units
 
 # Missing where it was built without nvcc.
 _cuda, _missing = native.load(
@@ -64,10 +66,15 @@ def has_factors(activation: str, form: str | None) -> bool:
     return form is not None or activation not in _OWN
 
 
+def runnable_device(device: torch.device) -> Device:
+    """A GPU as the native module's code can use it. Raises NoPlan where none of it runs there, with the reason."""
+    return _runnable(_index(device), _cuda)
+
+
 def _plan(
     batch: int, groups: int, hidden: int, dtype: torch.dtype, device: torch.device, units: bool = False
 ) -> cuda_plan.SweepPlan:
-    record = _runnable(_index(device), _cuda)
+    record = runnable_device(device)
     return cuda_plan.plan(batch, groups, hidden, dtype, record, allow_tf32=allow_tf32(), units=units)
 
 
@@ -103,6 +110,37 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _problem(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    backward: bool,
+    rule: Rule,
+    rows: Rows,
+    resets: Tensor | None,
+    tensors: Sequence[Tensor | None],
+) -> tuple[Any, ...]:
+    """The first four arguments of the native module's functions (csrc/python_problem.h)."""
+    return (
+        sizes,
+        (cuda_plan.DTYPES[dtype], ACTIVATIONS[rule.activation], backward, rule.skip, rule.num_reversed),
+        (_address(rows.lengths), _address(rows.offsets), _address(resets)),
+        tuple(map(_address, tensors)),
+    )
+
+
+def _workspace(plan: cuda_plan.SweepPlan, device: torch.device) -> Tensor | None:
+    """Of the caching allocator: a later sweep has it again after this one, on its stream."""
+    return torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device) if plan.workspace_bytes else None
+
+
+def _kernel_id(plan: cuda_plan.SweepPlan, padding: int, workspace: Tensor | None) -> tuple[int, ...]:
+    kernel = plan.kernel
+    return (
+        cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding,
+        _address(workspace), plan.workspace_bytes,
+    )  # fmt: skip
+
+
 @launches
 def _sweep(
     in_: Tensor | None,
@@ -124,7 +162,6 @@ def _sweep(
         factors = torch.full((groups, hidden), rule.skip, dtype=torch.float32, device=like.device)
         units = Units("inside", factors)
     plan = cuda_plan.plan(batch, groups, hidden, like.dtype, record, allow_tf32=allow_tf32(), units=units is not None)
-    kernel = plan.kernel
     if out is None:
         out = like.new_empty(like.shape)
     padding = -hidden % (16 // like.element_size())
@@ -141,20 +178,10 @@ def _sweep(
     weight = _whole(weight, padding, sides=2)  # type: ignore[assignment]
     resets = _whole_words(rows.resets)
     state_out = like.new_empty(batch, groups, hidden + padding)
-    problem = (
-        (steps, batch, groups, hidden + padding),
-        (cuda_plan.DTYPES[like.dtype], ACTIVATIONS[rule.activation], saved is not None, rule.skip, rule.num_reversed),
-        (_address(rows.lengths), _address(rows.offsets), _address(resets)),
-        (_address(weight), _address(in_), _address(saved), _address(state_in), _address(target), _address(state_out)),
-    )  # fmt: skip
-    workspace = None
-    if plan.workspace_bytes:  # of the caching allocator: a later sweep has it again after this one, on its stream
-        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=like.device)
-    chosen = (
-        cuda_plan.MATH[kernel.math], kernel.hidden, kernel.rows, kernel.ctas, plan.tile_rows, padding,
-        _address(workspace), plan.workspace_bytes,
-    )  # fmt: skip
-    where = chosen, index, stream
+    sizes, tensors = (steps, batch, groups, hidden + padding), (weight, in_, saved, state_in, target, state_out)
+    problem = _problem(sizes, like.dtype, saved is not None, rule, rows, resets, tensors)
+    workspace = _workspace(plan, like.device)
+    where = _kernel_id(plan, padding, workspace), index, stream
     if units is None:
         _cuda.sweep_block(*problem, *where)
     else:
@@ -170,6 +197,37 @@ def _sweep(
     elif target is not out:
         out.copy_(target)
     return out, state_out
+
+
+class Spans:
+    """Sweeps over some steps of a recurrence, all by one plan. A state crosses from one to the next unrounded."""
+
+    def __init__(self, plan: cuda_plan.SweepPlan) -> None:
+        self.plan = plan
+
+    @launches
+    def __call__(
+        self,
+        in_: Tensor | None,
+        saved: Tensor | None,
+        states: States,
+        weight: Tensor,
+        out: Tensor,
+        rows: Rows,
+        rule: Rule,
+    ) -> None:
+        """A forward sweep, with `saved` a backward one, to `out` [T, B, G, D], which may be `in_`.
+
+        All tensors contiguous, their rows whole 16 bytes and aligned to them. On the current stream.
+        """
+        _, index, stream = _place(out)
+        resets, workspace = _whole_words(rows.resets), _workspace(self.plan, out.device)
+        tensors = (weight, in_, saved, states.given, out, states.left)
+        _cuda.sweep_block_of_span(
+            *_problem(tuple(out.shape), out.dtype, saved is not None, rule, rows, resets, tensors),  # type: ignore[arg-type]
+            (_address(states.carried), _address(states.left_carried)),
+            _kernel_id(self.plan, 0, workspace), index, stream,
+        )  # fmt: skip
 
 
 def forward(

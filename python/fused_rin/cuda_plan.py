@@ -87,6 +87,9 @@ _HOP, _ARRIVING_BYTES = 430.0, 16.0
 # Through L2: where 1,024 threads polled, 128 blocks with 256 bytes each took 2,202 cycles, 2,190 by these; 8 blocks
 # with 32 to 512 bytes 627 to 848 (256 threads).
 _L2_HOP, _POLLED_BYTES = 700.0, 22.0
+# By which the estimates of blocks that share a tile are weighed against those of blocks on their own: they stand on the
+# constants above, and no such kernel has run on a GPU yet.
+_WEIGHT_OF_SHARING = 1.25
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 MATH = {"mma": 0, "tf32": 1, "tf32x3": 2, "fma": 3}
@@ -309,6 +312,22 @@ def _resident(kernel: Kernel, device: Device) -> int:
     return max(1, min(by_registers, by_shared))
 
 
+def spread(kernel: Kernel, batch: int, groups: int, device: Device) -> SweepPlan:
+    """A problem over the device by one kernel, which must fit there."""
+    places, rows = kernel.places(device.sms), kernel.rows
+    if kernel.ctas > 1:  # few rows a tile, too
+        rows = min(rows, max(1, math.ceil(batch / max(1, places // max(1, groups)))))
+    tiles = groups * math.ceil(batch / rows)
+    in_turn = max(1, math.ceil(tiles / places))  # tiles of a place
+    resident = min(_resident(kernel, device), in_turn)
+    work = kernel.work_cycles(device.capability)
+    latency = _STEP_LATENCY + kernel.exchange_cycles(rows)
+    cycles = math.ceil(in_turn / resident) * max(latency + work, resident * (work + kernel.arriving_cycles(rows)))
+    tile_rows = rows if kernel.ctas > 1 else 0
+    workspace = min(tiles, places) * kernel.workspace_bytes
+    return SweepPlan(kernel, device.name, tiles * kernel.ctas, device.sms, resident, cycles, tile_rows, workspace)
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(
     batch: int,
@@ -365,20 +384,10 @@ def plan(
             f"hidden size {hidden} in {dtype} takes at least {least / 1024:.0f} KB of shared memory a block, "
             f"{device.name} offers {device.shared_memory_per_block / 1024:.0f} KB; use backend='triton'"
         )
-    # Several blocks only where one does not hold the matrix: what they send each other takes longer than all else.
-    plans = []
-    for kernel in [k for k in fitting if k.ctas == 1] or fitting:
-        places, rows = kernel.places(device.sms), kernel.rows
-        if kernel.ctas > 1:  # few rows a tile, too
-            rows = min(rows, max(1, math.ceil(batch / max(1, places // max(1, groups)))))
-        tiles = groups * math.ceil(batch / rows)
-        in_turn = max(1, math.ceil(tiles / places))  # tiles of a place
-        resident = min(_resident(kernel, device), in_turn)
-        work = kernel.work_cycles(device.capability)
-        latency = _STEP_LATENCY + kernel.exchange_cycles(rows)
-        cycles = math.ceil(in_turn / resident) * max(latency + work, resident * (work + kernel.arriving_cycles(rows)))
-        tile_rows = rows if kernel.ctas > 1 else 0
-        workspace = min(tiles, places) * kernel.workspace_bytes
-        blocks = tiles * kernel.ctas
-        plans.append(SweepPlan(kernel, device.name, blocks, device.sms, resident, cycles, tile_rows, workspace))
-    return min(plans, key=lambda p: (p.estimated_cycles, p.kernel.hidden, p.kernel.rows))
+    plans = [spread(kernel, batch, groups, device) for kernel in fitting]
+
+    def cost(plan: SweepPlan) -> tuple[float, int, int]:
+        weight = _WEIGHT_OF_SHARING if plan.kernel.ctas > 1 else 1.0
+        return weight * plan.estimated_cycles, plan.kernel.hidden, plan.kernel.rows
+
+    return min(plans, key=cost)

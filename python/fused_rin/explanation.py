@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rin import backends, cpu, step, watchers
+from fused_rin import backends, cpu, step, watchers, wavefront
 from fused_rin.deep import DeepTransitionRIN
 from fused_rin.leaky import PLRNN, LeakyRNN, _UnitRNN
 from fused_rin.modules import RIN, RINCell
@@ -63,6 +63,8 @@ class _Call:
     activation: str = "relu"
     form: str | None = None  # of units with factors of their own
     transitions: int = 1
+    layers: int = 1
+    wave: wavefront.Wave | None = None  # where all layers run side by side
     span_steps: int | None = None  # of the last layer, where its states are not all kept (checkpoint.py)
 
 
@@ -109,6 +111,10 @@ def _of_module(module: Recurrent | RINCell, input: Any, hx: Tensor | None, lengt
             steps, batch, 1, module.hidden_size, short=False, batch_first=module.batch_first, rows=rows,
             transitions=module.transitions, **common,
         ))  # fmt: skip
+    if isinstance(module, RIN) and watchers.observer(product=True) is None:
+        common["layers"] = module.num_layers
+        size = steps, batch, common["dtype"], common["device"]
+        common["wave"] = wavefront.plan_of(module, module.nonlinearity, rows, *size)
     return _Call(
         steps, batch, module.num_heads * (2 if module.bidirectional else 1), module.hidden_size // module.num_heads,
         short=rows is ALL_ROWS
@@ -225,6 +231,11 @@ def explain(
     if call.span_steps is not None and kernel in ("layer", "sweep"):
         again = ", computed again for backward" if torch.is_grad_enabled() else ""
         plan += f"; in spans of some {call.span_steps} steps{again}"
+    if call.wave is not None:
+        plan += (
+            f"; {call.layers} layers side by side, each a span of {call.wave.steps} steps behind the one below it: "
+            f"{call.wave.gain:.1f} times as fast as in turn by the model (not a measurement)"
+        )
     return Choice(chosen.name, plan, reason, passed_over, kernel, way)
 
 

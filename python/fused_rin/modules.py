@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fused_rin import backends, layer, onnx_rnn, ops, step, watchers, weights
+from fused_rin import backends, layer, onnx_rnn, ops, step, watchers, wavefront, weights
 from fused_rin.problem import ALL_ROWS, Rows, Rule, Weights
 from fused_rin.recurrent import Recurrent
 from fused_rin.skip import SkipModule, check_backend, check_nonlinearity, check_skip
@@ -130,6 +130,10 @@ class RIN(SkipModule, Recurrent):
     def _run_layers(
         self, x: Tensor, hx: Tensor | None, batch: int, rows: Rows, batch_first: bool
     ) -> tuple[Tensor | None, Tensor]:
+        if self.num_layers > 1 and x.is_cuda:
+            side_by_side = wavefront.run(self, Rule(self.skip_factor, self.nonlinearity), x, hx, rows, batch_first)
+            if side_by_side is not None:
+                return side_by_side
         groups = self.num_heads * (2 if self.bidirectional else 1)
         if x.shape[0] != 1 or not step.layers_suit_products(
             1, rows, groups, self.hidden_size, x.dtype, x.device, self.backend

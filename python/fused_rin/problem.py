@@ -73,6 +73,17 @@ class Units(NamedTuple):
     noise: Tensor | None = None
 
 
+class States(NamedTuple):
+    """Of some steps of a recurrence, [B, G, D]: the state before them and the one after them, each as tensors hold it,
+    and unrounded as it is carried, in float32 (None: as tensors hold it, or not wanted).
+    """
+
+    given: Tensor | None
+    carried: Tensor | None
+    left: Tensor
+    left_carried: Tensor | None
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which a kernel adds up numbers of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -23,6 +23,8 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 BACKEND = choice("FUSED_RIN_BACKEND", BACKENDS) or "auto"
 # How float32 products are made on tensor cores by Triton's kernels; "" leaves it to torch's own setting.
 TRITON_FP32 = choice("FUSED_RIN_TRITON_FP32", ("tf32", "tf32x3", "ieee"))
+# Several layers of a GPU: side by side wherever that can be, or never; "" where it gains something by the model.
+WAVEFRONT = choice("FUSED_RIN_WAVEFRONT", ("on", "off"))
 
 
 def cpu_isa(available: Sequence[str]) -> str:

@@ -33,12 +33,19 @@ class NativeOnFibres:
     def sweep_block(self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, kernel: Any, *_: Any) -> None:
         self.run(sizes, rule, row_tensors, tensors, (0,) * 6, kernel)
 
+    def sweep_block_of_span(
+        self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, carried: Any, kernel: Any, *_: Any
+    ) -> None:
+        self.run(sizes, rule, row_tensors, tensors, (0,) * 6, kernel, carried)
+
     def sweep_block_of_units(
         self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, units: Any, kernel: Any, *_: Any
     ) -> None:
         self.run(sizes, rule, row_tensors, tensors, units, kernel)
 
-    def run(self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, units: Any, kernel: Any) -> None:
+    def run(
+        self, sizes: Any, rule: Any, row_tensors: Any, tensors: Any, units: Any, kernel: Any, carried: Any = (0, 0)
+    ) -> None:
         steps, batch, groups, hidden = sizes
         dtype, activation, backward, skip, reversed_ = rule
         lengths, offsets, resets = row_tensors
@@ -67,12 +74,14 @@ class NativeOnFibres:
             "initial": (initial, batch * row_bytes, False),
             "noise": (noise, row_count * row_bytes, False),
             "aside": (aside, row_count * row_bytes, True),
+            "carried_in": (carried[0], batch * groups * hidden * 4, False),
+            "carried_out": (carried[1], batch * groups * hidden * 4, True),
             "workspace": (workspace, workspace_bytes, True),
         }
         problem = Problem(
             steps, batch, groups, hidden, reversed_, dtype, activation, backward, skip, lengths, offsets, resets,
             weight, in_, saved, state_in, out, state_out, padding, 0, 0, 0, False, tile_rows,
-            workspace, workspace_bytes, 0, form, skips, gains, initial, noise, aside,
+            workspace, workspace_bytes, 0, *carried, form, skips, gains, initial, noise, aside,
         )  # fmt: skip
         self.kernels.add((math, padded, rows, ctas))
         self.machine.run_block(problem, math, padded, rows, ctas, self.seed, extents)

@@ -45,6 +45,7 @@ class Problem(ctypes.Structure):
         ("tile_rows", ctypes.c_int64),
         ("workspace", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("workspace_bytes", "first_tile")),
+        *((name, ctypes.c_void_p) for name in ("carried_in", "carried_out")),
         ("form", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("skips", "gains", "initial", "noise", "aside")),
     ]
