@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu.predict import BARRIER, LOAD_LATENCIES, SHARED_LATENCY, Scheduler
-from benchmarks.gpu.sass import NO_BOARD, Instruction, functions, loops
+from benchmarks.gpu.predict import (
+    BARRIER,
+    LOAD_LATENCIES,
+    OTHER_LATENCY,
+    SHARED_LATENCY,
+    WARPGROUP_MMA,
+    Scheduler,
+)
+from benchmarks.gpu.sass import NO_BOARD, Instruction, functions, longest_loop, loops
 
 
 def line(text: str, stall: int = 1, writes: int = NO_BOARD, reads: int = NO_BOARD, waits: tuple = ()) -> Instruction:
@@ -146,6 +153,44 @@ def test_copies_into_a_ring_hide_what_it_has_slots_for(pending, hidden):
     assert (far <= near * 1.15) == hidden
 
 
-def test_a_loop_of_several_barriers_is_refused():
-    with pytest.raises(ValueError, match="several barriers"):
-        cycles(BAR)
+def test_a_loop_of_several_barriers():
+    """As long as its parts, each of which waits for the warps' slowest."""
+    first, second = [line("MOV R1, R2", 15)] * 10, [line("MOV R1, R2", 15)] * 4
+    assert cycles(*first, BAR, *second) == [150 + 60 + 2] * 3
+    first, second = ([line("STS [R3], R8"), *part] for part in (first, second))  # which waits for the barrier
+    ways = [[BAR, *first, BAR, *second], [BAR, *second, BAR, *first]]
+    times = [Scheduler(ways, 30, arch=90).play(rounds) for rounds in (7, 14)]
+    assert times == [pytest.approx(2 * (BARRIER + 150), abs=BARRIER)] * 2
+    with pytest.raises(ValueError, match=r"at least one, got \{0\}"):
+        Scheduler([first], 30, arch=90)
+    with pytest.raises(ValueError, match=r"as many barriers, and at least one, got \{1, 2\}"):
+        Scheduler([[BAR, *first], [BAR, BAR]], 30, arch=90)
+
+
+def test_what_nobody_sends_is_not_waited_for():
+    with pytest.raises(ValueError, match="every warp waits for what nobody sends"):
+        Scheduler([[BAR, POLL, MORE, KEEP]], 30, arch=90).play()
+    # Where blocks exchange nothing by packets, such a load is one like others.
+    far = Scheduler([[BAR, POLL, line("MOV R1, R2", waits=(1,))]], 650, arch=90, senders=0.0).play()
+    assert far == pytest.approx(650, abs=30)
+
+
+def test_products_of_a_warp_group_are_awaited():
+    products = [line("HGMMA.64x8x16.F32.BF16 R24, R28, gdesc[UR4], R24", 1)] * 8
+    done = line("WARPGROUP.DEPBAR.LE gsb0, 0x0", 2)
+    (times,) = set(cycles(*products, done, line("MOV R3, R3", 15)))
+    assert times == pytest.approx(7 * WARPGROUP_MMA + OTHER_LATENCY + 17, abs=3)
+    assert cycles(*products, line("MOV R3, R3", 15))[0] == pytest.approx(8 * WARPGROUP_MMA, abs=10)
+
+
+def test_programs_that_meet_by_an_atomic_wait_there_and_back():
+    meet = [line("ATOMG.E.ADD.64.STRONG.GPU PT, R4, [R2], R6", 1, writes=0), line("MOV R1, R4", waits=(0,))]
+    assert [b - a for a, b in zip(cycles(*meet), cycles(*meet)[1:], strict=False)] == [250, 370]
+
+
+def test_the_longest_loop_has_what_lies_within_it():
+    inner = [".L_in", line("IADD3 R1, R1, 0x1, RZ"), line("@P0 BRA `(.L_in)")]
+    outer = [".L_out", BAR, *inner, line("MOV R1, R2"), line("@P1 BRA `(.L_out)")]
+    found = longest_loop([line("MOV R0, R0"), *outer, line("BRA `(.L_end)"), ".L_end", line("EXIT")])
+    assert found == [each for each in outer if isinstance(each, Instruction)]
+    assert longest_loop([line("EXIT")]) == []

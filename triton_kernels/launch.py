@@ -89,7 +89,7 @@ def run(
                 TILE_N=chosen.tile_n, TILE_B=chosen.tile_b, SPLIT_K=chosen.split_k, TILE_K=chosen.tile_k,
                 SLICED=chosen.kind == "sliced", MATRIX=chosen.matrix,
                 BACKWARD=saved is not None, ACTIVATION=rule.activation, HAS_SKIP=form is None and rule.skip != 0,
-                PRECISION=chosen.input_precision, FORM=form,
+                PRECISION=chosen.input_precision, FORM=form, UNROLL=chosen.unroll,
                 **options,
             )  # fmt: skip
     return out, state_out

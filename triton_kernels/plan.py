@@ -26,6 +26,8 @@ class Plan:
     precision: of the products, "half" for 16-bit dtypes or Triton's `input_precision` for float32.
     wave: batch tiles in one launch. Programs that wait for each other must all be resident, so "sliced" launches
         no more than one program per SM at a time. 0: no limit.
+    unroll: steps in one pass of the loop's code. The load of the next step's input has a scoreboard for each of them,
+        so that a step does not wait for the load that it has just issued (NOTES.md).
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Plan:
     precision: str
     shared_memory: int  # bytes, an upper bound
     wave: int = 0
+    unroll: int = 1
 
     @property
     def input_precision(self) -> str:
@@ -147,7 +150,9 @@ def plan(
         warps, tile_b, matrix = table[padded]
         need = unit * padded * (padded + tile_b) + KILOBYTE
         if need <= shared:
-            return Plan("block", padded, tile_b, 1, padded, 1, warps, matrix, precision, need)
+            # With 16 warps, on sm_10x, two steps at a time spill, and elsewhere nobody has looked.
+            unroll = 2 if nvidia and precision == "half" and warps <= 8 else 1
+            return Plan("block", padded, tile_b, 1, padded, 1, warps, matrix, precision, need, unroll=unroll)
     return _sliced(hidden_size, padded, precision, unit, sms, shared)
 
 

@@ -144,6 +144,21 @@ def _load_matrix(p_u, o_n, o_k, D, BACKWARD: tl.constexpr):
     return tl.where(m, tl.load(p_u + p, mask=m, other=0.0), 0.0)
 
 
+@triton.jit
+def _sum_parts(b_parts, SPLIT_K: tl.constexpr, TILE_N: tl.constexpr, TILE_B: tl.constexpr):
+    """The sum over the first axis, up to 8 parts of as many warps, by halves.
+
+    The halves that `split` makes lie in one thread, so all parts are brought together once; tl.sum's way over warps
+    passes 8 to 20 barriers more (NOTES.md).
+    """
+    b_sum = tl.permute(b_parts, (1, 2, 0))
+    for i in tl.static_range(3):
+        if (SPLIT_K >> i) > 1:
+            b_left, b_right = tl.split(tl.reshape(b_sum, (TILE_N, TILE_B, SPLIT_K >> (i + 1), 2)))
+            b_sum = b_left + b_right
+    return tl.reshape(b_sum, (TILE_N, TILE_B))
+
+
 @triton.jit(do_not_specialize=["steps", "batch", "groups", "num_reversed", "first_tile"])
 def sweep(
     p_in,  # [rows, G, D] pre, or the gradient of out (None: zero)
@@ -167,7 +182,7 @@ def sweep(
     SPLIT_K: tl.constexpr, TILE_K: tl.constexpr,
     SLICED: tl.constexpr, MATRIX: tl.constexpr,
     BACKWARD: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
-    FORM: tl.constexpr,
+    FORM: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     tile = first_tile + tl.program_id(0)
     g = tile % groups
@@ -250,7 +265,7 @@ def sweep(
     iterations = steps
     if BACKWARD:
         iterations += 1
-    for n in tl.range(0, iterations, num_stages=1):
+    for n in tl.range(0, iterations, num_stages=1, loop_unroll_factor=UNROLL):
         row_2 = _first_row(n + 2, steps, batch, ascending, p_offsets)
         b_active_1, b_in_1, b_saved_1, b_reset_1 = _load_step(
             n + 1, row_1, steps, ascending, row_size, o_b, o_tile, m_state, b_length, batch,
@@ -297,7 +312,7 @@ def sweep(
                     b_all = tl.load(p_step + o_x + k, mask=m_x, other=0.0, cache_modifier=".cg")
                     b_u = _load_matrix(p_u, o_n[None, :, None], k + o_k, D, BACKWARD)
                     b_sum = tl.dot(b_u, b_all, b_sum, input_precision=PRECISION)
-            b_new = tl.sum(b_sum, 0) + b_start
+            b_new = _sum_parts(b_sum, SPLIT_K, TILE_N, TILE_B) + b_start
         else:
             b_new = tl.dot(b_m, b_f.to(dtype), b_start, input_precision=PRECISION)
             b_new = tl.where(m_state, b_new, 0.0)  # padding: 0 * inf would spread NaN from there

@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ LOAD_LATENCIES = (30, 280, 650)
 # Measured on an H100 (benchmarks/NOTES-h100.md, latencies.json): a barrier, and a shared load past its own transfer.
 BARRIER, SHARED_LATENCY = 20, 30
 SHUFFLE_LATENCY, OTHER_LATENCY, OPERANDS_READ = 24, 25, 14
+WARPGROUP_MMA = 10.0  # cycles of a 64x8x16
 MEMORY = ("LDS", "STS", "LDG", "STG", "LDSM", "LD.", "ST.", "ATOM", "RED", "SYNCS")
 WIDTHS = {"64": 2, "128": 4}  # wavefronts of 128 bytes of a warp's access; 1 otherwise
 ALU = (
@@ -74,6 +76,9 @@ class Played:
     copies: bool = False  # into shared memory
     closes: bool = False  # a group of copies
     pending: int | None = None  # waits until no more groups are
+    sends: bool = False  # what another block waits for
+    polls: bool = False  # for what others send
+    awaits: bool = False  # all products that the warp has issued
 
     @property
     def queued(self) -> bool:
@@ -81,11 +86,14 @@ class Played:
 
 
 def played(line: Instruction, load: float, arch: int, wavefronts: float, senders: float) -> Played:
+    """senders: see Scheduler; 0 of a kernel whose blocks exchange nothing by packets."""
     opcode = line.opcode
-    if line.is_send:
-        return Played(line, "memory", 4 * senders * WIDTHS["128"], OTHER_LATENCY)
-    if line.is_poll:  # see Scheduler.issue for when it is answered
-        return Played(line, "memory", 4 * WIDTHS["128"], 0.0)
+    if line.is_send and senders:
+        return Played(line, "memory", 4 * senders * WIDTHS["128"], OTHER_LATENCY, sends=True)
+    if line.is_poll and senders:  # see Scheduler.issue for when it is answered
+        return Played(line, "memory", 4 * WIDTHS["128"], 0.0, polls=True)
+    if opcode.startswith("ATOM") or re.match(r"MEMBAR\S*GPU", opcode):  # there and back
+        return Played(line, "memory", 4.0, load)
     if opcode.startswith("LDGDEPBAR"):
         return Played(line, "none", 0.0, OTHER_LATENCY, closes=True)
     if opcode.startswith(MEMORY):
@@ -93,6 +101,10 @@ def played(line: Instruction, load: float, arch: int, wavefronts: float, senders
         cycles = 4 * (wavefronts if opcode.startswith("LDS.") and wide == 4 else wide)
         latency = load if opcode.startswith(("LDG", "LD.")) else cycles + SHARED_LATENCY
         return Played(line, "memory", cycles, latency, copies=opcode.startswith("LDGSTS"))
+    if opcode.startswith("HGMMA"):  # of a group of four warps, each of which issues it
+        return Played(line, "tensor", WARPGROUP_MMA, OTHER_LATENCY)
+    if opcode.startswith("WARPGROUP.DEPBAR"):
+        return Played(line, "none", 0.0, OTHER_LATENCY, awaits=True)
     if opcode.startswith("HMMA"):
         return Played(line, "tensor", 6.2 if arch == 90 else 8.0, OTHER_LATENCY)
     if opcode.startswith("MUFU"):
@@ -117,6 +129,7 @@ class Warp:
     barriers: int = 0  # that it has arrived at
     sent: float = 0.0  # when its last store to a peer was on its way
     sent_in: int = 0  # and in which round
+    products: float = 0.0  # when those of its warp group that it has issued are done
     earliest: float | None = None  # when its next instruction may issue, as far as that hangs on the warp alone
 
 
@@ -137,8 +150,10 @@ class Scheduler:
         senders: float = 1.0,
         exchange: float = 0.0,
     ) -> None:
-        if any(sum(line.is_barrier or line.is_phase for line in loop) != 1 for loop in ways):
-            raise ValueError("a loop that passes several barriers is not played")
+        barriers = {sum(line.is_barrier or line.is_phase for line in loop) for loop in ways}
+        if len(barriers) > 1 or not min(barriers):
+            raise ValueError(f"all warps have to pass as many barriers, and at least one, got {barriers}")
+        self.barriers = barriers.pop()  # of a round
         loops_of = {id(loop): [played(line, load, arch, wavefronts, senders) for line in loop] for loop in ways}
         self.warps = [Warp(loops_of[id(loop)]) for loop in ways]
         self.exchange = exchange
@@ -152,6 +167,8 @@ class Scheduler:
             now = max([warp.ready, *(warp.boards[board] for board in next_.line.waits)])
             if next_.pending is not None:
                 now = max([now, *warp.groups[: len(warp.groups) - next_.pending][-1:]])
+            if next_.awaits:
+                now = max(now, warp.products)
             warp.earliest = now
         now = max(warp.earliest, self.free["issue"])
         # A barrier does not stop a warp at once: arithmetic goes on, what touches memory and the next barrier wait.
@@ -159,7 +176,7 @@ class Scheduler:
         if next_.queued or next_.line.is_barrier or warp.loop[0].line.is_phase:
             if warp.barriers > len(self.released):
                 return math.inf
-            if next_.line.is_poll and max(w.sent_in for w in self.warps) < warp.barriers:
+            if next_.polls and max(w.sent_in for w in self.warps) < warp.barriers:
                 return math.inf  # asks in vain
             return max(now, self.released[warp.barriers - 1]) if warp.barriers else now
         return max(now, self.free[next_.unit])
@@ -169,7 +186,7 @@ class Scheduler:
         begin = max(now, self.free[next_.unit])
         self.free[next_.unit], self.free["issue"] = begin + next_.cycles, now + 1
         result, line = begin + next_.latency, next_.line
-        if line.is_poll:
+        if next_.polls:
             result = max(result, max(w.sent for w in self.warps) + self.exchange)
         if next_.copies:
             warp.copies = max(warp.copies, result)
@@ -179,14 +196,20 @@ class Scheduler:
             warp.boards[line.writes] = max(warp.boards[line.writes], result)
         if line.reads != NO_BOARD:
             warp.boards[line.reads] = max(warp.boards[line.reads], begin + OPERANDS_READ)
-        if line.is_send:
+        if line.opcode.startswith("HGMMA"):
+            warp.products = result
+        if next_.sends:
             warp.sent, warp.sent_in = begin + next_.cycles, warp.barriers
         if line.is_barrier or line.is_phase:
             warp.barriers += 1
             if min(w.barriers for w in self.warps) > len(self.released):
                 arrived = max(w.sent for w in self.warps) + self.exchange if line.is_phase else now + BARRIER
                 self.released.append(max(now, arrived))
-        if len(self.released) == ROUNDS - 1 and now > warp.ready and warp.loop is self.warps[0].loop:
+        if (
+            len(self.released) // self.barriers == self.rounds - 1
+            and now > warp.ready
+            and warp.loop is self.warps[0].loop
+        ):
             self.waited[warp.at] = self.waited.get(warp.at, 0.0) + now - warp.ready
         warp.ready = now + max(1, line.stall)
         if line.opcode.startswith("BAR.SYNC") and not line.is_barrier:  # a pair of warps
@@ -194,13 +217,16 @@ class Scheduler:
         warp.at = (warp.at + 1) % len(warp.loop)
         warp.earliest = None
 
-    def play(self) -> float:
-        """Cycles of a round."""
-        while len(self.released) < ROUNDS:
+    def play(self, rounds: int = ROUNDS) -> float:
+        """Cycles of a round, on average of the last ones."""
+        self.rounds = rounds
+        while len(self.released) < rounds * self.barriers:
             turns = [self.earliest(warp) for warp in self.warps]
             now = min(turns)
+            if now == math.inf:
+                raise ValueError("every warp waits for what nobody sends")
             self.issue(self.warps[turns.index(now)], now)
-        return (self.released[-1] - self.released[-1 - COUNTED]) / COUNTED
+        return (self.released[-1] - self.released[-1 - COUNTED * self.barriers]) / COUNTED
 
 
 def kernel_of(name: str) -> cuda_plan.Kernel:

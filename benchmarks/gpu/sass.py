@@ -32,22 +32,22 @@ class Instruction:
     def opcode(self) -> str:
         return re.sub(r"^@\S+\s+", "", self.text).split()[0]
 
-    @property
+    @functools.cached_property
     def is_barrier(self) -> bool:
         """Of a block: all its threads wait for each other."""
         return bool(re.match(r"BAR\.SYNC\S* 0x0\b", self.text))
 
-    @property
+    @functools.cached_property
     def is_phase(self) -> bool:
         """Of an mbarrier, where a block of a cluster waits for its peers."""
         return self.opcode.startswith("SYNCS.PHASECHK")
 
-    @property
+    @functools.cached_property
     def is_send(self) -> bool:
         """To a peer's shared memory, or to whoever polls for it."""
         return self.opcode.startswith("STAS") or bool(re.match(r"STG\S*\.STRONG\.GPU", self.opcode))
 
-    @property
+    @functools.cached_property
     def is_poll(self) -> bool:
         """For what another block of a grid sends."""
         return bool(re.match(r"LDG\S*\.STRONG\.GPU", self.opcode))
@@ -164,3 +164,17 @@ def loops(code: Code, *, giving: bool = False) -> list[list[Instruction]]:
             around = seen[seen.index(start) :]
             found[min(around)] = [places[i] for barrier in around for i in ways[barrier][:-1] if i in places]
     return [found[first] for first in sorted(found)]
+
+
+def longest_loop(code: Code) -> list[Instruction]:
+    """What one pass through the loop with the longest code executes, loops within it once: of a kernel with one loop
+    over time, whatever barriers a step passes.
+    """
+    places = {line: i for i, line in enumerate(code) if isinstance(line, str)}
+    longest: list[Instruction] = []
+    for i, line in enumerate(code):
+        branch = isinstance(line, Instruction) and re.search(r"\bBRA\b.*`\((\.L\w+)\)", line.text)
+        if branch and (start := places.get(branch[1], i)) < i:
+            inside = [each for each in code[start : i + 1] if isinstance(each, Instruction)]
+            longest = max(longest, inside, key=len)
+    return longest

@@ -74,7 +74,7 @@ def test_as_in_the_table(compiled: dict) -> None:
     if not TABLE:
         warnings.warn(f"Triton {compiled['triton']} is not in the table, which has {sorted(TABLES)}", stacklevel=1)
         return
-    found = {name: {f: figures[f] for f in triton_aot_compile.FIGURES} for name, figures in compiled["found"].items()}
+    found = {name: triton_aot_compile.in_table(figures) for name, figures in compiled["found"].items()}
     assert found == TABLE, f"if this is meant: python -m {triton_aot_compile.__name__} --write"
 
 
@@ -89,6 +89,20 @@ def test_u_stays_on_chip(compiled: dict) -> None:
         assert found["global_loads"] == 1  # pre
         # The exchange of the state's fragments between warps: 10 (Triton 3.6, 3.9) or 18 (3.8).
         assert found["shared_loads"] <= 18
+
+
+def test_a_load_from_l2_is_hidden() -> None:
+    """The input of a step, read while the one before it is computed, where programs do not meet. By the step model, in
+    every release of the table; one further off costs up to two fifths of a step.
+    """
+    for version, table in TABLES.items():
+        for name in NAMES:
+            cycles = table[name].get("cycles")
+            hidden = int(name.split()[1])
+            if cycles is None or hidden > 256:
+                continue
+            assert cycles[1] <= 1.15 * cycles[0], f"{version} {name}"
+            assert cycles[2] <= 1.45 * cycles[0], f"{version} {name}"
 
 
 def test_no_batch_and_no_length_compiles_again(called: dict) -> None:

@@ -4,8 +4,9 @@
     python -m tests.triton_aot.triton_aot_compile --write    the same, and puts it into resources.json
 
 A process of its own, because the tests of the kernels make Triton interpret. Per instance: registers a thread, bytes of
-stack (spilled registers and local arrays live there), bytes of shared memory, and what one pass through the time
-loop executes: instructions, loads from global and from shared memory.
+stack (spilled registers and local arrays live there), bytes of shared memory, and what a step of the time loop
+executes: instructions, loads from global and from shared memory, barriers; and on sm_80 and sm_90 its cycles by the
+model of benchmarks/gpu/predict.py.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+
+from benchmarks.gpu import predict, sass
 
 TABLE = pathlib.Path(__file__).with_name("resources.json")
-FIGURES = ("registers", "stack", "shared_memory", "instructions", "global_loads", "shared_loads")
+FIGURES = ("registers", "stack", "shared_memory", "instructions", "global_loads", "shared_loads", "barriers", "cycles")
+MODELLED = ("sm_80", "sm_90")
+ROUNDS = 7  # that are played; here no ring of several steps has to fill first
 
 H200 = ("H200", (9, 0), 132, 227 * 1024)
 DEVICES = {"sm_80": ("A100", (8, 0), 108, 163 * 1024), "sm_90": H200, "sm_100": ("B200", (10, 0), 148, 227 * 1024)}
@@ -63,7 +69,7 @@ def compile_instance(arch: str, hidden: int, dtype: str, backward: bool, everyth
         "TILE_N": chosen.tile_n, "TILE_B": chosen.tile_b, "SPLIT_K": chosen.split_k, "TILE_K": chosen.tile_k,
         "SLICED": sliced, "MATRIX": chosen.matrix, "BACKWARD": backward, "HAS_SKIP": form is None,
         "ACTIVATION": "tanh" if everything else "relu", "PRECISION": chosen.input_precision,
-        "FORM": form,
+        "FORM": form, "UNROLL": chosen.unroll,
     }  # fmt: skip
     pointers = dict.fromkeys(("p_in", "p_state_in", "p_u", "p_out", "p_state_out"), SHORT[dtype])
     if backward:
@@ -103,39 +109,49 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def resources(kernel) -> dict[str, int]:
+def resources(kernel, chosen, arch: str) -> dict[str, int | list[int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        (code,) = sass.functions(_tool("nvdisasm", "-c", "-hex", file.name)).values()
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    operations = _time_loop(sass)
-    return {
+    loop = sass.longest_loop(code)
+    operations = [line.opcode.split(".")[0] for line in loop]
+
+    def a_step(what: Callable[[str], bool]) -> int:
+        return round(sum(map(what, operations)) / chosen.unroll)
+
+    found: dict[str, int | list[int]] = {
         "registers": registers,
         "stack": stack,
         "shared_memory": kernel.metadata.shared,
-        "instructions": len(operations),
-        "global_loads": sum(op.startswith("LDG") for op in operations),
-        "shared_loads": sum(op in ("LDS", "LDSM") for op in operations),
+        "instructions": a_step(lambda _: True),
+        "global_loads": a_step(lambda op: op == "LDG"),
+        "shared_loads": a_step(lambda op: op in ("LDS", "LDSM")),
+        "barriers": round(sum(line.is_barrier for line in loop) / chosen.unroll),
     }
+    if arch in MODELLED:
+        found["cycles"] = cycles(loop, chosen, int(arch.removeprefix("sm_")))
+    return found
 
 
-def _time_loop(sass: str) -> list[str]:
-    """The operations between the target of the longest backward branch and that branch."""
-    lines, targets, longest = sass.splitlines(), {}, (0, 0)
-    for k, line in enumerate(lines):
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            targets[label[1]] = k
-        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if branch and branch[1] in targets:
-            longest = max(longest, (k - targets[branch[1]], k))
-    length, end = longest
-    operation = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)")
-    return [found[1] for line in lines[end - length : end + 1] if (found := operation.match(line))]
+def cycles(loop: list[sass.Instruction], chosen, arch: int) -> list[int]:
+    """Of a step, by the step model, at each of LOAD_LATENCIES of a load from device memory, and of the atomics at which
+    programs meet. What is polled for is there at once, and a loop within the loop passed once.
+    """
+    warps = max(1, chosen.warps // 4)  # of a scheduler
+    return [
+        round(predict.Scheduler([loop] * warps, load, arch, senders=0.0).play(ROUNDS) / chosen.unroll)
+        for load in predict.LOAD_LATENCIES
+    ]
 
 
-def written(table: dict[str, dict[str, dict[str, int]]]) -> str:
+def in_table(figures: dict) -> dict:
+    return {figure: figures[figure] for figure in FIGURES if figure in figures}
+
+
+def written(table: dict[str, dict[str, dict]]) -> str:
     """As JSON, a line for every kernel."""
     parts = []
     for version, kernels in sorted(table.items()):
@@ -158,12 +174,12 @@ def main() -> None:
                 name = name_of(arch, *instance)
                 kernel, chosen = compile_instance(arch, *instance)
                 most = compile_options(chosen, "nvidia")["maxnreg"]
-                found[name] = {**resources(kernel), "bound": chosen.shared_memory, "most_registers": most}
+                found[name] = {**resources(kernel, chosen, arch), "bound": chosen.shared_memory, "most_registers": most}
                 if chosen.kind == "sliced":
                     ptx[name] = kernel.asm["ptx"]
     if "--write" in sys.argv:
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        table[triton.__version__] = {name: {f: figures[f] for f in FIGURES} for name, figures in found.items()}
+        table[triton.__version__] = {name: in_table(figures) for name, figures in found.items()}
         TABLE.write_text(written(table))
     print(json.dumps({"triton": triton.__version__, "found": found, "ptx": ptx}))
 
