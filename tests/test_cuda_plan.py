@@ -59,7 +59,7 @@ def test_a_plan_fits_or_says_why_not(device, dtype, hidden, batch):
 )
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 def test_the_sizes_that_are_promised(device, clusters, dtype):
-    """On a full device a block, then a cluster where there are any, then a grid. 2,048 units of float32 take 128 SMs."""
+    """Of a full device a block, then a cluster where there are any, then a grid. 2,048 of float32 take 128 SMs."""
     wide = dtype == FP32
     largest = 1024 if wide and device is A100 else 2048
     of_a_block, of_a_cluster = (256, 512) if wide else (384, 1024)
