@@ -110,6 +110,7 @@ def test_a_training_step_in_a_graph(monkeypatch):
     module = model(torch.float32)
     x, hx = inputs(module)
     right = results(module, x, hx, monkeypatch, "on")
-    run = torch.cuda.make_graphed_callables(copy.deepcopy(module), (x.detach(), hx.detach()))
+    samples = tuple(t.detach().clone().requires_grad_() for t in (x, hx))  # as those that it is called with
+    run = torch.cuda.make_graphed_callables(copy.deepcopy(module), samples)
     for got, expected in zip(results(run, x, hx, monkeypatch, "on"), right, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
