@@ -39,7 +39,7 @@ LOAD_LATENCIES = (30, 280, 650)
 # Measured on an H100 (benchmarks/NOTES-h100.md, latencies.json): a barrier, and a shared load past its own transfer.
 BARRIER, SHARED_LATENCY = 20, 30
 SHUFFLE_LATENCY, OTHER_LATENCY, OPERANDS_READ = 24, 25, 14
-WARPGROUP_MMA = 10.0  # cycles of a 64x8x16
+WARPGROUP_MMA = 10.0  # cycles of a 64x8x16; assumed (triton_kernels/NOTES.md)
 MEMORY = ("LDS", "STS", "LDG", "STG", "LDSM", "LD.", "ST.", "ATOM", "RED", "SYNCS")
 WIDTHS = {"64": 2, "128": 4}  # wavefronts of 128 bytes of a warp's access; 1 otherwise
 ALU = (
