@@ -75,6 +75,13 @@ def test_a_clusters_loop_goes_from_the_wait_to_itself_past_what_is_sent():
     ]
 
 
+def test_a_loop_is_found_whose_way_out_to_a_barrier_is_the_shorter_one():
+    """The last state's coming is waited for behind the loop."""
+    last, over = line("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R9], R2"), line("@P4 BRA `(.L_last)")
+    code = [".L_ask", ASK, AGAIN, SEND, over, ARRIVE, PRODUCT, NEXT, END, ".L_last", last, SEND, END]
+    assert loops(code) == [[ASK, AGAIN, SEND, over, ARRIVE, PRODUCT, NEXT]]
+
+
 # Of a grid: a barrier, part of the sums given away or taken and published, then everybody's polled for.
 POLL, MORE = line("@P5 LDG.E.128.STRONG.GPU R8, desc[UR4][R2.64]", writes=1), line("@P5 BRA `(.L_poll)", waits=(1,))
 PUBLISH, KEEP = line("STG.E.128.STRONG.GPU desc[UR4][R2.64], R8"), line("STS [R3], R8")

@@ -129,21 +129,30 @@ def loops(code: Code, *, giving: bool = False) -> list[list[Instruction]]:
         return so_far + (next_ and so_far < needed)
 
     def way_to_next(barrier: int) -> list[int]:
-        """From a barrier to the next one, both included; empty if there is none."""
+        """From a barrier to the next one, both included; empty if there is none. Back to itself if that can be: the way
+        out of the loop, to a barrier behind it, may be the shorter one.
+        """
         start = (barrier, 0)
         cost: dict[Place, int] = {start: 0}
         origin: dict[Place, Place] = {}
         queue = [(0, start)]
+        nearest: Place | None = None
+
+        def way_to(place: Place) -> list[int]:
+            way = [place]
+            while way[-1] != start or len(way) == 1:
+                way.append(origin[way[-1]])
+            return [at for at, _ in reversed(way)]
+
         while queue:
             so_far, place = heapq.heappop(queue)
             i, stage = place
             if i in barriers and so_far:
-                if stage < needed:
-                    continue  # a phase is asked for again
-                way = [place]
-                while way[-1] != start or len(way) == 1:
-                    way.append(origin[way[-1]])
-                return [at for at, _ in reversed(way)]
+                if i == barrier and stage == needed:
+                    return way_to(place)
+                if stage == needed:  # or a phase is asked for again
+                    nearest = nearest or place
+                continue
             for further_on in following(i):
                 line = code[further_on]
                 after = (further_on, done(line, stage))
@@ -151,7 +160,7 @@ def loops(code: Code, *, giving: bool = False) -> list[list[Instruction]]:
                 if further < cost.get(after, further + 1) or (after == start and after not in origin):
                     cost[after], origin[after] = further, place
                     heapq.heappush(queue, (further, after))
-        return []
+        return way_to(nearest) if nearest else []
 
     ways = {start: way_to_next(start) for start in sorted(barriers)}
     found: dict[int, list[Instruction]] = {}
