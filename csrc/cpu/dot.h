@@ -200,17 +200,21 @@ Dot<F> find_dot(int64_t rows, int64_t vecs) {
 #undef ROW
 }
 
-// Rows of x times a block of the matrix, by tiles if it lies so, else with so many chains.
+// Rows of x times a block of the matrix, by tiles if it lies so, else with so many chains; plus `bias` unless null.
 template <class F>
 void multiply_block(Tiles& tiles, const Panels& l, int64_t chains, const F* x, int64_t x_stride, int64_t rows,
-                    const F* panel, int64_t vecs, Sum<F>* acc, int64_t acc_stride) {
+                    const F* panel, int64_t vecs, Sum<F>* acc, int64_t acc_stride, const Sum<F>* bias = nullptr) {
   if constexpr (kHasTiles && UnitOf<F>::kTerms == 2) {
-    if (l.tiles) return tiles.dot(x, x_stride, rows, panel, vecs, l.depth, acc, acc_stride);
+    if (l.tiles) return tiles.dot(x, x_stride, rows, panel, vecs, l.depth, acc, acc_stride, bias);
   }
   const Dot<F> dot = chains == 1   ? find_dot<F, 1>(rows, vecs)
                      : chains == 2 ? find_dot<F, 2>(rows, vecs)
                                    : find_dot<F, 4>(rows, vecs);
   dot(x, x_stride, panel, l.depth, acc, acc_stride);
+  if (!bias) return;
+  for (int64_t r = 0; r < rows; ++r, acc += acc_stride) {
+    for (int64_t i = 0; i < vecs * l.lanes; i += l.lanes) store(acc + i, load(acc + i) + load(bias + i));
+  }
 }
 
 // Several partial sums per output leave registers for half the rows.

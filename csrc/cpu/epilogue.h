@@ -37,11 +37,11 @@ struct Columns {
     constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
     const bool whole = count >= kLanes;
     // A layer's, as a rule; without the questions, and with pointers that no store can have changed.
-    if (whole && x && next && out && pre && !in && !saved && !kept && !kPaired<T>) {
-      return apply_to(op, carry, x, pre, nullptr, nullptr, next, out, skip, count);
+    if (whole && x && next && out && pre && !in && !saved && !kept && !kept_factor) {
+      return apply_to(op, carry, x, pre, nullptr, nullptr, next, out, factor, nullptr, skip, count);
     }
-    if (whole && x && next && kept && in && saved && !out && !pre && !kPaired<T>) {
-      return apply_to(op, carry, x, nullptr, in, saved, next, kept, skip, count);
+    if (whole && x && next && kept && in && saved && !out && !pre) {
+      return apply_to(op, carry, x, nullptr, in, saved, next, kept, factor, kept_factor, skip, count);
     }
     const int64_t last = whole ? count - kLanes : 0;
     auto fetch = [&](const T* from, int64_t i) {
@@ -66,9 +66,9 @@ struct Columns {
     finish(last, last_in);
   }
 
-  template <class Op, class Pre, class In, class Saved, class Out>
+  template <class Op, class Pre, class In, class Saved, class Out, class Kept>
   static void apply_to(Op op, const Scalar<T>* carry, const Scalar<T>* x, Pre pre, In in, Saved saved, Scalar<T>* next,
-                       Out out, Scalar<T> skip, int64_t count) {
+                       Out out, FactorRow<T>* factor, Kept kept_factor, Scalar<T> skip, int64_t count) {
     constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
     for (int64_t i = 0;; i += kLanes) {
       if (i > count - kLanes) {
@@ -81,7 +81,14 @@ struct Columns {
       if constexpr (!std::is_same_v<Saved, std::nullptr_t>) h = load(saved + i);
       a = op(a, h);
       store(next + i, a);
-      store(out + i, a);
+      if constexpr (kPaired<T>) {
+        // Once for all who want it; each for itself, that was a quarter of a step of 64 rows x 128 units.
+        const auto rounded = narrow(T{}, a);
+        memcpy(factor + i, &rounded, sizeof(rounded));
+        if constexpr (!std::is_same_v<Kept, std::nullptr_t>) memcpy(kept_factor + i, &rounded, sizeof(rounded));
+        if constexpr (std::is_same_v<Out, T*>) memcpy(out + i, &rounded, sizeof(rounded));
+      }
+      if constexpr (!kPaired<T> || !std::is_same_v<Out, T*>) store(out + i, a);
     }
   }
 

@@ -72,8 +72,8 @@ class InputProduct {
       const F* panel = static_cast<const F*>(part_.input_panels) + column * l_.depth;
       for_row_tiles(l_, 0, chunk.rows(), [&](int64_t row, int64_t count) {
         S* const sums = to + row * l_.padded() + column;
-        multiply_block(tiles_, l_, 1, x + row * l_.depth, l_.depth, count, panel, vecs, sums, l_.padded());
-        add_bias(count, column, vecs, sums);
+        multiply_block(tiles_, l_, 1, x + row * l_.depth, l_.depth, count, panel, vecs, sums, l_.padded(),
+                       bias(0) + column);
       });
     }
     for (int64_t k = 1; k < transitions_of(p_); ++k) {
@@ -86,12 +86,6 @@ class InputProduct {
 
  private:
   S* bias(int64_t transition) const { return static_cast<S*>(part_.bias) + transition * l_.padded(); }
-  void add_bias(int64_t rows, int64_t column, int64_t vecs, S* sums) const {
-    const S* const b = bias(0) + column;
-    for (int64_t r = 0; r < rows; ++r, sums += l_.padded()) {
-      for (int64_t i = 0; i < vecs * l_.lanes; i += l_.lanes) store(sums + i, load(sums + i) + load(b + i));
-    }
-  }
 
   // The input of a chunk, [rows][depth]: where it lies, if all its rows follow each other there in whole units, or a
   // copy.

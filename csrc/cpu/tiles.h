@@ -36,10 +36,6 @@ struct alignas(64) TileShapes {
 inline void use_shapes(const TileShapes* shapes) { asm volatile("ldtilecfg %0" ::"m"(*shapes)); }
 inline void release_tiles() { asm volatile("tilerelease"); }
 template <int to>
-inline void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(to));
-}
-template <int to>
 inline void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(to) : "memory");
 }
@@ -69,12 +65,8 @@ inline void use_shapes(const TileShapes* shapes) {
 }
 inline void release_tiles() { tile_unit().shapes = TileShapes{}; }  // tiles of no rows: what is loaded then is lost
 template <int to>
-inline void tile_zero() {
-  memset(tile_unit().data[to], 0, sizeof(tile_unit().data[to]));
-}
-template <int to>
 inline void tile_load(const void* from, int64_t stride) {
-  tile_zero<to>();
+  memset(tile_unit().data[to], 0, sizeof(tile_unit().data[to]));
   const TileShapes& s = tile_unit().shapes;
   for (int r = 0; r < s.rows[to]; ++r) {
     memcpy(tile_unit().data[to][r], static_cast<const char*>(from) + r * stride, s.row_bytes[to]);
@@ -123,21 +115,22 @@ class Tiles {
     if (rows_) release_tiles();
   }
 
-  // acc[r][v] = sum over k of x[r][k] * panel[k][v]; strides in units and numbers.
+  // acc[r][v] = bias[v] + sum over k of x[r][k] * panel[k][v]; strides in units and numbers. No bias: null.
   void dot(const Pair* x, int64_t x_stride, int64_t rows, const Pair* panel, int64_t vecs, int64_t depth, float* acc,
-           int64_t acc_stride) {
+           int64_t acc_stride, const float* bias) {
     const int64_t first = rows > kTile ? (rows + 1) / 2 : rows;
     use(first, rows - first);
     const Operand a{x, x_stride, first};
     for (int64_t v = 0; v < vecs; v += 2) {
       const Operand b{panel + v * kTile, vecs * kTile, 0};
       float* const to = acc + v * kTile;
+      const Start start{bias ? bias + v * kTile : kZeros, 0};  // the same row for all of a tile
       if (rows > kTile) {
-        v + 1 < vecs ? product<true, true, false>(a, b, depth, to, acc_stride)
-                     : product<true, false, false>(a, b, depth, to, acc_stride);
+        v + 1 < vecs ? product<true, true>(a, b, depth, start, to, acc_stride)
+                     : product<true, false>(a, b, depth, start, to, acc_stride);
       } else {
-        v + 1 < vecs ? product<false, true, false>(a, b, depth, to, acc_stride)
-                     : product<false, false, false>(a, b, depth, to, acc_stride);
+        v + 1 < vecs ? product<false, true>(a, b, depth, start, to, acc_stride)
+                     : product<false, false>(a, b, depth, start, to, acc_stride);
       }
     }
   }
@@ -150,12 +143,13 @@ class Tiles {
     for (int64_t v = 0; v < vecs; v += 2) {
       const Operand b{panel + v * kTile, vecs * kTile, 0};
       float* const to = c + v * kTile;
+      const Start start{to, c_stride};
       if (groups == 2) {
-        v + 1 < vecs ? product<true, true, true>(rows, b, depth, to, c_stride)
-                     : product<true, false, true>(rows, b, depth, to, c_stride);
+        v + 1 < vecs ? product<true, true>(rows, b, depth, start, to, c_stride)
+                     : product<true, false>(rows, b, depth, start, to, c_stride);
       } else {
-        v + 1 < vecs ? product<false, true, true>(rows, b, depth, to, c_stride)
-                     : product<false, false, true>(rows, b, depth, to, c_stride);
+        v + 1 < vecs ? product<false, true>(rows, b, depth, start, to, c_stride)
+                     : product<false, false>(rows, b, depth, start, to, c_stride);
       }
     }
   }
@@ -166,6 +160,13 @@ class Tiles {
     int64_t stride;  // units
     int64_t second;  // rows from the first tile to the second
   };
+
+  // What a tile of sums starts from.
+  struct Start {
+    const float* data;
+    int64_t stride;  // numbers
+  };
+  alignas(64) static constexpr float kZeros[2 * kTile] = {};
 
   void use(int64_t first, int64_t second) {
     const int64_t rows = first * 32 + second;
@@ -180,21 +181,16 @@ class Tiles {
     use_shapes(&shapes);
   }
 
-  template <bool two_rows, bool two_vecs, bool add>
-  static void product(const Operand& a, const Operand& b, int64_t depth, float* to, int64_t to_stride) {
-    const int64_t bytes = to_stride * 4;
+  template <bool two_rows, bool two_vecs>
+  static void product(const Operand& a, const Operand& b, int64_t depth, const Start& start, float* to,
+                      int64_t to_stride) {
+    const int64_t bytes = to_stride * 4, start_bytes = start.stride * 4;
     float* const below = to + a.second * to_stride;
-    if constexpr (add) {
-      tile_load<0>(to, bytes);
-      if constexpr (two_vecs) tile_load<1>(to + kTile, bytes);
-      if constexpr (two_rows) tile_load<2>(below, bytes);
-      if constexpr (two_rows && two_vecs) tile_load<3>(below + kTile, bytes);
-    } else {
-      tile_zero<0>();
-      if constexpr (two_vecs) tile_zero<1>();
-      if constexpr (two_rows) tile_zero<2>();
-      if constexpr (two_rows && two_vecs) tile_zero<3>();
-    }
+    const float* const start_below = start.data + a.second * start.stride;
+    tile_load<0>(start.data, start_bytes);
+    if constexpr (two_vecs) tile_load<1>(start.data + kTile, start_bytes);
+    if constexpr (two_rows) tile_load<2>(start_below, start_bytes);
+    if constexpr (two_rows && two_vecs) tile_load<3>(start_below + kTile, start_bytes);
     for (int64_t k = 0; k < depth; k += kTile) {
       const Pair* const matrix = b.data + k * b.stride;
       tile_load<6>(matrix, b.stride * 4);
@@ -251,11 +247,11 @@ bool check_tiles() {
     return true;
   };
   for (const int64_t count : {1, 15, 16, 17, 31, 32}) {
-    tiles.dot(rows, kStride, count, panel, kVecs, kDepth, sums, kWidth);
+    tiles.dot(rows, kStride, count, panel, kVecs, kDepth, sums, kWidth, nullptr);
     if (!right(count, 1)) return false;
   }
   for (const int64_t groups : {1, 2}) {
-    tiles.dot(rows, kStride, groups * kTile, panel, kVecs, kDepth, sums, kWidth);
+    tiles.dot(rows, kStride, groups * kTile, panel, kVecs, kDepth, sums, kWidth, nullptr);
     tiles.outer(rows, kStride, groups, panel, kVecs, kDepth, sums, kWidth);
     if (!right(groups * kTile, 2)) return false;
   }
@@ -268,7 +264,7 @@ constexpr bool (*kCheckTiles)() = check_tiles;
 // Where there are none, nothing asks for them.
 class Tiles {
  public:
-  void dot(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t) {}
+  void dot(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t, const void*) {}
   void outer(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t) {}
 };
 constexpr bool (*kCheckTiles)() = nullptr;
