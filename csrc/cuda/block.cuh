@@ -14,6 +14,7 @@
 //   units.cuh            the same of units with factors of their own: leaky networks
 //   exchange.cuh         who is met once a step: the block, or the blocks of a cluster that share a tile
 //   grid_exchange.cuh    ... or blocks anywhere on the device
+//   layout.cuh           how a block shares out its shared memory
 //   sweep.cuh            the loop
 //   block_configs.h      the sizes that are compiled; block.cu launches one, plan.cpp and cuda_plan.py choose it
 #pragma once

@@ -29,6 +29,7 @@ struct Element {  // 16-bit types
     return (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
   }
   static __device__ __forceinline__ Pair both(Pair a, Pair b) { return a & b; }
+  static __device__ __forceinline__ Pair all(uint32_t mask) { return mask; }
   // Where the value of a ReLU is not zero: in each half, adding 0x7fff sets the sign of all but 0.
   static __device__ __forceinline__ Pair not_zero(Pair h) {
     return device::spread_signs((h & 0x7fff7fffu) + 0x7fff7fffu);
@@ -58,12 +59,28 @@ struct Element<float> {
   }
   static __device__ __forceinline__ Pair mask(bool low, bool high) { return {low ? ~0u : 0u, high ? ~0u : 0u}; }
   static __device__ __forceinline__ Pair both(Pair a, Pair b) { return {a.x & b.x, a.y & b.y}; }
+  static __device__ __forceinline__ Pair all(uint32_t mask) { return {mask, mask}; }
   static __device__ __forceinline__ Pair not_zero(Pair h) {
     return mask(device::as_float(h.x) != 0.f, device::as_float(h.y) != 0.f);
   }
   static __device__ __forceinline__ bool low_of(Pair mask) { return mask.x != 0; }
   static __device__ __forceinline__ bool high_of(Pair mask) { return mask.y != 0; }
 };
+
+// Flags that several values share, as masks: all ones or nothing. A thread has seven predicates, and one flag too many
+// comes out of a register into the one that is free, 13 cycles each time; a mask takes one instruction a value.
+__device__ __forceinline__ uint32_t mask(bool wanted) { return wanted ? ~0u : 0u; }
+// Of a < b, whose difference is an int. By its sign: of a comparison's the compiler makes selects with predicates.
+__device__ __forceinline__ uint32_t mask_less(int a, int b) { return static_cast<uint32_t>((a - b) >> 31); }
+__device__ __forceinline__ float2 both(uint32_t mask, float2 value) {
+  return {device::as_float(mask & device::as_word(value.x)), device::as_float(mask & device::as_word(value.y))};
+}
+__device__ __forceinline__ float select(uint32_t mask, float a, float b) {
+  return device::as_float((mask & device::as_word(a)) | (~mask & device::as_word(b)));
+}
+__device__ __forceinline__ float2 select(uint32_t mask, float2 a, float2 b) {
+  return {select(mask, a.x, b.x), select(mask, a.y, b.y)};
+}
 
 __device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 __device__ __forceinline__ float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }

@@ -8,8 +8,8 @@
 //
 //   critical path   barrier, load state, product, + in and skip term, epilogue, store state
 //   behind the      out: the state of the step before, from shared memory; the ring: ask for in_t some steps ahead
-//     products
-//   behind the      load what the next step gets from the ring
+//     products      (where blocks share a tile: behind the store, while the state travels)
+//   behind the      load what the next step gets from the ring; look up where it reads and writes, and what is cut
 //     store
 //
 // in_t is read ahead by cp.async into a ring in shared memory. Read ahead into registers it was not ahead at all: loads
@@ -31,29 +31,13 @@
 #include "element.cuh"
 #include "epilogues.cuh"
 #include "exchange.cuh"
+#include "layout.cuh"
 #include "schedule.cuh"
 #include "share.cuh"
 #include "state.cuh"
 #include "units.cuh"
 
 namespace fused_rin {
-
-// A block's shared memory: two buffers of the state, what of the matrix is not in registers, the ring, the schedule,
-// the factors of the units, sums that the parts of k give each other, the mbarriers of a cluster.
-template <class Config, bool kBackward, bool kUnits>
-struct Layout {
-  static constexpr int kSlots = kBackward ? Config::kSlotsBackward : Config::kSlotsForward;
-  // in, and backward saved; of units forward noise
-  static constexpr int kTileBytes = State<typename Config::T, Config::kOutputs, Config::kRows>::kBytes;
-  static constexpr int kSlotBytes = (kBackward || kUnits ? 2 : 1) * kTileBytes;
-  static constexpr int kRing = 2 * Config::kStateBytes + Config::kMatrixBytes;
-  static constexpr int kSchedule = kRing + kSlots * kSlotBytes;
-  static constexpr int kFactors = kSchedule + Schedule<Config::kRows, kSlots>::kBytes;
-  static constexpr int kGiven = kFactors + (kUnits ? 8 * Config::kHidden : 0);
-  static constexpr int kExchange = kGiven + Config::kGivenBytes;
-  static constexpr int kBytes = kExchange + Exchange<Config>::kBytes;
-  static_assert(kSlots >= 2, "one that is read, one that is filled");
-};
 
 template <class Config, class Product, bool kBackward, bool kUnits>
 __device__ __forceinline__ void sweep(const Problem& problem) {
@@ -100,12 +84,8 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     stop = 0;
     for (int row = 0; row < live_rows; ++row) stop = max(stop, static_cast<int>(length(row)));
   }
-  const int first_time = down ? stop - 1 : 0, direction = down ? -1 : 1;
-  // As unsigned, so that the times before the first and after the last step are at no limit's left.
-  const auto time = [&](int s) { return static_cast<uint32_t>(first_time + direction * s); };
-  const auto row_at = [&](uint32_t t) {
-    return problem.offsets ? device::load_global(problem.offsets + t) : t * problem.batch;
-  };
+  const Steps steps(stop, down);
+  const auto time = [&](int s) { return steps.time(s); };
 
   const auto without_padding = [&](int p, Pair pair) {
     const int units = share.hidden - static_cast<int>(problem.padding);
@@ -176,26 +156,19 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       limit[c] = row < live_rows ? length(row) : 0;
     }
     const Epilogue<T, kBackward> epilogue(problem.activation);
-    Schedule<Config::kRows, kSlots> schedule(shared, Places::kSchedule, problem, share.first_row, share.thread);
+    const uint32_t own_limit = share.thread < live_rows ? length(share.thread) : 0;
+    const Schedule<Config::kRows, kSlots, kBackward> schedule(shared, Places::kSchedule, problem, steps,
+                                                              share.first_row, share.thread, own_limit);
     const bool packed = !kPlain && problem.offsets, cuts = !kPlain && problem.resets;
-    const auto staged_row = [&](int s) { return packed ? schedule.row(s) : time(s) * problem.batch; };
-    const uint32_t own_limit = share.thread < live_rows ? length(share.thread) : 0;  // of the row whose cuts it copies
 
     // Where the first of what the thread carries is in the rows of the step to fetch, and of the step to write.
     const int64_t step_bytes = device::opaque(problem.batch * row_bytes), stride = down ? -step_bytes : step_bytes;
     const int64_t first_in = share.tile + carry.offset(0);
     const int64_t first_out = kTileIsOutput ? first_in : share.tile + share.offset(0);
-    const int64_t start = stop > 0 ? row_at(time(0)) * row_bytes : 0;
+    // Here of the step before the first; packed, see look_up.
+    const int64_t start = steps.first_time * step_bytes - stride;
     int64_t read_at = first_in + start, write_at = first_out + start - stride;
-    const auto fetch = [&](int s, uint32_t slot, const auto& row_of) {
-      if (packed) read_at = first_in + (s < stop ? row_of(s) * row_bytes : 0);
-      if (cuts) {
-        // The boundary between two steps belongs to the later one in time. Running down that is the step before, and
-        // at s == stop the boundary that the gradient of h0 crosses.
-        const int owner = down ? s - 1 : s;
-        const bool crosses = s <= stop && (s > 0 || !(down || kBackward)) && time(owner) < own_limit;
-        schedule.fetch_cut(slot / Places::kSlotBytes, crosses ? row_of(owner) : 0, crosses);
-      }
+    const auto fetch = [&](int s, uint32_t slot) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         if (!carry.has(i)) continue;
@@ -210,12 +183,15 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
                                active && (kBackward || second));
         }
       }
-      read_at += stride;
       device::cp_async_commit();
     };
-    if (packed) schedule.begin(stop, time);
+    if (packed) schedule.begin();
 #pragma unroll 1
-    for (int s = 0; s < kSlots; ++s) fetch(s, s * Places::kSlotBytes, [&](int step) { return row_at(time(step)); });
+    for (int s = 0; s < kSlots; ++s) {
+      read_at = packed ? first_in + (s < stop ? schedule.row_now(s) * row_bytes : 0) : read_at + stride;
+      if (cuts) schedule.template fetch_cut<false>(s);
+      fetch(s, s * Places::kSlotBytes);
+    }
     const int64_t matrix = int64_t{share.hidden} * share.hidden;
     product.load(static_cast<const Pair*>(problem.weight) + share.group * matrix / 2, share.first_neuron(),
                  share.hidden);
@@ -224,8 +200,10 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
         Config::kCtas == 1 ? own : device::opaque(Product::template place<Tile>(device::thread_idx_anew()));
     // What a step gets from the ring, the thread loads a step ahead: behind the state's loads it would come too late.
     Pair next_in[kPairs], next_saved[kPairs];
-    bool next_cut[kColumns] = {};
-    const auto look = [&](int s, uint32_t slot) {
+    uint32_t crosses[kColumns];  // masks: whether the row's state crosses into the next step, or it starts anew
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) crosses[c] = mask(true);
+    const auto look = [&](uint32_t slot) {
       const uint32_t here = Places::kRing + slot + own_in_tile;
 #pragma unroll
       for (int p = 0; p < kPairs; p += kTogether) {
@@ -235,16 +213,33 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) next_in[p + i] = in.pair[i], next_saved[p + i] = was.pair[i];
       }
+    };
+    // Where step s writes and reads; of packed sequences as rows, see carry_on. Late, just before: where time is enough
+    // for it, or registers are few.
+    constexpr bool kAdvanceLate = Config::kCtas > 1 || kUnits || Config::kMath == Math::kTf32x3;
+    const auto advance = [&](int s) {
+      write_at += stride;
+      read_at += stride;
+      if (packed) {
+        write_at = schedule.row(max(s - 1, 0));
+        read_at = schedule.row(min(s + kSlots, stop - 1));
+        schedule.fetch_row(s);
+      }
+    };
+    // Behind the store of step s - 1, where nothing else goes on: branches behind the products parted the code there,
+    // and its loads waited.
+    const auto look_up = [&](int s) {
+      if (!kAdvanceLate) advance(s);
       if (cuts) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c)
-          next_cut[c] = schedule.cut(slot / Places::kSlotBytes, share.row(c * kTogether),
-                                     [&] { return staged_row(down ? s - 1 : s); });
+        for (int c = 0; c < kColumns; ++c) crosses[c] = mask(schedule.crosses(s, share.row(c * kTogether)));
+        schedule.template fetch_cut<true>(s + kSlots);
       }
     };
     device::cp_async_wait<kSlots - 2>();
     device::sync_block();
-    look(0, 0);
+    look(0);
+    if (stop > 0) look_up(0);
     exchange.arrive();
     // A state that does not cross into the next step is 0: where act of it is multiplied, that is act(0), and has to be
     // there before the product.
@@ -254,7 +249,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
         const Pair of_zero = units.multiplied(Pair{});
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          if (drops && next_cut[Product::column(p)]) x[p] = without_padding(p, of_zero);
+          if (drops && !crosses[Product::column(p)]) x[p] = without_padding(p, of_zero);
         }
       }
     };
@@ -265,20 +260,25 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 
     // a = in + factor * state + x M. Backward the first state is the gradient of h_n, which counts once: until a row's
     // first step. Where all rows begin at once there is one factor.
-    constexpr int kFactors = kPlain ? 1 : kColumns;
-    bool begun[kFactors];
-    float factor[kFactors];
+    float factor = kBackward ? 1.f : skip;
+    // Not plain, masks of the rows that this step is one of, and of those of it or a step before.
+    uint32_t active[kColumns] = {}, begun[kColumns];
 #pragma unroll
-    for (int c = 0; c < kFactors; ++c) begun[c] = !kBackward, factor[c] = kBackward ? 1.f : skip;
-    Pair mask[kPairs];  // plain ReLU, backward: of the state, in place of 0
+    for (int c = 0; c < kColumns; ++c) begun[c] = mask(!kBackward);
+    Pair of_units[kPairs];  // masks: without the padding
 #pragma unroll
-    for (int p = 0; p < kPairs; ++p) mask[p] = E::mask(true, true);
+    for (int p = 0; p < kPairs; ++p) of_units[p] = without_padding(p, E::mask(true, true));
+    Pair slope[kPairs];  // plain ReLU, backward: masks of the state, in place of 0
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) slope[p] = E::mask(true, true);
     const auto with_skip = [&](int p, float2 sum) {
       constexpr bool kMasked = kBackward && kPlain && !kTanh;
-      const int c = kPlain ? 0 : Product::column(p);
-      const bool adds = !begun[c] || skip != 0.f;  // 0 * inf must not make a NaN of a network without a skip
-      if (adds && (!kMasked || E::low_of(mask[p]))) sum.x = fmaf(factor[c], a[p].x, sum.x);
-      if (adds && (!kMasked || E::high_of(mask[p]))) sum.y = fmaf(factor[c], a[p].y, sum.y);
+      const int c = Product::column(p);
+      const float times = kBackward && !kPlain ? select(begun[c], skip, 1.f) : factor;
+      const bool crossed = kPlain || Product::kSumInside || crosses[c];
+      const bool adds = crossed && times != 0.f;  // 0 * inf must not make a NaN of a network without a skip
+      if (adds && (!kMasked || E::low_of(slope[p]))) sum.x = fmaf(times, a[p].x, sum.x);
+      if (adds && (!kMasked || E::high_of(slope[p]))) sum.y = fmaf(times, a[p].y, sum.y);
       return sum;
     };
     uint32_t buffer = 0, slot = 0;
@@ -286,19 +286,29 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     for (int s = 0; kBackward || s < stop; ++s) {
       exchange.wait();
       float2 sum[kPairs];
+      constexpr bool kActiveLate = kUnits || Product::kSumInside;  // wanted behind the product alone
+      const auto find_active = [&] {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+          active[c] = mask_less(static_cast<int>(time(s)), static_cast<int>(limit[c])) |
+                      (kBackward ? mask_less(stop - 1, s) : 0);  // all that a gradient of h0 is made of
+      };
       const auto prepare = [&] {
+        if (!kPlain && !kActiveLate) find_active();
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          if (Product::kSumInside) sum[p] = E::unpack(next_in[p]);
-          if (kPlain && !Product::kSumInside) a[p] = with_skip(p, E::unpack(next_in[p]));
-          if (kPlain && kBackward) mask[p] = E::not_zero(next_saved[p]);
+          const int c = Product::column(p);
+          if (Product::kSumInside)
+            sum[p] = E::unpack(next_in[p]);
+          else if (kPlain)
+            a[p] = with_skip(p, E::unpack(next_in[p]));
+          else if (!kUnits && active[c])
+            a[p] = with_skip(p, E::unpack(next_in[p]));
+          if (kPlain && kBackward) slope[p] = E::not_zero(next_saved[p]);
         }
       };
-      const auto carry_on = [&] {
-        if (packed) {
-          write_at = first_out + (s > 0 ? schedule.row(s - 1) * row_bytes : 0);
-          schedule.fetch_row(s, stop, time);
-        }
+      const auto write = [&] {
+        if (packed) write_at = first_out + write_at * row_bytes;
         if constexpr (kTileIsOutput) {
 #pragma unroll
           for (int i = 0; i < kPieces; ++i) {
@@ -320,16 +330,23 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
                                       reinterpret_cast<Pair*>(static_cast<char*>(problem.aside) + here), beside(p));
           }
         }
-        write_at += stride;
-        fetch(s + kSlots, slot, staged_row);
+      };
+      const auto carry_on = [&] {
+        if (kAdvanceLate) advance(s);
+        write();
+        if (packed) read_at = first_in + read_at * row_bytes;
+        fetch(s + kSlots, slot);
         if (kSlots > 2) device::cp_async_wait<kSlots - 2>();
         slot = slot == (kSlots - 1) * Places::kSlotBytes ? 0 : slot + Places::kSlotBytes;
       };
       // With two slots there is no time to lose: what is asked for in this step is for the next but one.
-      if constexpr (kSlots > 2)
+      if constexpr (Config::kCtas > 1)
+        product.multiply(buffer, sum, prepare, [] {});
+      else if constexpr (kSlots > 2)
         product.multiply(buffer, sum, prepare, carry_on);
       else
         product.multiply(buffer, sum, [&] { prepare(), carry_on(); }, [] {});
+      if (!kPlain && kActiveLate) find_active();
 
       if constexpr (kUnits) {
         const bool last = kBackward && s == stop;
@@ -341,15 +358,15 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           first[c] = !begun[c];
-          begun[c] = begun[c] || last || time(s) < limit[c];
+          begun[c] |= active[c];
         }
-        units.apply(sum, values, next_in, next_saved, a, first, next_cut, drops, last,
+        units.apply(sum, values, next_in, next_saved, a, first, crosses, drops, last,
                     [&](int p, float2 carried, float2 times) {
-                      if (last || time(s) < limit[Product::column(p)])
-                        a[p] = carried, x[p] = without_padding(p, E::pack(times));
+                      if (active[Product::column(p)]) a[p] = carried, x[p] = without_padding(p, E::pack(times));
                     });
         if (last) return;
-        look(s + 1, slot);
+        look(slot);
+        look_up(s + 1);
         if (s + 1 < stop) drop_states();
         buffer ^= Config::kStateBytes;
         store_state(buffer + own);
@@ -358,20 +375,23 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
       }
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
-        if (Product::kSumInside)
+        const int c = Product::column(p);
+        if (!Product::kSumInside) {
+          sum[p] = plus(kPlain ? sum[p] : both(crosses[c], sum[p]), a[p]);
+        } else {
           sum[p] = with_skip(p, sum[p]);
-        else
-          sum[p] = plus(sum[p], kPlain ? a[p] : with_skip(p, E::unpack(next_in[p])));
-        if (!kPlain && next_cut[Product::column(p)]) sum[p] = E::unpack(next_in[p]);
+          if (!kPlain && !crosses[c]) sum[p] = E::unpack(next_in[p]);  // a mask would keep it unpacked: registers
+        }
       }
       if (kBackward && s == stop) {
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) a[p] = sum[p];
+        if constexpr (Config::kCtas > 1) advance(s), write();
         return;
       }
+      if (kBackward && kPlain) factor = skip;
 #pragma unroll
-      for (int c = 0; c < kFactors; ++c)
-        if (kBackward && (kPlain || time(s) < limit[c])) begun[c] = true, factor[c] = skip;
+      for (int c = 0; c < kColumns; ++c) begun[c] |= active[c];
       float2 h[kPairs];
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) h[p] = E::unpack(next_saved[p]);
@@ -379,25 +399,29 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
           a[p] = kTanh ? kBackward ? Tanh<T>::gradient(sum[p], h[p]) : Tanh<T>::of(sum[p]) : sum[p];
-          x[p] = kTanh ? E::pack(a[p]) : kBackward ? E::both(E::pack(a[p]), mask[p]) : E::pack_relu(a[p]);
+          x[p] = kTanh ? E::pack(a[p]) : kBackward ? E::both(E::pack(a[p]), slope[p]) : E::pack_relu(a[p]);
           if (!kTanh && !kBackward) a[p] = relu(a[p]);
         }
       } else {
         epilogue.apply(sum, h);
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          a[p] = time(s) < limit[Product::column(p)] ? sum[p] : a[p];
-          x[p] = begun[Product::column(p)] ? E::pack(a[p]) : Pair{};
+          const int c = Product::column(p);
+          a[p] = select(active[c], sum[p], a[p]);
+          x[p] = E::both(E::pack(a[p]), E::all(begun[c]));
         }
-        if (problem.padding) {  // stays 0: an infinite state would make NaN of it
+        // The padding stays 0: an infinite state would make NaN of it. Of few pairs a branch would take longer.
+        if (kPairs <= 2 || problem.padding) {
 #pragma unroll
-          for (int p = 0; p < kPairs; ++p) x[p] = without_padding(p, x[p]);
+          for (int p = 0; p < kPairs; ++p) x[p] = kPairs <= 2 ? E::both(x[p], of_units[p]) : without_padding(p, x[p]);
         }
       }
+      store_state((buffer ^ Config::kStateBytes) + own);
+      exchange.push(buffer ^ Config::kStateBytes);
+      if constexpr (Config::kCtas > 1) carry_on();
       buffer ^= Config::kStateBytes;
-      store_state(buffer + own);
-      exchange.push(buffer);
-      look(s + 1, slot);
+      look(slot);
+      look_up(s + 1);
       if (kSlots == 2) device::cp_async_wait<0>();
       exchange.arrive();
     }
@@ -419,12 +443,14 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
   // loop, it took the registers by which some kernels spilled on sm_100 and sm_120.
   const Share<Config, Product> again(problem, device::opaque(block), device::thread_idx_anew());
   const uint32_t last = down ? 0 : device::opaque(static_cast<uint32_t>(stop)) - 1;
-  const int64_t last_bytes = !kBackward && stop > 0 ? again.tile + row_at(last) * again.row_bytes : 0;
+  const int64_t last_row =
+      problem.offsets && stop > 0 ? device::load_global(problem.offsets + last) : last * problem.batch;
+  const int64_t last_bytes = again.tile + last_row * again.row_bytes;
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     if (!again.owns(p)) continue;
-    const uint32_t steps = length(again.row(p));
-    const bool writes = !kBackward && stop > 0 && last < steps;
+    const uint32_t own_steps = length(again.row(p));
+    const bool writes = !kBackward && stop > 0 && last < own_steps;
     if (writes) device::store_global(at(problem.out, last_bytes + again.offset(p)), written(p));
     if constexpr (kUnits) {
       if (writes && problem.aside) device::store_global(at(problem.aside, last_bytes + again.offset(p)), beside(p));
@@ -436,7 +462,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     }
     if (!problem.lengths || problem.offsets) continue;
 #pragma unroll 1
-    for (int64_t t = steps; t < problem.steps; ++t) {
+    for (int64_t t = own_steps; t < problem.steps; ++t) {
       const int64_t here = again.tile + t * problem.batch * again.row_bytes + again.offset(p);
       device::store_global(at(problem.out, here), Pair{});
       if (kUnits && problem.aside) device::store_global(at(problem.aside, here), Pair{});

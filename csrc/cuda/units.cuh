@@ -50,13 +50,13 @@ class UnitStep {
   }
 
   // For each pair, done(p, what is carried, what is to be multiplied), from sum: x M, plus in where the product starts
-  // from it. a: what was carried. first: columns of which a is the gradient of h_n still, which counts once. cut:
-  // columns into which no state crosses; where `product_crosses`, what was multiplied says so already. last: backward,
-  // behind the first step in time, `saved` being h0 then. values: of act, where they are kept.
+  // from it. a: what was carried. first: columns of which a is the gradient of h_n still, which counts once. crosses:
+  // a mask a column, 0 where no state crosses into the step; where `product_crosses`, what was multiplied says so
+  // already. last: backward, behind the first step in time, `saved` being h0 then. values: of act, where they are kept.
   template <int kColumns, class Done>
   __device__ __forceinline__ void apply(float2 (&sum)[kPairs], Pair (&values)[kPairs], const Pair (&in)[kPairs],
                                         const Pair (&saved)[kPairs], const float2 (&a)[kPairs],
-                                        const bool (&first)[kColumns], const bool (&cut)[kColumns],
+                                        const bool (&first)[kColumns], const uint32_t (&crosses)[kColumns],
                                         bool product_crosses, bool last, const Done& done) const {
     constexpr int kAtOnce = kPairs > 4 ? 2 : kPairs;  // all six of 384 units spilled
     static_assert(kPairs % kAtOnce == 0);
@@ -67,8 +67,8 @@ class UnitStep {
       for (int i = 0; i < kAtOnce; ++i) {
         const int p = p0 + i, c = Product::column(p);
         const float2 was = first[c] ? a[p] : scaled(factors(skips_, p), a[p]), here = E::unpack(in[p]);
-        added[i] = cut[c] ? float2{0.f, 0.f} : was;
-        if (cut[c] && !product_crosses) sum[p] = Product::kSumInside ? here : float2{0.f, 0.f};
+        added[i] = crosses[c] ? was : float2{0.f, 0.f};
+        if (!crosses[c] && !product_crosses) sum[p] = Product::kSumInside ? here : float2{0.f, 0.f};
         if (kBackward) {
           added[i] = plus(added[i], here);
           act[i] = E::unpack(saved[p]);

@@ -142,7 +142,7 @@ class Kernel:
         """
         state, tile = self._rows_bytes(self.hidden), self._rows_bytes(self.outputs)
         slots = self.backward_slots if backward else self.forward_slots
-        schedule = 4 * slots * 8 + -(-slots * self.rows * 4 // 16) * 16
+        schedule = 4 * slots * 8 + -(-2 * slots * self.rows * 4 // 16) * 16  # schedule.cuh
         tiles, factors = 1 + (backward or self.units), 8 * self.hidden * self.units
         lanes = 256 * self.warps // self.parts if self.math == "fma" else 0
         given = (self.parts - 1) * max(self.outputs * self.rows * 4, lanes)
