@@ -165,7 +165,7 @@ __device__ __forceinline__ void sweep(const Problem& problem) {
     const int64_t step_bytes = device::opaque(problem.batch * row_bytes), stride = down ? -step_bytes : step_bytes;
     const int64_t first_in = share.tile + carry.offset(0);
     const int64_t first_out = kTileIsOutput ? first_in : share.tile + share.offset(0);
-    // Here of the step before the first; packed, see look_up.
+    // Here of the step before the first; packed, see advance.
     const int64_t start = steps.first_time * step_bytes - stride;
     int64_t read_at = first_in + start, write_at = first_out + start - stride;
     const auto fetch = [&](int s, uint32_t slot) {
