@@ -40,6 +40,12 @@ def test_long_sequences(isa, dtype, batch, hidden):
     check_sweeps(cpu.forward, cpu.backward, make_case(257, batch, hidden, dtype=dtype))
 
 
+@pytest.mark.parametrize("layout", ["full", "lengths"])
+def test_a_matrix_beyond_the_cache(isa, layout):
+    """Its blocks serve bands of rows, here of 96 and of 7."""
+    check_sweeps(cpu.forward, cpu.backward, make_case(3, 103, 600, dtype=torch.float32, layout=layout))
+
+
 LAYOUTS = layouts((1, 0), (1, 1), (3, 1))
 
 

@@ -265,6 +265,9 @@ def batch_recurrence() -> Pairs:
         for hidden in HIDDEN:
             case = problem(11, 13, 1, hidden, dtype)
             yield from over_batches(lambda part, case=case: some(case, part), SOME)
+        # A matrix beyond the cache, whose blocks serve bands of rows.
+        case = problem(3, 100, 1, 600, dtype)
+        yield from over_batches(lambda part, case=case: some(case, part), SOME)
 
 
 @row("equal")
@@ -295,6 +298,9 @@ def batch_layer() -> Pairs:
             for layers in (1, 2):
                 module, x = make(RIN, 7, hidden, layers, dtype=dtype), draw(11, 13, 7, dtype=dtype)
                 yield from over_batches(lambda part, module=module, x=x: some_of_module(module, x, part), SOME)
+            # Rows and inputs that fill tiles of AMX: the input's product in the sums of its step, of parts beside them.
+            module, x = make(RIN, 40, hidden, dtype=dtype), draw(11, 37, 40, dtype=dtype)
+            yield from over_batches(lambda part, module=module, x=x: some_of_module(module, x, part), SOME)
 
 
 @row("equal")

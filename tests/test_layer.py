@@ -118,6 +118,12 @@ def test_layouts(isa, options):
         check(4, 7, 5, 18, dtype=dtype, **options)
 
 
+@pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
+def test_layouts_of_whole_tiles(options):
+    """Where AMX is, the input's product is made in the sums of its step, of sequences that begin there on its own."""
+    check(4, 21, 40, 50, dtype=torch.bfloat16, **options)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("options", LAYOUTS, ids=name_of)
 def test_layouts_over_threads(threads, options):

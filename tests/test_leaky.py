@@ -251,6 +251,21 @@ def test_16_bits(make, dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: LeakyRNN(40, 50, alpha=0.3), lambda: LeakyRNN(40, 50, alpha=0.3, form="current"), lambda: PLRNN(40, 50)],
+)
+def test_bfloat16_where_rows_and_inputs_fill_tiles(make, start):
+    module, x = make(), torch.randn(9, 21, 40)
+    hx = torch.randn(1, 21, 50) if start else None
+    want = module(x, hx)
+    module.bfloat16()
+    out, h_n = module(x.bfloat16(), hx.bfloat16() if start else None)
+    size = float(want[0].detach().abs().max())
+    torch.testing.assert_close((out.float(), h_n.float()), want, rtol=0, atol=2e-2 * size)
+
+
 def test_explain_tells_which_kernel_runs():
     module = LeakyRNN(4, 6, alpha=0.5, nonlinearity="softplus")
     choice = explain(module, (5, 2, 4))

@@ -205,7 +205,8 @@ template <class F>
 void multiply_block(Tiles& tiles, const Panels& l, int64_t chains, const F* x, int64_t x_stride, int64_t rows,
                     const F* panel, int64_t vecs, Sum<F>* acc, int64_t acc_stride, const Sum<F>* bias = nullptr) {
   if constexpr (kHasTiles && UnitOf<F>::kTerms == 2) {
-    if (l.tiles) return tiles.dot(x, x_stride, rows, panel, vecs, l.depth, acc, acc_stride, bias);
+    const TileFactors factors{x, x_stride, panel, l.depth};
+    if (l.tiles) return tiles.dot(&factors, 1, rows, vecs, acc, acc_stride, {bias ? bias : kZeros, 0});
   }
   const Dot<F> dot = chains == 1   ? find_dot<F, 1>(rows, vecs)
                      : chains == 2 ? find_dot<F, 2>(rows, vecs)

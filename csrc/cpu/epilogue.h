@@ -40,6 +40,9 @@ struct Columns {
     if (whole && x && next && out && pre && !in && !saved && !kept && !kept_factor) {
       return apply_to(op, carry, x, pre, nullptr, nullptr, next, out, factor, nullptr, skip, count);
     }
+    if (kPaired<T> && whole && x && next && out && !pre && !in && !saved && !kept && !kept_factor) {
+      return apply_to(op, carry, x, nullptr, nullptr, nullptr, next, out, factor, nullptr, skip, count);
+    }
     if (whole && x && next && kept && in && saved && !out && !pre) {
       return apply_to(op, carry, x, nullptr, in, saved, next, kept, factor, kept_factor, skip, count);
     }

@@ -62,31 +62,31 @@ class InputProduct {
     }
   }
 
-  // For a chunk of `rows`, columns [first_column, end_column), into to[row of the chunk][padded].
-  void run(const RowList& rows, const Chunk& chunk, bool ascending, int64_t first_column, int64_t end_column,
-           S* to) const {
-    const F* const x = input_rows(rows, chunk, ascending);
+  // The chunk whose rows are multiplied from here on.
+  void use(const RowList& rows, const Chunk& chunk, bool ascending) { x_ = input_rows(rows, chunk, ascending); }
+
+  // Rows [begin, end) of the chunk, columns [first_column, end_column), into to[row of the chunk][padded].
+  void run(int64_t begin, int64_t end, int64_t first_column, int64_t end_column, S* to) const {
     for (int64_t block = 0; block < l_.blocks; ++block) {
       if (l_.end_column(block) <= first_column || l_.first_column(block) >= end_column) continue;
       const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
       const F* panel = static_cast<const F*>(part_.input_panels) + column * l_.depth;
-      for_row_tiles(l_, 0, chunk.rows(), [&](int64_t row, int64_t count) {
+      for_row_tiles(l_, begin, end, [&](int64_t row, int64_t count) {
         S* const sums = to + row * l_.padded() + column;
-        multiply_block(tiles_, l_, 1, x + row * l_.depth, l_.depth, count, panel, vecs, sums, l_.padded(),
+        multiply_block(tiles_, l_, 1, x_ + row * l_.depth, l_.depth, count, panel, vecs, sums, l_.padded(),
                        bias(0) + column);
       });
     }
-    for (int64_t k = 1; k < transitions_of(p_); ++k) {
-      S* row = to + k * chunk.rows() * l_.padded();
-      for (int64_t r = 0; r < chunk.rows(); ++r, row += l_.padded()) {
-        for (int64_t i = first_column; i < end_column; i += l_.lanes) store(row + i, load(bias(k) + i));
-      }
-    }
   }
-
- private:
+  // What is multiplied for a block of rows that begin with this one.
+  TileFactors factors(int64_t row, int64_t block) const {
+    const F* panel = static_cast<const F*>(part_.input_panels) + l_.first_column(block) * l_.depth;
+    return {x_ + row * l_.depth, l_.depth, panel, l_.depth};
+  }
+  // What a transition adds, the first one beside its input.
   S* bias(int64_t transition) const { return static_cast<S*>(part_.bias) + transition * l_.padded(); }
 
+ private:
   // The input of a chunk, [rows][depth]: where it lies, if all its rows follow each other there in whole units, or a
   // copy.
   const F* input_rows(const RowList& rows, const Chunk& chunk, bool ascending) const {
@@ -112,6 +112,7 @@ class InputProduct {
   const Layer& layer_;
   const Panels& l_;
   Tiles& tiles_;
+  const F* x_ = nullptr;  // rows of the chunk, [depth] each
 };
 
 // Gradients of U and W, one product: the sum over rows of [h that entered, x] x [gradient of pre]. Its left factor lies

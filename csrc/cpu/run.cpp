@@ -167,6 +167,7 @@ class Call {
       const int64_t lanes = plan.layout.lanes;
       const int64_t terms = p.backward ? p.hidden : layer->inputs, outputs = p.backward ? layer->inputs : p.hidden;
       input_ = make_panels(terms, outputs, lanes, p.dtype, kernels);
+      if (!p.backward && plan.layout.tiles) input_.cut(plan.layout.blocks);  // both may make one tile's sums
     }
   }
 
@@ -224,10 +225,9 @@ class Call {
                       ? std::min(groups, outer_groups(kernels_.vector_bytes, unit_)) * (kOuterDepth / unit_) * lanes
                       : rows * input_.depth;
     }
-    const int64_t most = std::max(max_tile_rows(plan_.layout), max_tile_rows(input_));
     for (int i = 0; i < plan_.threads; ++i) {
       Own& own = own_[i];
-      own.scratch = scalars(most * std::max(padded, input_.padded()) + kSliceScalars);
+      own.scratch = scalars(kBandRows * std::max(padded, input_.padded()) + kSliceScalars);
       own.index = static_cast<int32_t*>(carver.take((p_.hidden + kListSlack) * static_cast<int64_t>(sizeof(int32_t))));
       if (!layer_) continue;
       own.gathered = scalars(gathered_);

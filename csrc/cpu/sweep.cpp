@@ -83,17 +83,20 @@ class Sweep {
     part_.block_end = l_.blocks;
     first_column_ = 0;
     end_column_ = l_.end_column(l_.blocks - 1);
-    if (input_) input_->run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
+    if (input_ && !near_) input_->run(0, chunk_.rows(), 0, end_column_, chunk_data_);
   }
 
   // Each thread makes the input product of its own rows and columns. As of the others here, false if the team ended and
   // others do the rest.
   bool run_layer() {
-    const InputProduct<T> input(p_, part_, tiles_);
+    InputProduct<T> input(p_, part_, tiles_);
     input_ = &input;
+    near_ = by_tiles() && part_.input->tiles && rows_.count >= kNearRows &&
+            (l_.scalars() + part_.input->scalars()) * static_cast<int64_t>(sizeof(F)) <= kNearBytes;
     use_chunk(0);
     while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
-      input.run(rows_, chunk_, ascending_, first_column_, end_column_, chunk_data_);
+      input.use(rows_, chunk_, ascending_);
+      if (!near_) input.run(0, chunk_.rows(), first_column_, end_column_, chunk_data_);
       if (!run_steps(chunk_.begin, chunk_.end)) return false;
     }
     return true;
@@ -117,6 +120,11 @@ class Sweep {
     gradient.finish();
     return true;
   }
+
+  // Tiles of sums start from what is added to them: from the input's product, or from the bias, and then (`near_`) that
+  // product is made in them too. Written by one sweep of tiles and read by the next it was a tenth of a step of 64 rows
+  // x 128 units. The sums are the same.
+  bool by_tiles() const { return kHasTiles && kPaired<T> && l_.tiles && part_.layer && !p_.backward; }
 
   // ---- who runs when ----
 
@@ -179,17 +187,34 @@ class Sweep {
 
   // ---- a step ----
 
-  // A block of the product for a tile of rows, into its columns of scratch.
-  void dot_block(int64_t row, int64_t rows, int64_t block) {
+  // A block of the product for a tile of rows, into its columns of `sums`.
+  void dot_block(int64_t row, int64_t rows, int64_t block, S* sums) {
     const int64_t vec = l_.first_vec(block), vecs = l_.first_vec(block + 1) - vec;
     const F* panel = panels_ + vec * l_.lanes * l_.depth;
-    S* const to = sums(0) + vec * l_.lanes;
+    S* const to = sums + vec * l_.lanes;
+    if constexpr (kHasTiles && kPaired<T>) {
+      if (by_tiles()) return dot_by_tiles(row, rows, block, {factors(row), factor_stride(), panel, l_.depth}, to);
+    }
     if (l_.slices > 1) {
       const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
-      kDotSliced<F>[vecs - 1](factors(row), panel, l_, nonzero, descending_, sums(1), to);
+      kDotSliced<F>[vecs - 1](factors(row), panel, l_, nonzero, descending_, this->sums(1), to);
     } else {
       multiply_block(tiles_, l_, l_.chains, factors(row), factor_stride(), rows, panel, vecs, to, l_.padded());
     }
+  }
+  void dot_by_tiles(int64_t row, int64_t rows, int64_t block, const TileFactors& states, S* to) {
+    const int64_t column = l_.first_column(block), vecs = l_.first_vec(block + 1) - l_.first_vec(block);
+    const auto dot = [&](const TileFactors* factors, int64_t count, const S* start, int64_t stride) {
+      tiles_.dot(factors, count, rows, vecs, to, l_.padded(), {start + column, stride});
+    };
+    if (transition_ > 0) return dot(&states, 1, input_->bias(transition_), 0);
+    if (!near_) return dot(&states, 1, pre(row), l_.padded());
+    const TileFactors both[] = {input_->factors(chunk_base_ + row, block), states};
+    dot(both, 2, input_->bias(0), 0);
+  }
+  // Of a layer, what is added to a row's sums.
+  S* pre(int64_t row) const {
+    return transition_ > 0 ? input_->bias(transition_) : chunk_data_ + (chunk_base_ + row) * l_.padded();
   }
   S* sums(int64_t row) const { return static_cast<S*>(part_.scratch) + row * l_.padded(); }
 
@@ -220,15 +245,12 @@ class Sweep {
     c.next = next_state(row) + first_column_;
     if constexpr (kPaired<T>) c.factor = factor_row(1, row) + first_column_;
     c.count = end_column_ - first_column_;
-    if (part_.layer) {
-      if (p_.backward) {
-        const int64_t place = chunk_base_ + part_.position + row * part_.stride;
-        c.kept = chunk_data_ + place * l_.padded() + first_column_;
-        if constexpr (kPaired<T>) c.kept_factor = chunk_factors_ + place * l_.halves() + first_column_;
-      } else {
-        c.pre = chunk_data_ + (chunk_base_ + row) * l_.padded() + first_column_;
-      }
+    if (part_.layer && p_.backward) {
+      const int64_t place = chunk_base_ + part_.position + row * part_.stride;
+      c.kept = chunk_data_ + place * l_.padded() + first_column_;
+      if constexpr (kPaired<T>) c.kept_factor = chunk_factors_ + place * l_.halves() + first_column_;
     }
+    if (part_.layer && !p_.backward) c.pre = pre(row) + first_column_;
   }
   // The same where units have factors of their own.
   void set_units(UnitColumns<T>& c, int64_t row, int64_t t) const {
@@ -248,17 +270,29 @@ class Sweep {
     return all ? static_cast<const S*>(all) + part_.group * p_.hidden + first_column_ : nullptr;
   }
 
-  // state x U for rows [begin, end) and this part's columns: body(row, its product).
+  // state x U for rows [begin, end) and this part's columns: body(row, its product). A tile of rows goes through all of
+  // U. Where U is not in the second-level cache, each of its blocks serves a band of tiles, so that U is fetched once
+  // or twice a step and not for every six rows.
   template <class Body>
   void product(int64_t begin, int64_t end, Body body) {
-    for_tiles(begin, end, [&](int64_t row, int64_t rows) {
-      if (l_.slices > 1) nonzero_.find(factors(row), l_);
-      for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
-        dot_block(row, rows, descending_ ? part_.block_begin + part_.block_end - 1 - i : i);
-      }
-      for (int64_t r = 0; r < rows; ++r) body(row + r, sums(r) + first_column_);
-      descending_ = !descending_;
-    });
+    const int64_t columns = l_.first_column(part_.block_end) - first_column_;
+    if (columns * l_.depth * static_cast<int64_t>(sizeof(F)) <= kNearBytes) {
+      return for_tiles(begin, end, [&](int64_t row, int64_t rows) { product_of_band(row, rows, body); });
+    }
+    for (; begin < end; begin += kBandRows) {
+      product_of_band(begin, end - begin < kBandRows ? end - begin : kBandRows, body);
+    }
+  }
+  template <class Body>
+  void product_of_band(int64_t begin, int64_t count, Body body) {
+    if (l_.slices > 1) nonzero_.find(factors(begin), l_);
+    for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
+      const int64_t block = descending_ ? part_.block_begin + part_.block_end - 1 - i : i;
+      for_tiles(begin, begin + count,
+                [&](int64_t row, int64_t rows) { dot_block(row, rows, block, sums(row - begin)); });
+    }
+    for (int64_t r = 0; r < count; ++r) body(begin + r, sums(r) + first_column_);
+    descending_ = !descending_;
   }
 
   void multiply(int64_t begin, int64_t end, int64_t t) {
@@ -267,6 +301,7 @@ class Sweep {
         UnitColumns<T> c{};
         set_units(c, row, t);
         c.carry = carry;
+        if (by_tiles()) c.pre = nullptr;
         c.x = skipped(row) + first_column_;
         epilogue(p_, c);
       });
@@ -275,6 +310,7 @@ class Sweep {
       Columns<T> c{};
       set(c, row, t);
       c.carry = carry;
+      if (by_tiles()) c.pre = nullptr;
       c.skip = static_cast<S>(p_.skip);
       c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
       epilogue(p_, c);
@@ -283,6 +319,9 @@ class Sweep {
 
   // The first step of a sequence whose carry is given (the gradient of h_n) or zero (no h0): no product.
   void start_from_carry(int64_t begin, int64_t end, int64_t t) {
+    if (near_ && begin < end) {
+      input_->run(chunk_base_ + begin, chunk_base_ + end, first_column_, end_column_, chunk_data_);
+    }
     for (int64_t row = begin; row < end; ++row) {
       load_state(row);
       if (p_.skips) {
@@ -460,7 +499,8 @@ class Sweep {
   const F* panels_;         // of the matrix at hand,
   int64_t transition_ = 0;  // and whose states it makes
   int64_t active_ = 0;      // rows that have begun and not ended
-  const InputProduct<T>* input_ = nullptr;
+  InputProduct<T>* input_ = nullptr;
+  bool near_ = false;        // its product is made in the tiles of a step's sums
   Chunk chunk_;              // of a layer: the steps at hand,
   S* chunk_data_ = nullptr;  // their input products or gradients of pre,
   Row* chunk_factors_ = nullptr;

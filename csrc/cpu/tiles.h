@@ -19,6 +19,20 @@ namespace FUSED_RIN_ISA {
 
 constexpr bool kHasTiles = FUSED_RIN_TILES != 0;
 
+// Rows times a block of a matrix: x [rows][depth], panel [depth][vectors of the block]; depth and stride in units.
+struct TileFactors {
+  const Pair* x;
+  int64_t x_stride;
+  const Pair* panel;
+  int64_t depth;
+};
+// What sums start from, [rows][columns of the block]; a stride of 0, in numbers: the same for all rows.
+struct TileStart {
+  const float* data;
+  int64_t stride;
+};
+alignas(64) constexpr float kZeros[8 * VecOf<float>::kLanes] = {};  // of any block
+
 #if FUSED_RIN_TILES
 
 static_assert(FUSED_RIN_VECTOR_BYTES == 64, "a row of a tile is a vector");
@@ -115,58 +129,44 @@ class Tiles {
     if (rows_) release_tiles();
   }
 
-  // acc[r][v] = bias[v] + sum over k of x[r][k] * panel[k][v]; strides in units and numbers. No bias: null.
-  void dot(const Pair* x, int64_t x_stride, int64_t rows, const Pair* panel, int64_t vecs, int64_t depth, float* acc,
-           int64_t acc_stride, const float* bias) {
+  // acc[r][v] = start[r][v] + sum over k of x[r][k] * panel[k][v], and of a second pair of factors if `count` is 2, all
+  // in the same tiles; acc_stride in numbers.
+  void dot(const TileFactors* factors, int64_t count, int64_t rows, int64_t vecs, float* acc, int64_t acc_stride,
+           const TileStart& start) {
     const int64_t first = rows > kTile ? (rows + 1) / 2 : rows;
     use(first, rows - first);
-    const Operand a{x, x_stride, first};
-    for (int64_t v = 0; v < vecs; v += 2) {
-      const Operand b{panel + v * kTile, vecs * kTile, 0};
-      float* const to = acc + v * kTile;
-      const Start start{bias ? bias + v * kTile : kZeros, 0};  // the same row for all of a tile
-      if (rows > kTile) {
-        v + 1 < vecs ? product<true, true>(a, b, depth, start, to, acc_stride)
-                     : product<true, false>(a, b, depth, start, to, acc_stride);
-      } else {
-        v + 1 < vecs ? product<false, true>(a, b, depth, start, to, acc_stride)
-                     : product<false, false>(a, b, depth, start, to, acc_stride);
-      }
-    }
+    multiply(factors, count, first, rows > kTile, vecs, acc, acc_stride, start);
   }
 
   // c[i][j] += sum over k of a[i][k] * b[k][j] for `groups` (1 or 2) of 16 rows of a, which lie one after the other.
   void outer(const Pair* a, int64_t a_stride, int64_t groups, const Pair* panel, int64_t vecs, int64_t depth, float* c,
              int64_t c_stride) {
     use(kTile, kTile);
-    const Operand rows{a, a_stride, kTile};
+    const TileFactors factors{a, a_stride, panel, depth};
+    multiply(&factors, 1, kTile, groups == 2, vecs, c, c_stride, {c, c_stride});
+  }
+
+ private:
+  static void multiply(const TileFactors* factors, int64_t count, int64_t second, bool two_rows, int64_t vecs,
+                       float* acc, int64_t acc_stride, const TileStart& start) {
     for (int64_t v = 0; v < vecs; v += 2) {
-      const Operand b{panel + v * kTile, vecs * kTile, 0};
-      float* const to = c + v * kTile;
-      const Start start{to, c_stride};
-      if (groups == 2) {
-        v + 1 < vecs ? product<true, true>(rows, b, depth, start, to, c_stride)
-                     : product<true, false>(rows, b, depth, start, to, c_stride);
+      const Product p{factors, count, vecs, v, second, start, acc, acc_stride};
+      if (two_rows) {
+        v + 1 < vecs ? product<true, true>(p) : product<true, false>(p);
       } else {
-        v + 1 < vecs ? product<false, true>(rows, b, depth, start, to, c_stride)
-                     : product<false, false>(rows, b, depth, start, to, c_stride);
+        v + 1 < vecs ? product<false, true>(p) : product<false, false>(p);
       }
     }
   }
 
- private:
-  struct Operand {
-    const Pair* data;
-    int64_t stride;  // units
-    int64_t second;  // rows from the first tile to the second
+  struct Product {
+    const TileFactors* factors;
+    int64_t count, vecs, vec;  // vectors in a row of the panels, and the one at hand
+    int64_t second;            // rows from the first tile to the second
+    TileStart start;
+    float* to;
+    int64_t to_stride;
   };
-
-  // What a tile of sums starts from.
-  struct Start {
-    const float* data;
-    int64_t stride;  // numbers
-  };
-  alignas(64) static constexpr float kZeros[2 * kTile] = {};
 
   void use(int64_t first, int64_t second) {
     const int64_t rows = first * 32 + second;
@@ -182,29 +182,33 @@ class Tiles {
   }
 
   template <bool two_rows, bool two_vecs>
-  static void product(const Operand& a, const Operand& b, int64_t depth, const Start& start, float* to,
-                      int64_t to_stride) {
-    const int64_t bytes = to_stride * 4, start_bytes = start.stride * 4;
-    float* const below = to + a.second * to_stride;
-    const float* const start_below = start.data + a.second * start.stride;
-    tile_load<0>(start.data, start_bytes);
-    if constexpr (two_vecs) tile_load<1>(start.data + kTile, start_bytes);
+  static void product(const Product& p) {
+    const int64_t column = p.vec * kTile, bytes = p.to_stride * 4, start_bytes = p.start.stride * 4;
+    const float* const start = p.start.data + column;
+    const float* const start_below = start + p.second * p.start.stride;
+    float* const to = p.to + column;
+    float* const below = to + p.second * p.to_stride;
+    tile_load<0>(start, start_bytes);
+    if constexpr (two_vecs) tile_load<1>(start + kTile, start_bytes);
     if constexpr (two_rows) tile_load<2>(start_below, start_bytes);
     if constexpr (two_rows && two_vecs) tile_load<3>(start_below + kTile, start_bytes);
-    for (int64_t k = 0; k < depth; k += kTile) {
-      const Pair* const matrix = b.data + k * b.stride;
-      tile_load<6>(matrix, b.stride * 4);
-      tile_load<4>(a.data + k, a.stride * 4);
-      tile_multiply_add<0, 4, 6>();
-      if constexpr (two_vecs) {
-        tile_load<7>(matrix + kTile, b.stride * 4);
-        tile_multiply_add<1, 4, 7>();
+    for (const TileFactors* f = p.factors; f != p.factors + p.count; ++f) {
+      const int64_t width = p.vecs * kTile;
+      for (int64_t k = 0; k < f->depth; k += kTile) {
+        const Pair *const x = f->x + k, *const matrix = f->panel + column + k * width;
+        tile_load<6>(matrix, width * 4);
+        tile_load<4>(x, f->x_stride * 4);
+        tile_multiply_add<0, 4, 6>();
+        if constexpr (two_vecs) {
+          tile_load<7>(matrix + kTile, width * 4);
+          tile_multiply_add<1, 4, 7>();
+        }
+        if constexpr (two_rows) {
+          tile_load<5>(x + p.second * f->x_stride, f->x_stride * 4);
+          tile_multiply_add<2, 5, 6>();
+        }
+        if constexpr (two_rows && two_vecs) tile_multiply_add<3, 5, 7>();
       }
-      if constexpr (two_rows) {
-        tile_load<5>(a.data + a.second * a.stride + k, a.stride * 4);
-        tile_multiply_add<2, 5, 6>();
-      }
-      if constexpr (two_rows && two_vecs) tile_multiply_add<3, 5, 7>();
     }
     tile_store<0>(to, bytes);
     if constexpr (two_vecs) tile_store<1>(to + kTile, bytes);
@@ -236,6 +240,8 @@ bool check_tiles() {
   }
   Tiles tiles;
   float sums[kRows * kWidth];
+  const float zeros[kWidth] = {};
+  const TileFactors factors[] = {{rows, kStride, panel, kDepth}, {rows, kStride, panel, kDepth}};
   const auto right = [&](int64_t count, int times) {
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < kWidth; ++i) {
@@ -247,11 +253,13 @@ bool check_tiles() {
     return true;
   };
   for (const int64_t count : {1, 15, 16, 17, 31, 32}) {
-    tiles.dot(rows, kStride, count, panel, kVecs, kDepth, sums, kWidth, nullptr);
+    tiles.dot(factors, 1, count, kVecs, sums, kWidth, {zeros, 0});
     if (!right(count, 1)) return false;
+    tiles.dot(factors, 2, count, kVecs, sums, kWidth, {sums, kWidth});
+    if (!right(count, 3)) return false;
   }
   for (const int64_t groups : {1, 2}) {
-    tiles.dot(rows, kStride, groups * kTile, panel, kVecs, kDepth, sums, kWidth, nullptr);
+    tiles.dot(factors, 1, groups * kTile, kVecs, sums, kWidth, {zeros, 0});
     tiles.outer(rows, kStride, groups, panel, kVecs, kDepth, sums, kWidth);
     if (!right(groups * kTile, 2)) return false;
   }
@@ -264,7 +272,7 @@ constexpr bool (*kCheckTiles)() = check_tiles;
 // Where there are none, nothing asks for them.
 class Tiles {
  public:
-  void dot(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t, const void*) {}
+  void dot(const TileFactors*, int64_t, int64_t, int64_t, void*, int64_t, const TileStart&) {}
   void outer(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t) {}
 };
 constexpr bool (*kCheckTiles)() = nullptr;
