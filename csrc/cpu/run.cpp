@@ -197,7 +197,7 @@ class Call {
   int64_t state_bytes() const { return plan_.layout.padded() * p_.batch * scalar_; }
   int64_t matrices() const { return p_.groups * transitions_of(p_); }
   int64_t max_chunk_rows() const {
-    return transitions_of(p_) * std::max(p_.batch, p_.backward ? kOuterDepth : kInputRows);
+    return p_.backward ? transitions_of(p_) * std::max(p_.batch, kOuterDepth) : std::max(p_.batch, kInputRows);
   }
 
   size_t carve(Carver carver) {
@@ -225,9 +225,10 @@ class Call {
                       ? std::min(groups, outer_groups(kernels_.vector_bytes, unit_)) * (kOuterDepth / unit_) * lanes
                       : rows * input_.depth;
     }
+    const int64_t most = std::max({max_tile_rows(plan_.layout), max_tile_rows(input_), std::min(kBandRows, p_.batch)});
     for (int i = 0; i < plan_.threads; ++i) {
       Own& own = own_[i];
-      own.scratch = scalars(kBandRows * std::max(padded, input_.padded()) + kSliceScalars);
+      own.scratch = scalars(most * std::max(padded, input_.padded()) + kSliceScalars);
       own.index = static_cast<int32_t*>(carver.take((p_.hidden + kListSlack) * static_cast<int64_t>(sizeof(int32_t))));
       if (!layer_) continue;
       own.gathered = scalars(gathered_);

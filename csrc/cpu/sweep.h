@@ -105,7 +105,7 @@ struct Part {
   void* state[2];      // each [rows, padded], scalars; shared by a team
   void* factors[2];    // each [rows, halves], the states as a product takes them, if that is not as they are (factor.h)
   void* carried;       // [rows, padded] scalars, what the skip is of, where that is not the state (splits)
-  void* scratch;       // [kBandRows, padded], or [1, padded] and kSliceScalars, scalars of this thread's own
+  void* scratch;       // [a tile's or a band's rows, padded], or [1, padded] and kSliceScalars, scalars, its own
   int32_t* index;      // [D + kListSlack] likewise
   Team* team;          // null when there is one thread
   bool meets;          // threads share these rows: they meet once a step, until the team ends
