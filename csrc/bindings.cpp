@@ -215,7 +215,7 @@ py::dict plan(const Sizes& sizes, int64_t inputs, int dtype, int max_threads, co
   result["torchs"] = company.torchs != 0 && has_torchs_threads();
   result["sharing"] = kSharing[static_cast<int>(plan.sharing)];
   result["lanes"] = plan.layout.lanes;
-  result["terms"] = kernels.unit_terms(p.dtype);
+  result["terms"] = kernels.unit_terms(p.dtype, plan.layout.tiles);
   result["tiles"] = plan.layout.tiles;
   result["vectors"] = plan.layout.vecs;
   result["blocks"] = plan.layout.blocks;

@@ -28,4 +28,14 @@ bool has_amx() {
 #endif
 }
 
+bool has_amx_fp16() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kFloat16 = 1u << 21;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kFloat16);
+#else
+  return false;
+#endif
+}
+
 }  // namespace fused_rin

@@ -201,8 +201,8 @@ Dot<F> find_dot(int64_t rows, int64_t vecs) {
 }
 
 // Rows of x times a block of the matrix, by tiles if it lies so, else with so many chains; plus `bias` unless null.
-template <class F>
-void multiply_block(Tiles& tiles, const Panels& l, int64_t chains, const F* x, int64_t x_stride, int64_t rows,
+template <class F, class T>
+void multiply_block(Tiles<T>& tiles, const Panels& l, int64_t chains, const F* x, int64_t x_stride, int64_t rows,
                     const F* panel, int64_t vecs, Sum<F>* acc, int64_t acc_stride, const Sum<F>* bias = nullptr) {
   if constexpr (kHasTiles && UnitOf<F>::kTerms == 2) {
     const TileFactors factors{x, x_stride, panel, l.depth};

@@ -5,6 +5,9 @@
 // and reads half the bytes: at D = 512 a step is twice as fast. What it multiplies is rounded, the state too; the sums,
 // the state that is carried and the skip stay float32. A *unit* of a product's depth is what one instruction takes of
 // it in a lane: one number, or the numbers k and k + 1.
+//
+// AMX-FP16's tdpfp16ps does the same with pairs of float16, by tiles alone (tiles.h). So where products are by tiles
+// float16 is a type of its own, and where they are not, a single row or one of few terms, it is widened to float32.
 #pragma once
 
 #include "vec.h"
@@ -39,6 +42,11 @@ struct FactorOf<BFloat16> {
   using Row = BFloat16;
 };
 #endif
+template <>
+struct FactorOf<TiledFloat16> {
+  using Factor = Pair;
+  using Row = TiledFloat16;
+};
 template <class Storage>
 using Factor = typename FactorOf<Storage>::Factor;
 template <class Storage>
@@ -95,7 +103,11 @@ template <class V>
 inline V zero_if_finite(V u) {
   return u * 0;
 }
-inline F32 zero_if_finite(U32 u) { return bit_cast<F32>(u & 0xffff0000u) * 0 + bit_cast<F32>(u << 16) * 0; }
+template <class Storage>
+inline F32 zero_if_finite_pairs(U32 u) {
+  return widen(Storage{}, __builtin_convertvector(u >> 16, U16)) * 0 +
+         widen(Storage{}, __builtin_convertvector(u & 0xffffu, U16)) * 0;
+}
 
 // Units side by side in a row.
 template <class Storage>
@@ -118,12 +130,13 @@ inline typename VecOf<Factor<Storage>>::Vec load_units_first(const Storage* from
   }
 }
 
-inline U32 load_halves(const BFloat16* from, int64_t count) {
+template <class Half>
+inline U32 load_halves(const Half* from, int64_t count) {
   U16 bits{};
   if (count >= VecOf<Pair>::kLanes) {
     memcpy(&bits, from, sizeof(bits));
   } else {
-    memcpy(&bits, from, static_cast<size_t>(count) * sizeof(BFloat16));
+    memcpy(&bits, from, static_cast<size_t>(count) * sizeof(Half));
   }
   return __builtin_convertvector(bits, U32);
 }

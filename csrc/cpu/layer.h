@@ -45,7 +45,7 @@ class InputProduct {
   using F = Factor<T>;
 
  public:
-  InputProduct(const Problem& p, const Part& part, Tiles& tiles)
+  InputProduct(const Problem& p, const Part& part, Tiles<T>& tiles)
       : p_(p), part_(part), layer_(*part.layer), l_(*part.input), tiles_(tiles) {
     const T* const first[] = {static_cast<const T*>(layer_.b_ih), static_cast<const T*>(layer_.b_hh)};
     for (int64_t i = 0; i < l_.padded(); i += l_.lanes) {
@@ -111,7 +111,7 @@ class InputProduct {
   const Part& part_;
   const Layer& layer_;
   const Panels& l_;
-  Tiles& tiles_;
+  Tiles<T>& tiles_;
   const F* x_ = nullptr;  // rows of the chunk, [depth] each
 };
 
@@ -130,7 +130,7 @@ class WeightGradient {
   static constexpr int64_t kVecs = kByTiles ? 2 : kOuterVecs;  // of a panel
 
  public:
-  WeightGradient(const Problem& p, const Layout& l, const Part& part, Tiles& tiles)
+  WeightGradient(const Problem& p, const Layout& l, const Part& part, Tiles<T>& tiles)
       : p_(p),
         l_(l),
         part_(part),
@@ -454,7 +454,7 @@ class WeightGradient {
   const Problem& p_;
   const Layout& l_;
   const Part& part_;
-  Tiles& tiles_;
+  Tiles<T>& tiles_;
   const Layer& layer_;
   const bool ascending_;
   const int64_t transitions_, state_groups_, groups_;

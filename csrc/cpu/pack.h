@@ -69,7 +69,13 @@ bool pack(const void* matrix, bool transposed, const Panels& l, int64_t begin, i
       pack_straight(m, l, block, panel);
     }
     const int64_t units = (l.first_column(block + 1) - l.first_column(block)) * l.depth;
-    for (int64_t i = 0; i < units; i += l.lanes) zero += zero_if_finite(load(panel + i));
+    for (int64_t i = 0; i < units; i += l.lanes) {
+      if constexpr (kPaired<T>) {
+        zero += zero_if_finite_pairs<T>(load(panel + i));
+      } else {
+        zero += zero_if_finite(load(panel + i));
+      }
+    }
   }
   for (int64_t lane = 0; lane < l.lanes; ++lane) {
     if (zero[lane] != 0) return false;

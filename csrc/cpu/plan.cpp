@@ -15,7 +15,12 @@ const std::vector<const Kernels*>& cpu_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
 #if FUSED_RIN_WITH_AMX
-      if (__builtin_cpu_supports("avx512bf16") && has_amx() && kernels_amx()->tiles()) sets.push_back(kernels_amx());
+      if (__builtin_cpu_supports("avx512bf16") && has_amx() && kernels_amx()->tiles()) {
+#if FUSED_RIN_WITH_AMX_FP16
+        if (has_amx_fp16() && kernels_amx_fp16()->half_tiles()) sets.push_back(kernels_amx_fp16());
+#endif
+        sets.push_back(kernels_amx());
+      }
 #endif
       sets.push_back(kernels_avx512());
 #if FUSED_RIN_WITH_AVX512_BF16
@@ -59,7 +64,8 @@ Layout make_layout(const Problem& p, const Kernels& kernels, int64_t min_blocks)
   Layout l{};
   l.outputs = p.hidden;
   // A single row goes by vectors, which pass over zeros; two and more by tiles, so that none depends on the batch.
-  l.set_depth(p.hidden, kernels.unit_terms(p.dtype), p.batch > 1 && kernels.takes_tiles(p.dtype, p.hidden));
+  const bool by_tiles = p.batch > 1 && kernels.takes_tiles(p.dtype, p.hidden);
+  l.set_depth(p.hidden, kernels.unit_terms(p.dtype, by_tiles), by_tiles);
   l.lanes = kernels.vector_bytes / scalar_bytes(p.dtype);
   l.vecs = (p.hidden + l.lanes - 1) / l.lanes;
   // A sum needs several chains to hide the latency of its multiply-adds when a row has few vectors.
@@ -98,7 +104,7 @@ double product_cycles(const Problem& p, const Layer* layer, const Layout& l, con
   if (layer->grad_x) multiply_adds += hidden * inputs / lanes;
   return static_cast<double>(p.batch * p.groups) * multiply_adds *
          multiply_add_cycles(static_cast<double>(kernels.vector_bytes)) /
-         static_cast<double>(kernels.unit_terms(p.dtype));
+         static_cast<double>(kernels.unit_terms(p.dtype, l.tiles));
 }
 
 constexpr double kMeetCycles =

@@ -128,9 +128,12 @@ int64_t sums_of(const Problem& p, const Layer& layer, int64_t lanes) {
   return ((groups + more * groups_of(p.hidden, lanes)) * lanes + (1 + more) * kUnitSums * kBiasLevels) * units;
 }
 
-Panels make_panels(int64_t terms, int64_t outputs, int64_t lanes, DType dtype, const Kernels& kernels) {
+// Of a layer's input. Of float16 it is by tiles if `states` are, since both are then pairs (factor.h).
+Panels make_panels(int64_t terms, int64_t outputs, DType dtype, const Kernels& kernels, const Layout& states) {
   Panels l{};
-  l.set_depth(terms, kernels.unit_terms(dtype), kernels.takes_tiles(dtype, terms));
+  const int64_t lanes = states.lanes;
+  const bool by_tiles = dtype == DType::kFloat16 ? states.tiles : kernels.takes_tiles(dtype, terms);
+  l.set_depth(terms, kernels.unit_terms(dtype, by_tiles), by_tiles);
   l.outputs = outputs;
   l.lanes = lanes;
   l.vecs = (outputs + lanes - 1) / lanes;
@@ -155,7 +158,7 @@ class Call {
         kernels_(kernels),
         plan_(plan),
         scalar_(kernels.vector_bytes / plan.layout.lanes),
-        unit_(kernels.unit_terms(p.dtype)) {
+        unit_(kernels.unit_terms(p.dtype, plan.layout.tiles)) {
     std::vector<int64_t> order(static_cast<size_t>(p.batch));
     std::iota(order.begin(), order.end(), int64_t{0});
     if (p.lengths) {
@@ -164,9 +167,8 @@ class Call {
     for (const int64_t b : order) add(all_, b);
     if (plan.sharing == Sharing::kRows) deal();
     if (layer) {
-      const int64_t lanes = plan.layout.lanes;
       const int64_t terms = p.backward ? p.hidden : layer->inputs, outputs = p.backward ? layer->inputs : p.hidden;
-      input_ = make_panels(terms, outputs, lanes, p.dtype, kernels);
+      input_ = make_panels(terms, outputs, p.dtype, kernels, plan.layout);
       if (!p.backward && plan.layout.tiles) input_.cut(plan.layout.blocks);  // both may make one tile's sums
     }
   }

@@ -507,7 +507,7 @@ class Sweep {
   S* chunk_aside_ = nullptr;
   int64_t chunk_base_ = 0;  // and the first row of the step at hand
   Nonzero nonzero_;
-  Tiles tiles_;
+  Tiles<T> tiles_;
   bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
 
@@ -526,6 +526,9 @@ bool pack_any(DType dtype, const void* matrix, bool transposed, const Panels& l,
     case DType::kBFloat16:
       return pack<BFloat16>(matrix, transposed, l, begin, end, panels);
     case DType::kFloat16:
+      if constexpr (kHasHalfTiles) {
+        if (l.tiles) return pack<TiledFloat16>(matrix, transposed, l, begin, end, panels);
+      }
       return pack<Float16>(matrix, transposed, l, begin, end, panels);
   }
   return false;
@@ -540,21 +543,33 @@ void sweep_any(const Problem& p, const Layout& l, const Part& part) {
     case DType::kBFloat16:
       return sweep<BFloat16>(p, l, part);
     case DType::kFloat16:
+      if constexpr (kHasHalfTiles) {
+        if (l.tiles) return sweep<TiledFloat16>(p, l, part);
+      }
       return sweep<Float16>(p, l, part);
   }
 }
 
 #define FUSED_RIN_STRING_(x) #x
 #define FUSED_RIN_STRING(x) FUSED_RIN_STRING_(x)
-const Kernels kKernels = {FUSED_RIN_STRING(FUSED_RIN_ISA),
-                          FUSED_RIN_VECTOR_BYTES,
-                          UnitOf<Factor<BFloat16>>::kTerms,
-                          kNarrow,
-                          kWide,
-                          pack_any,
-                          sweep_any,
-                          step_any,
-                          kCheckTiles};
+constexpr Kernels make_kernels(const char* name, bool (*half_tiles)()) {
+  return {name,
+          FUSED_RIN_VECTOR_BYTES,
+          UnitOf<Factor<BFloat16>>::kTerms,
+          kNarrow,
+          kWide,
+          pack_any,
+          sweep_any,
+          step_any,
+          kCheckTiles,
+          half_tiles};
+}
+// The model of the tiles has those of float16 as well; of the instructions a processor may have one and not the other.
+const Kernels kKernels =
+    make_kernels(FUSED_RIN_STRING(FUSED_RIN_ISA), FUSED_RIN_TILES == 2 ? kCheckHalfTiles : nullptr);
+#if FUSED_RIN_TILES == 1 && FUSED_RIN_HALF_TILES
+const Kernels kHalfKernels = make_kernels(FUSED_RIN_STRING(FUSED_RIN_ISA) "_fp16", kCheckHalfTiles);
+#endif
 
 }  // namespace
 }  // namespace FUSED_RIN_ISA
@@ -562,5 +577,8 @@ const Kernels kKernels = {FUSED_RIN_STRING(FUSED_RIN_ISA),
 #define FUSED_RIN_JOIN_(a, b) a##b
 #define FUSED_RIN_JOIN(a, b) FUSED_RIN_JOIN_(a, b)
 const Kernels* FUSED_RIN_JOIN(kernels_, FUSED_RIN_ISA)() { return &FUSED_RIN_ISA::kKernels; }
+#if FUSED_RIN_TILES == 1 && FUSED_RIN_HALF_TILES
+const Kernels* kernels_amx_fp16() { return &FUSED_RIN_ISA::kHalfKernels; }
+#endif
 
 }  // namespace fused_rin

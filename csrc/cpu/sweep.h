@@ -158,12 +158,16 @@ struct Kernels {
                void* panels);
   void (*sweep)(const Problem&, const Layout&, const Part&);
   void (*step)(const Step&, int64_t output_begin, int64_t output_end);
-  // Null, or whether its tiles give the sums that they should: no processor that has them was at hand.
+  // Null, or whether its tiles of bfloat16, and of float16, give the sums that they should.
   bool (*tiles)();
-  int64_t unit_terms(DType dtype) const { return dtype == DType::kBFloat16 ? bfloat16_terms : 1; }
+  bool (*half_tiles)();  // no processor that has them was at hand
+  int64_t unit_terms(DType dtype, bool by_tiles) const {
+    return dtype == DType::kBFloat16 ? bfloat16_terms : dtype == DType::kFloat16 && by_tiles ? 2 : 1;
+  }
   // A product of few terms is not worth filling up.
   bool takes_tiles(DType dtype, int64_t terms) const {
-    return tiles && dtype == DType::kBFloat16 && terms >= 2 * kTileUnits;
+    if (terms < 2 * kTileUnits) return false;
+    return (tiles && dtype == DType::kBFloat16) || (half_tiles && dtype == DType::kFloat16);
   }
 };
 
@@ -204,8 +208,11 @@ const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
+const Kernels* kernels_amx_fp16();
 
 // Whether processor and system have AMX for bfloat16; asks the system for leave to use it (amx.cpp).
 bool has_amx();
+// And, where they have, whether for float16 too.
+bool has_amx_fp16();
 
 }  // namespace fused_rin

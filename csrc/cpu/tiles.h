@@ -1,10 +1,12 @@
-// Products of bfloat16 by AMX: tiles of 16 rows by 64 bytes, one instruction for 16 rows x 16 outputs x 16 pairs, sums
-// in float32. Compiled once per instruction set (vec.h).
+// Products of 16 bits by AMX: tiles of 16 rows by 64 bytes, one instruction for 16 rows x 16 outputs x 16 pairs of
+// bfloat16 or (AMX-FP16) of float16, sums in float32. Compiled once per instruction set (vec.h).
 //
 // A tile of states is read from rows of factors as they lie, a tile of the matrix from the panels that vdpbf16ps takes
 // (factor.h), and both must be whole: the depth of a product by tiles is a multiple of 16 units, filled up with zeros.
 // Eight tiles make 2 x 2 tiles of sums, so every one that is loaded is used twice: up to 32 rows by two vectors.
 #pragma once
+
+#include <type_traits>
 
 #include "factor.h"
 #include "sweep.h"
@@ -13,11 +15,15 @@
 #if !defined(FUSED_RIN_TILES)
 #define FUSED_RIN_TILES 0
 #endif
+// FUSED_RIN_HALF_TILES: an assembler that knows those of float16.
+#if !defined(FUSED_RIN_HALF_TILES)
+#define FUSED_RIN_HALF_TILES (FUSED_RIN_TILES == 2)
+#endif
 
 namespace fused_rin {
 namespace FUSED_RIN_ISA {
 
-constexpr bool kHasTiles = FUSED_RIN_TILES != 0;
+constexpr bool kHasTiles = FUSED_RIN_TILES != 0, kHasHalfTiles = kHasTiles && FUSED_RIN_HALF_TILES;
 
 // Rows times a block of a matrix: x [rows][depth], panel [depth][vectors of the block]; depth and stride in units.
 struct TileFactors {
@@ -58,9 +64,15 @@ inline void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(from) : "memory");
 }
 // sum[m][n] += a[m][k] . b[k][n] over the pairs k
-template <int sum, int a, int b>
+template <class T, int sum, int a, int b>
 inline void tile_multiply_add() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+  } else {
+#if FUSED_RIN_HALF_TILES
+    asm volatile("tdpfp16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+#endif
+  }
 }
 
 #else
@@ -94,13 +106,13 @@ inline void tile_store(void* to, int64_t stride) {
   }
 }
 // The lower numbers of all pairs make one sum and the upper ones another; both together are added to what is there.
-template <int sum, int a, int b>
+template <class T, int sum, int a, int b>
 inline void tile_multiply_add() {
   TileUnit& t = tile_unit();
   const auto number = [&](int tile, int row, int at) {
-    uint16_t half;
+    T half;
     memcpy(&half, t.data[tile][row] + at * 2, sizeof(half));
-    return bit_cast<float>(uint32_t{half} << 16);
+    return load_first(&half, 1)[0];
   };
   for (int m = 0; m < t.shapes.rows[sum]; ++m) {
     for (int n = 0; n < t.shapes.row_bytes[sum] / 4; ++n) {
@@ -120,6 +132,7 @@ inline void tile_multiply_add() {
 
 // The tiles of one thread, for as long as it multiplies: 0 to 3 are sums, 4 and 5 rows, 6 and 7 of a matrix. Setting
 // their shapes takes a hundred cycles, so it is done when they change.
+template <class T>
 class Tiles {
  public:
   Tiles() = default;
@@ -198,16 +211,16 @@ class Tiles {
         const Pair *const x = f->x + k, *const matrix = f->panel + column + k * width;
         tile_load<6>(matrix, width * 4);
         tile_load<4>(x, f->x_stride * 4);
-        tile_multiply_add<0, 4, 6>();
+        tile_multiply_add<T, 0, 4, 6>();
         if constexpr (two_vecs) {
           tile_load<7>(matrix + kTile, width * 4);
-          tile_multiply_add<1, 4, 7>();
+          tile_multiply_add<T, 1, 4, 7>();
         }
         if constexpr (two_rows) {
           tile_load<5>(x + p.second * f->x_stride, f->x_stride * 4);
-          tile_multiply_add<2, 5, 6>();
+          tile_multiply_add<T, 2, 5, 6>();
         }
-        if constexpr (two_rows && two_vecs) tile_multiply_add<3, 5, 7>();
+        if constexpr (two_rows && two_vecs) tile_multiply_add<T, 3, 5, 7>();
       }
     }
     tile_store<0>(to, bytes);
@@ -220,25 +233,27 @@ class Tiles {
 };
 
 // Sums of small integers, exact in any order, of every shape that products have: whether they come out right.
+template <class T>
 bool check_tiles() {
   constexpr int64_t kRows = 32, kDepth = 2 * kTile, kVecs = 3, kWidth = kVecs * kTile, kStride = kDepth + 16;
-  static const uint16_t kNumbers[] = {0, 0x3f80, 0x4000, 0x4040, 0xbf80, 0xc000};  // 0, 1, 2, 3, -1, -2
   static const int kValues[] = {0, 1, 2, 3, -1, -2};
+  uint16_t numbers[6];
+  for (int i = 0; i < 6; ++i) numbers[i] = narrow(T{}, Vec<T>{} + static_cast<float>(kValues[i]))[0];
   const auto pick = [](int64_t i) { return (i * i + i / 7) % 6; };
   const auto a = [&](int64_t row, int64_t term) { return pick(row * 131 + term * 3); };
   const auto b = [&](int64_t term, int64_t column) { return pick(term * 57 + column * 5 + 1); };
   Pair rows[kRows * kStride], panel[kDepth * kWidth];
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t k = 0; k < kDepth; ++k) {
-      rows[r * kStride + k].bits = kNumbers[a(r, 2 * k)] | uint32_t{kNumbers[a(r, 2 * k + 1)]} << 16;
+      rows[r * kStride + k].bits = numbers[a(r, 2 * k)] | uint32_t{numbers[a(r, 2 * k + 1)]} << 16;
     }
   }
   for (int64_t k = 0; k < kDepth; ++k) {
     for (int64_t i = 0; i < kWidth; ++i) {
-      panel[k * kWidth + i].bits = kNumbers[b(2 * k, i)] | uint32_t{kNumbers[b(2 * k + 1, i)]} << 16;
+      panel[k * kWidth + i].bits = numbers[b(2 * k, i)] | uint32_t{numbers[b(2 * k + 1, i)]} << 16;
     }
   }
-  Tiles tiles;
+  Tiles<T> tiles;
   float sums[kRows * kWidth];
   const float zeros[kWidth] = {};
   const TileFactors factors[] = {{rows, kStride, panel, kDepth}, {rows, kStride, panel, kDepth}};
@@ -265,17 +280,20 @@ bool check_tiles() {
   }
   return true;
 }
-constexpr bool (*kCheckTiles)() = check_tiles;
+constexpr bool (*kCheckTiles)() = check_tiles<BFloat16>;
+constexpr bool (*kCheckHalfTiles)() = kHasHalfTiles ? check_tiles<TiledFloat16> : nullptr;
 
 #else
 
 // Where there are none, nothing asks for them.
+template <class T>
 class Tiles {
  public:
   void dot(const TileFactors*, int64_t, int64_t, int64_t, void*, int64_t, const TileStart&) {}
   void outer(const void*, int64_t, int64_t, const void*, int64_t, int64_t, void*, int64_t) {}
 };
 constexpr bool (*kCheckTiles)() = nullptr;
+constexpr bool (*kCheckHalfTiles)() = nullptr;
 
 #endif
 

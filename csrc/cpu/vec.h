@@ -72,6 +72,9 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct TiledFloat16 {  // the same where products are by tiles (factor.h)
+  uint16_t bits;
+};
 template <class Storage>
 struct ComputeOf {
   using Scalar = Storage;
@@ -82,6 +85,10 @@ struct ComputeOf<BFloat16> {
 };
 template <>
 struct ComputeOf<Float16> {
+  using Scalar = float;
+};
+template <>
+struct ComputeOf<TiledFloat16> {
   using Scalar = float;
 };
 template <class Storage>
@@ -130,34 +137,30 @@ inline U16 narrow(Float16, F32 value) {
   return __builtin_convertvector(sign | (is_huge & huge) | (~is_huge & finite), U16);
 }
 
+inline F32 widen(TiledFloat16, U16 bits) { return widen(Float16{}, bits); }
+inline U16 narrow(TiledFloat16, F32 value) { return narrow(Float16{}, value); }
+
 template <class Storage>
 inline Vec<Storage> load(const Storage* from) {
-  Vec<Storage> value;
-  memcpy(&value, from, sizeof(value));
-  return value;
-}
-inline F32 load(const BFloat16* from) {
-  U16 bits;
-  memcpy(&bits, from, sizeof(bits));
-  return widen(BFloat16{}, bits);
-}
-inline F32 load(const Float16* from) {
-  U16 bits;
-  memcpy(&bits, from, sizeof(bits));
-  return widen(Float16{}, bits);
+  if constexpr (sizeof(Storage) == 2) {
+    U16 bits;
+    memcpy(&bits, from, sizeof(bits));
+    return widen(Storage{}, bits);
+  } else {
+    Vec<Storage> value;
+    memcpy(&value, from, sizeof(value));
+    return value;
+  }
 }
 
 template <class Storage>
 inline void store(Storage* to, Vec<Storage> value) {
-  memcpy(to, &value, sizeof(value));
-}
-inline void store(BFloat16* to, F32 value) {
-  const U16 bits = narrow(BFloat16{}, value);
-  memcpy(to, &bits, sizeof(bits));
-}
-inline void store(Float16* to, F32 value) {
-  const U16 bits = narrow(Float16{}, value);
-  memcpy(to, &bits, sizeof(bits));
+  if constexpr (sizeof(Storage) == 2) {
+    const U16 bits = narrow(Storage{}, value);
+    memcpy(to, &bits, sizeof(bits));
+  } else {
+    memcpy(to, &value, sizeof(value));
+  }
 }
 
 // The first `count` lanes; the others read as zero and are not written.

@@ -97,8 +97,8 @@ def describe(
         "outputs": f"{threads} that share the outputs and meet once a step",
     }[how]
     scalar = "float64" if dtype == torch.float64 else "float32"
-    # As the unit for bfloat16 takes them, with the state rounded to it for the product.
-    factors = "pairs of bfloat16" if plan["terms"] == 2 else scalar
+    # As units for 16 bits take them, with the state rounded to these for the product.
+    factors = f"pairs of {str(dtype).removeprefix('torch.')}" if plan["terms"] == 2 else scalar
     factors += " for AMX's tiles" if plan["tiles"] else ""
     # Several recurrences have their gradients from products over all steps (see layer.py).
     products = f"; input product{' and gradients' if groups == 1 else ''} in chunks of steps" if input_size else ""

@@ -33,6 +33,34 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct Float16 {
+  Float16() = default;
+  Float16(double value) {
+    const double size = std::fabs(value);
+    int exponent;
+    std::frexp(size, &exponent);
+    if (std::isnan(value)) {
+      bits = 0x7e00;
+    } else if (size < 0x1p-14) {
+      bits = static_cast<uint16_t>(std::nearbyint(size * 0x1p24));
+    } else if (size >= 65520) {
+      bits = 0x7c00;
+    } else {
+      const int places = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 2^10 to 2^11
+      bits = static_cast<uint16_t>(((exponent + 14) << 10) + places - 1024);
+    }
+    if (std::signbit(value)) bits |= 0x8000;
+  }
+  operator float() const {
+    const int exponent = bits >> 10 & 31, places = bits & 1023;
+    const double size = exponent == 31  ? (places ? NAN : INFINITY)
+                        : exponent == 0 ? places * 0x1p-24
+                                        : std::ldexp(1024 + places, exponent - 25);
+    return static_cast<float>(bits >> 15 ? -size : size);
+  }
+  uint16_t bits;
+};
+
 struct Shape {
   int64_t steps, batch, groups, hidden, num_reversed;
 };
@@ -158,8 +186,8 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
                  dh0 = fresh(s.batch * d);
   p.backward = true, p.in = grad.data(), p.saved = out.data(), p.state_in = grad_end.data(), p.out = nullptr;
   p.state_out = dh0.data();
-  layer.h0 = starts ? h0.data() : nullptr, layer.states = out.data(), layer.grad_x = dx.data(), layer.grad_w_ih = dw.data(),
-  layer.grad_w_hh = du.data();
+  layer.h0 = starts ? h0.data() : nullptr, layer.states = out.data(), layer.grad_x = dx.data(),
+  layer.grad_w_ih = dw.data(), layer.grad_w_hh = du.data();
   layer.grad_b_ih = db.data();
   layer.grad_b_hh = db_too.data();
   sweep_cpu(p, &layer, kernels, 3);
@@ -185,23 +213,27 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
 }
 
 // Of the largest number: what the last rounding leaves (2^-9), and states on the other side of a rounding.
-constexpr double kBFloat16Error = 0x1.8p-8;
+constexpr double kBFloat16Error = 0x1.8p-8, kFloat16Error = kBFloat16Error / 8;
 
 bool check_all(const Kernels& kernels) {
-  const bool pairs = kernels.unit_terms(DType::kBFloat16) == 2;  // other products take states unrounded
-  bool good = !kernels.tiles || kernels.tiles();
-  std::printf("%s%s\n", kernels.name, kernels.tiles ? good ? " by tiles" : ": WRONG TILES" : "");
+  const bool pairs = kernels.unit_terms(DType::kBFloat16, false) == 2;  // other products take states unrounded
+  bool good = (!kernels.tiles || kernels.tiles()) && (!kernels.half_tiles || kernels.half_tiles());
+  std::printf("%s%s%s\n", kernels.name, kernels.tiles ? good ? " by tiles" : ": WRONG TILES" : "",
+              kernels.half_tiles ? ", of float16 too" : "");
   for (const Shape& s :
        {Shape{5, 1, 1, 1, 0}, Shape{4, 3, 2, 5, 1}, Shape{3, 7, 1, 16, 0}, Shape{6, 1, 1, 129, 0},
         Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}, Shape{4, 51, 1, 70, 0}}) {
     good = check<float>(DType::kFloat32, s, kernels, 1e-5) && good;
     good = check<double>(DType::kFloat64, s, kernels, 1e-13) && good;
     if (pairs) good = check<BFloat16>(DType::kBFloat16, s, kernels, kBFloat16Error) && good;
+    const bool halves = s.batch > 1 && kernels.takes_tiles(DType::kFloat16, s.hidden);
+    if (halves) good = check<Float16>(DType::kFloat16, s, kernels, kFloat16Error) && good;
     if (s.groups > 1) continue;
     for (const int64_t inputs : {1, 16, 21, 35, 40}) {
       good = check_layer<float>(DType::kFloat32, s, inputs, kernels, 1e-5) && good;
       good = check_layer<double>(DType::kFloat64, s, inputs, kernels, 1e-13) && good;
       if (pairs) good = check_layer<BFloat16>(DType::kBFloat16, s, inputs, kernels, kBFloat16Error) && good;
+      if (halves) good = check_layer<Float16>(DType::kFloat16, s, inputs, kernels, kFloat16Error) && good;
     }
   }
   // A matrix beyond the second-level cache, whose blocks serve bands of rows.

@@ -63,7 +63,7 @@ def test_under_the_sanitizers(tmp_path):
     With products of pairs of bfloat16, with the vectors and registers of AVX-512, and with the tiles of AMX, which need
     no such processor: by what stands in for the instructions. (tests/sanitize has the processor's own shapes.)
     """
-    assert " by tiles" in under(SANITIZE, AVX512 + PAIRS + TILES, tmp_path)
+    assert " by tiles, of float16 too" in under(SANITIZE, AVX512 + PAIRS + TILES, tmp_path)
 
 
 def test_the_unit_for_bfloat16_does_what_stands_in_for_it(tmp_path):
