@@ -103,10 +103,11 @@ template <class V>
 inline V zero_if_finite(V u) {
   return u * 0;
 }
-template <class Storage>
-inline F32 zero_if_finite_pairs(U32 u) {
-  return widen(Storage{}, __builtin_convertvector(u >> 16, U16)) * 0 +
-         widen(Storage{}, __builtin_convertvector(u & 0xffffu, U16)) * 0;
+// Of pairs.
+inline F32 zero_if_finite(BFloat16, U32 u) { return bit_cast<F32>(u & 0xffff0000u) * 0 + bit_cast<F32>(u << 16) * 0; }
+inline F32 zero_if_finite(TiledFloat16 as, U32 u) {
+  return widen(as, __builtin_convertvector(u >> 16, U16)) * 0 +
+         widen(as, __builtin_convertvector(u & 0xffffu, U16)) * 0;
 }
 
 // Units side by side in a row.

@@ -71,7 +71,7 @@ bool pack(const void* matrix, bool transposed, const Panels& l, int64_t begin, i
     const int64_t units = (l.first_column(block + 1) - l.first_column(block)) * l.depth;
     for (int64_t i = 0; i < units; i += l.lanes) {
       if constexpr (kPaired<T>) {
-        zero += zero_if_finite_pairs<T>(load(panel + i));
+        zero += zero_if_finite(T{}, load(panel + i));
       } else {
         zero += zero_if_finite(load(panel + i));
       }

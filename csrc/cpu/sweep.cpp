@@ -499,7 +499,7 @@ class Sweep {
   const F* panels_;         // of the matrix at hand,
   int64_t transition_ = 0;  // and whose states it makes
   int64_t active_ = 0;      // rows that have begun and not ended
-  InputProduct<T>* input_ = nullptr;
+  const InputProduct<T>* input_ = nullptr;
   bool near_ = false;        // its product is made in the tiles of a step's sums
   Chunk chunk_;              // of a layer: the steps at hand,
   S* chunk_data_ = nullptr;  // their input products or gradients of pre,

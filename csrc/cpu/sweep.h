@@ -182,13 +182,13 @@ constexpr int64_t kSliceScalars = kMaxSlices * 8 * 16;  // slices x widest block
 // in the second-level cache when the steps read it) or kOuterDepth for the weight gradients (the longer, the less often
 // their sums are loaded and stored), but at least one.
 constexpr int64_t kInputRows = 96;
+constexpr int64_t kOuterDepth = 256;
+constexpr int64_t kOuterVecs = 3;
 // Of matrices, what a second-level cache of 1 to 2 MB is trusted with. If U is more, a block of it serves a band of
 // rows before the next one does, not a tile of them (time with bands over time without, 64 rows on a Xeon with 2 MB: U
 // of 1.0 MB 1.01, 1.3 MB 1.0, 1.6 MB 0.97, 2.3 MB 0.89, 4 MB 0.81). If W and U are not, and rows fill a tile of AMX,
 // the input's product is made in the sums of its step.
 constexpr int64_t kNearBytes = int64_t{5} << 18, kBandRows = 96, kNearRows = kTileUnits;
-constexpr int64_t kOuterDepth = 256;
-constexpr int64_t kOuterVecs = 3;
 // A bias's gradient is a plain sum over all rows, kBiasBlock at a time; kBiasBlock blocks make a block of the next
 // level, so that 10^6 rows go through five sums of 16, not one of 10^6 whose error grows with the rows.
 constexpr int64_t kBiasBlock = 16;
