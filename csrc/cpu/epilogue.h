@@ -30,8 +30,8 @@ struct Columns {
   int64_t count;
 
   // `op(vector of carry + skip * x + in, vector of saved)` over all columns. The last vector overlaps the one before
-  // it instead of being cut; only a row shorter than a vector is copied through a buffer. `out` may be `in`: what the
-  // last vector needs of it is fetched before anything is written.
+  // it instead of being cut; only a row shorter than a vector is copied through a buffer. `out` may be `in` and `next`
+  // `x`: what the last vector needs of them is fetched before anything is written.
   template <class Op>
   void apply(Op op) const {
     constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
@@ -50,9 +50,9 @@ struct Columns {
     auto fetch = [&](const T* from, int64_t i) {
       return !from ? Vec<T>{} : whole ? load(from + i) : load_first(from, count);
     };
-    auto finish = [&](int64_t i, Vec<T> streamed) {
+    auto finish = [&](int64_t i, Vec<T> state, Vec<T> streamed) {
       Vec<T> a = load(carry + i);
-      if (x) a += load(x + i) * skip;
+      if (x) a += state * skip;
       if (in) a += streamed;
       if (pre) a += load(pre + i);
       a = op(a, fetch(saved, i));
@@ -64,21 +64,25 @@ struct Columns {
         put(kept_factor, i, a, whole);
       }
     };
-    const Vec<T> last_in = fetch(in, last);
-    for (int64_t i = 0; i < last; i += kLanes) finish(i, fetch(in, i));
-    finish(last, last_in);
+    const auto before = [&](int64_t i) { return x ? load(x + i) : Vec<T>{}; };
+    const Vec<T> last_in = fetch(in, last), last_x = before(last);
+    for (int64_t i = 0; i < last; i += kLanes) finish(i, before(i), fetch(in, i));
+    finish(last, last_x, last_in);
   }
 
   template <class Op, class Pre, class In, class Saved, class Out, class Kept>
   static void apply_to(Op op, const Scalar<T>* carry, const Scalar<T>* x, Pre pre, In in, Saved saved, Scalar<T>* next,
                        Out out, FactorRow<T>* factor, Kept kept_factor, Scalar<T> skip, int64_t count) {
     constexpr int64_t kLanes = VecOf<Scalar<T>>::kLanes;
+    const int64_t last = count - kLanes;
+    const Vec<T> last_x = load(x + last);
     for (int64_t i = 0;; i += kLanes) {
-      if (i > count - kLanes) {
+      if (i > last) {
         if (i >= count) return;
-        i = count - kLanes;
+        i = last;
       }
-      Vec<T> a = load(carry + i) + load(x + i) * skip, h{};
+      const Vec<T> state = kPaired<T> && i == last ? last_x : load(x + i);  // only of those `next` is `x` (run.cpp)
+      Vec<T> a = load(carry + i) + state * skip, h{};
       if constexpr (!std::is_same_v<Pre, std::nullptr_t>) a += load(pre + i);
       if constexpr (!std::is_same_v<In, std::nullptr_t>) a += load(in + i);
       if constexpr (!std::is_same_v<Saved, std::nullptr_t>) h = load(saved + i);

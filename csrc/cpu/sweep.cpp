@@ -323,16 +323,16 @@ class Sweep {
       input_->run(chunk_base_ + begin, chunk_base_ + end, first_column_, end_column_, chunk_data_);
     }
     for (int64_t row = begin; row < end; ++row) {
-      load_state(row);
+      load_start(row, sums(0));
       if (p_.skips) {
         UnitColumns<T> c{};
         set_units(c, row, t);
-        if (p_.backward) c.pre = state(row) + first_column_;  // added, whatever is done to products
+        if (p_.backward) c.pre = sums(0) + first_column_;  // added, whatever is done to products
         epilogue(p_, c);
       } else {
         Columns<T> c{};
         set(c, row, t);
-        c.carry = state(row) + first_column_;
+        c.carry = sums(0) + first_column_;
         epilogue(p_, c);
       }
     }
@@ -349,16 +349,13 @@ class Sweep {
   }
   // This part's columns of a state, 0: this step's, 1: the next's, to what there is before a sequence starts.
   void zero_state(int number, int64_t row) const {
-    clear_state(number, row);
-    if (!carried_) return;
-    memset(skipped(row) + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(S));
-    if (rest_ == 0) return;
-    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) put_state(number, row, i, rest_ + Vec<T>{});
-  }
-  void clear_state(int number, int64_t row) const {
     const size_t count = static_cast<size_t>(end_column_ - first_column_);
     memset(state_[number] + row * l_.padded() + first_column_, 0, count * sizeof(S));
     if constexpr (kPaired<T>) memset(factor_row(number, row) + first_column_, 0, count * sizeof(Row));
+    if (!carried_) return;
+    memset(skipped(row) + first_column_, 0, count * sizeof(S));
+    if (rest_ == 0) return;
+    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) put_state(number, row, i, rest_ + Vec<T>{});
   }
   // One vector of a state, or what is left of it in this part's columns.
   void put_state(int number, int64_t row, int64_t column, Vec<T> value) const {
@@ -373,21 +370,27 @@ class Sweep {
 
   // ---- the ends of a sequence ----
 
-  void load_state(int64_t row) const {
-    if (!p_.state_in) return clear_state(0, row);
-    if (p_.scalar_states) return load_state(row, static_cast<const S*>(p_.state_in) + state_element(row));
-    load_state(row, static_cast<const T*>(p_.state_in) + state_element(row));
+  // What a sequence starts from, into this part's columns of a row.
+  void load_start(int64_t row, S* to) const {
+    if (!p_.state_in) {
+      memset(to + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(S));
+    } else if (p_.scalar_states) {
+      load_start(static_cast<const S*>(p_.state_in) + state_element(row), to);
+    } else {
+      load_start(static_cast<const T*>(p_.state_in) + state_element(row), to);
+    }
   }
   template <class From>
-  void load_state(int64_t row, const From* from) const {
+  void load_start(const From* from, S* to) const {
     for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
       const int64_t count = end_column_ - i;
-      const Vec<T> value = count < l_.lanes ? load_first(from + i, count) : load(from + i);
-      store(state(row) + i, value);
-      if constexpr (kPaired<T>) {
-        Row* const factor = factor_row(0, row) + i;
-        count < l_.lanes ? store_first(factor, value, count) : store(factor, value);
-      }
+      store(to + i, count < l_.lanes ? load_first(from + i, count) : load(from + i));
+    }
+  }
+  void load_state(int64_t row) const {
+    load_start(row, state(row));
+    for (int64_t i = first_column_; kPaired<T> && i < end_column_; i += l_.lanes) {
+      put_state(0, row, i, load(state(row) + i));
     }
   }
   void store_state(int64_t row, const S* from) const {

@@ -102,7 +102,7 @@ struct Part {
   int64_t block_begin, block_end;
   const void* panels;  // packed U of this recurrence, one after the other those of its K transitions
   bool finite;         // no Inf and no NaN in it: a zero state may be skipped
-  void* state[2];      // each [rows, padded], scalars; shared by a team
+  void* state[2];      // each [rows, padded], scalars; shared by a team; one place for both unless others read it
   void* factors[2];    // each [rows, halves], the states as a product takes them, if that is not as they are (factor.h)
   void* carried;       // [rows, padded] scalars, what the skip is of, where that is not the state (splits)
   void* scratch;       // [a tile's or a band's rows, padded], or [1, padded] and kSliceScalars, scalars, its own
