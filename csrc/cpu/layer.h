@@ -78,9 +78,9 @@ class InputProduct {
       });
     }
   }
-  // What is multiplied for a block of rows that begin with this one.
-  TileFactors factors(int64_t row, int64_t block) const {
-    const F* panel = static_cast<const F*>(part_.input_panels) + l_.first_column(block) * l_.depth;
+  // What is multiplied for rows from this one on and for columns from this vector's first one on.
+  TileFactors factors(int64_t row, int64_t column) const {
+    const F* panel = static_cast<const F*>(part_.input_panels) + column * l_.depth;
     return {x_ + row * l_.depth, l_.depth, panel, l_.depth};
   }
   // What a transition adds, the first one beside its input.
@@ -331,7 +331,7 @@ class WeightGradient {
         const int64_t left = rows - k * kTerms;
         for (int64_t v = 0; v < width; ++v, from += kLanes) {
           const Row *first = left > 0 ? from : nullptr, *second = left > 1 ? from + stride : nullptr;
-          store(panel + (k * width + v) * kLanes, load_across(first, second, kLanes));
+          store(panel + (kByTiles ? v * depth + k : k * width + v) * kLanes, load_across(first, second, kLanes));
         }
       }
       S* const to = sums() + vec * kLanes;

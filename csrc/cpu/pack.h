@@ -18,10 +18,10 @@ void pack_transposed(const T* m, const Panels& l, int64_t block, Factor<T>* pane
   for (int64_t k = 0; k < l.depth; ++k) {
     const T* const from = m + k * kTerms * l.outputs + column;
     const int64_t left = l.terms - k * kTerms;
-    Factor<T>* to = panel + k * width;
+    Factor<T>* to = panel + k * l.stride_in(width);
     for (int64_t i = 0; i < width; i += l.lanes) {
       const T *first = left > 0 ? from + i : nullptr, *second = left > 1 ? from + i + l.outputs : nullptr;
-      store(to + i, load_across(first, second, valid > i ? valid - i : int64_t{0}));
+      store(to + l.begin_of(i / l.lanes), load_across(first, second, valid > i ? valid - i : int64_t{0}));
     }
   }
 }
@@ -32,26 +32,26 @@ void pack_straight(const T* m, const Panels& l, int64_t block, Factor<T>* panel)
   using Units = typename VecOf<Factor<T>>::Vec;
   constexpr int64_t kLanes = VecOf<Factor<T>>::kLanes, kTerms = UnitOf<Factor<T>>::kTerms;
   const int64_t column = l.first_column(block), width = l.first_column(block + 1) - column;
-  const int64_t valid = l.end_column(block) - column;
+  const int64_t valid = l.end_column(block) - column, stride = l.stride_in(width);
   for (int64_t i = 0; i < width; i += kLanes) {
     for (int64_t k = 0; k < l.depth; k += kLanes) {
       const int64_t depth = k + kLanes <= l.depth ? kLanes : l.depth - k;
       const int64_t left = l.terms - k * kTerms, terms = left > 0 ? left : 0;
       const T* from = m + (column + i) * l.terms + k * kTerms;
-      Factor<T>* to = panel + k * width + i;
+      Factor<T>* to = panel + l.begin_of(i / kLanes) + k * stride;
       Units square[kLanes] = {};
       if (terms >= kLanes * kTerms && i + kLanes <= valid) {  // in registers, not by way of an array
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) square[r] = load_units(from + r * l.terms);
         transpose<Factor<T>>(square);
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) store(to + j * width, square[j]);
+        for (int j = 0; j < kLanes; ++j) store(to + j * stride, square[j]);
         continue;
       }
       const int64_t count = terms < kLanes * kTerms ? terms : kLanes * kTerms;
       for (int64_t r = 0; r < kLanes && i + r < valid; ++r) square[r] = load_units_first(from + r * l.terms, count);
       transpose<Factor<T>>(square);
-      for (int64_t j = 0; j < depth; ++j) store(to + j * width, square[j]);
+      for (int64_t j = 0; j < depth; ++j) store(to + j * stride, square[j]);
     }
   }
 }

@@ -209,13 +209,14 @@ class Call {
       return static_cast<char*>(carver.take(unit_ > 1 ? rows * plan_.layout.halves() * kHalf : 0));
     };
     // Where factors are apart from states, of the state a row's owner alone reads, its columns of it, and the next one
-    // takes its place; factors are read by all threads that share a row. A step of 64 rows x 128 units touches half as
-    // much. Where a product reads the states themselves that is 5 % slower: its loads wait for stores to other rows, a
-    // multiple of 4 KB away.
-    const bool paired = unit_ > 1, shared = plan_.sharing == Sharing::kOutputs;
+    // takes its place: a step of 64 rows x 128 units touches a third less. Where a product reads the states themselves
+    // that is 5 % slower: its loads wait for stores to other rows, a multiple of 4 KB away. Factors are read by all
+    // threads that share a row, and by products beside which the next ones are made (beside.h).
+    const bool paired = unit_ > 1;
+    const bool apart = plan_.sharing == Sharing::kOutputs || (layer_ && !p_.backward && plan_.layout.tiles);
     for (int i = 0; i < 2; ++i) {
       states_[i] = i && paired ? states_[0] : static_cast<char*>(carver.take(p_.groups * state_bytes()));
-      factors_[i] = i && !shared ? factors_[0] : factors(p_.groups * p_.batch);
+      factors_[i] = i && !apart ? factors_[0] : factors(p_.groups * p_.batch);
     }
     if (splits(p_)) carried_ = static_cast<char*>(carver.take(p_.groups * state_bytes()));
     if (needs_input()) input_panels_ = static_cast<char*>(scalars(p_.groups * input_.scalars()));

@@ -10,12 +10,14 @@
 
 #include "sweep.h"
 
+#include "beside.h"
 #include "dot.h"
 #include "epilogue.h"
 #include "factor.h"
 #include "layer.h"
 #include "pack.h"
 #include "rows.h"
+#include "states.h"
 #include "step.h"
 #include "vec.h"
 
@@ -35,24 +37,20 @@ class Sweep {
         l_(l),
         part_(part),
         rows_(part_.rows),
+        h_(p, l, part_),
         ascending_(is_ascending(p, part.group)),
-        rest_(p.form == Form::kCurrent && !p.backward ? at_rest<S>(p.activation) : 0),
         // From no state there is nothing to multiply, unless U holds an Inf or a NaN, which times zero is NaN.
         transitions_(transitions_of(p)),
-        direct_(p.backward || (!p.state_in && part.finite && rest_ == 0)),
-        first_column_(l.first_column(part.block_begin)),
-        end_column_(l.end_column(part.block_end - 1)),
-        state_{static_cast<S*>(part.state[0]), static_cast<S*>(part.state[1])},
-        factors_{static_cast<Row*>(part.factors[0]), static_cast<Row*>(part.factors[1])},
-        panels_(static_cast<const F*>(part.panels)) {
+        direct_(p.backward || (!p.state_in && part.finite && h_.at_rest_is_zero())),
+        panels_(static_cast<const F*>(part.panels)),
+        beside_(tiles_, static_cast<S*>(part.scratch), p, l, ascending_) {
     nonzero_.index = part.index;
-    if (splits(p)) carried_ = static_cast<S*>(part.carried);
   }
 
   void run() {
     const int64_t started = rows_at(p_, rows_, 0);
-    copy_unstarted(started);
-    if (rows_.lengths && !p_.offsets) zero_padding();
+    h_.copy_unstarted(started);
+    if (rows_.lengths && !p_.offsets) h_.zero_padding(part_.layer);
     const bool mine = !part_.layer ? run_steps(0, p_.steps) : p_.backward ? run_layer_backward() : run_layer();
     if (mine) leave(0, active_);
   }
@@ -81,9 +79,8 @@ class Sweep {
     part_.threads = 1;
     part_.block_begin = 0;
     part_.block_end = l_.blocks;
-    first_column_ = 0;
-    end_column_ = l_.end_column(l_.blocks - 1);
-    if (input_ && !near_) input_->run(0, chunk_.rows(), 0, end_column_, chunk_data_);
+    h_.take_all_columns();
+    if (input_ && !near_) input_->run(0, chunk_.rows(), 0, h_.end_column(), chunk_data_);
   }
 
   // Each thread makes the input product of its own rows and columns. As of the others here, false if the team ended and
@@ -91,12 +88,13 @@ class Sweep {
   bool run_layer() {
     InputProduct<T> input(p_, part_, tiles_);
     input_ = &input;
-    near_ = by_tiles() && part_.input->tiles && rows_.count >= kNearRows &&
-            (l_.scalars() + part_.input->scalars()) * static_cast<int64_t>(sizeof(F)) <= kNearBytes;
+    near_ = by_tiles() && part_.input->tiles &&
+            makes_near(rows_.count, (l_.scalars() + part_.input->scalars()) * static_cast<int64_t>(sizeof(F)));
     use_chunk(0);
     while (chunk_.advance(p_, rows_, ascending_, kInputRows)) {
       input.use(rows_, chunk_, ascending_);
-      if (!near_) input.run(0, chunk_.rows(), first_column_, end_column_, chunk_data_);
+      beside_.store_held();
+      if (!near_) input.run(0, chunk_.rows(), h_.first_column(), h_.end_column(), chunk_data_);
       if (!run_steps(chunk_.begin, chunk_.end)) return false;
     }
     return true;
@@ -134,6 +132,7 @@ class Sweep {
       const int64_t t = time_of(p_, ascending_, i);
       const int64_t now = rows_at(p_, rows_, t);
       if (now < active_) leave(now, active_);
+      if (now != active_) beside_.finish();
       const int64_t stay = now < active_ ? now : active_;
       if (now > active_ && !direct_ && !enter(active_, now)) return false;
       for (int64_t turn = 0; turn < transitions_; ++turn) {
@@ -143,9 +142,10 @@ class Sweep {
         multiply(0, starts ? stay : now, t);
         if (starts) start_from_carry(stay, now, t);
         active_ = now;
+        if (p_.resets || part_.meets) beside_.finish();
         if (p_.resets && turn + 1 == transitions_) drop_states(active_, t);
         if (part_.meets && !meet()) return false;
-        swap_states();
+        h_.swap_states();
       }
     }
     return true;
@@ -158,33 +158,6 @@ class Sweep {
     panels_ = static_cast<const F*>(part_.panels) + matrix * l_.scalars();
   }
 
-  int64_t element(int64_t t, int64_t row) const {
-    return (row_of(p_, t, rows_.order[row]) * p_.groups + part_.group) * p_.hidden;
-  }
-  int64_t state_element(int64_t row) const { return (rows_.order[row] * p_.groups + part_.group) * p_.hidden; }
-  int64_t length(int64_t row) const { return rows_.lengths ? rows_.lengths[row] : p_.steps; }
-  S* state(int64_t row) const { return state_[0] + row * l_.padded(); }
-  S* next_state(int64_t row) const { return state_[1] + row * l_.padded(); }
-  // What the skip is of.
-  S* skipped(int64_t row) const { return carried_ ? carried_ + row * l_.padded() : state(row); }
-  void swap_states() {
-    swap(state_[0], state_[1]);
-    swap(factors_[0], factors_[1]);
-  }
-  template <class P>
-  static void swap(P*& a, P*& b) {
-    P* const other = a;
-    a = b;
-    b = other;
-  }
-
-  // A state as the product takes it: in a row of its own, if it has to be rounded.
-  Row* factor_row(int number, int64_t row) const { return factors_[number] + row * l_.halves(); }
-  const F* factors(int64_t row) const {
-    return kPaired<T> ? reinterpret_cast<const F*>(factor_row(0, row)) : reinterpret_cast<const F*>(state(row));
-  }
-  int64_t factor_stride() const { return kPaired<T> ? l_.halves() / UnitOf<F>::kTerms : l_.padded(); }
-
   // ---- a step ----
 
   // A block of the product for a tile of rows, into its columns of `sums`.
@@ -193,13 +166,13 @@ class Sweep {
     const F* panel = panels_ + vec * l_.lanes * l_.depth;
     S* const to = sums + vec * l_.lanes;
     if constexpr (kHasTiles && kPaired<T>) {
-      if (by_tiles()) return dot_by_tiles(row, rows, block, {factors(row), factor_stride(), panel, l_.depth}, to);
+      if (by_tiles()) return dot_by_tiles(row, rows, block, {h_.factors(row), h_.factor_stride(), panel, l_.depth}, to);
     }
     if (l_.slices > 1) {
       const Nonzero* nonzero = part_.finite && nonzero_.worthwhile ? &nonzero_ : nullptr;
-      kDotSliced<F>[vecs - 1](factors(row), panel, l_, nonzero, descending_, this->sums(1), to);
+      kDotSliced<F>[vecs - 1](h_.factors(row), panel, l_, nonzero, descending_, this->sums(1), to);
     } else {
-      multiply_block(tiles_, l_, l_.chains, factors(row), factor_stride(), rows, panel, vecs, to, l_.padded());
+      multiply_block(tiles_, l_, l_.chains, h_.factors(row), h_.factor_stride(), rows, panel, vecs, to, l_.padded());
     }
   }
   void dot_by_tiles(int64_t row, int64_t rows, int64_t block, const TileFactors& states, S* to) {
@@ -209,7 +182,7 @@ class Sweep {
     };
     if (transition_ > 0) return dot(&states, 1, input_->bias(transition_), 0);
     if (!near_) return dot(&states, 1, pre(row), l_.padded());
-    const TileFactors both[] = {input_->factors(chunk_base_ + row, block), states};
+    const TileFactors both[] = {input_->factors(chunk_base_ + row, column), states};
     dot(both, 2, input_->bias(0), 0);
   }
   // Of a layer, what is added to a row's sums.
@@ -238,36 +211,37 @@ class Sweep {
   }
   // This part's columns of a row at step t.
   void set(Columns<T>& c, int64_t row, int64_t t) const {
-    const int64_t at = element(t, row) + first_column_;
+    const int64_t at = h_.element(t, row) + h_.first_column();
     if (p_.in && transition_ == (p_.backward ? transitions_ - 1 : 0)) c.in = static_cast<const T*>(p_.in) + at;
     if (p_.backward) c.saved = static_cast<const T*>(plane(p_.saved)) + at;
     if (void* const out = p_.backward ? p_.out : plane(p_.out)) c.out = static_cast<T*>(out) + at;
-    c.next = next_state(row) + first_column_;
-    if constexpr (kPaired<T>) c.factor = factor_row(1, row) + first_column_;
-    c.count = end_column_ - first_column_;
+    c.next = h_.next_state(row) + h_.first_column();
+    if constexpr (kPaired<T>) c.factor = h_.factor_row(1, row) + h_.first_column();
+    c.count = h_.end_column() - h_.first_column();
     if (part_.layer && p_.backward) {
       const int64_t place = chunk_base_ + part_.position + row * part_.stride;
-      c.kept = chunk_data_ + place * l_.padded() + first_column_;
-      if constexpr (kPaired<T>) c.kept_factor = chunk_factors_ + place * l_.halves() + first_column_;
+      c.kept = chunk_data_ + place * l_.padded() + h_.first_column();
+      if constexpr (kPaired<T>) c.kept_factor = chunk_factors_ + place * l_.halves() + h_.first_column();
     }
-    if (part_.layer && !p_.backward) c.pre = pre(row) + first_column_;
+    if (part_.layer && !p_.backward) c.pre = pre(row) + h_.first_column();
   }
   // The same where units have factors of their own.
   void set_units(UnitColumns<T>& c, int64_t row, int64_t t) const {
     set(c, row, t);
     c.skips = factors_of_units(p_.skips);
-    if (carried_) c.carried = skipped(row) + first_column_;
+    if (h_.carries_apart()) c.carried = h_.skipped(row) + h_.first_column();
     if (p_.form != Form::kOutside) return;
     c.gains = factors_of_units(p_.gains);
-    const int64_t at = element(t, row) + first_column_;
+    const int64_t at = h_.element(t, row) + h_.first_column();
     if (p_.noise) c.noise = static_cast<const T*>(p_.noise) + at;
     if (p_.aside) c.aside = static_cast<T*>(p_.aside) + at;
     if (part_.layer && part_.chunk_aside[0]) {
-      c.kept_aside = chunk_aside_ + (chunk_base_ + part_.position + row * part_.stride) * l_.padded() + first_column_;
+      c.kept_aside =
+          chunk_aside_ + (chunk_base_ + part_.position + row * part_.stride) * l_.padded() + h_.first_column();
     }
   }
   const S* factors_of_units(const void* all) const {
-    return all ? static_cast<const S*>(all) + part_.group * p_.hidden + first_column_ : nullptr;
+    return all ? static_cast<const S*>(all) + part_.group * p_.hidden + h_.first_column() : nullptr;
   }
 
   // state x U for rows [begin, end) and this part's columns: body(row, its product). A tile of rows goes through all of
@@ -275,7 +249,7 @@ class Sweep {
   // or twice a step and not for every six rows.
   template <class Body>
   void product(int64_t begin, int64_t end, Body body) {
-    const int64_t columns = l_.first_column(part_.block_end) - first_column_;
+    const int64_t columns = l_.first_column(part_.block_end) - h_.first_column();
     if (columns * l_.depth * static_cast<int64_t>(sizeof(F)) <= kNearBytes) {
       return for_tiles(begin, end, [&](int64_t row, int64_t rows) { product_of_band(row, rows, body); });
     }
@@ -285,24 +259,27 @@ class Sweep {
   }
   template <class Body>
   void product_of_band(int64_t begin, int64_t count, Body body) {
-    if (l_.slices > 1) nonzero_.find(factors(begin), l_);
+    if (l_.slices > 1) nonzero_.find(h_.factors(begin), l_);
     for (int64_t i = part_.block_begin; i < part_.block_end; ++i) {
       const int64_t block = descending_ ? part_.block_begin + part_.block_end - 1 - i : i;
       for_tiles(begin, begin + count,
                 [&](int64_t row, int64_t rows) { dot_block(row, rows, block, sums(row - begin)); });
     }
-    for (int64_t r = 0; r < count; ++r) body(begin + r, sums(r) + first_column_);
+    for (int64_t r = 0; r < count; ++r) body(begin + r, sums(r) + h_.first_column());
     descending_ = !descending_;
   }
 
   void multiply(int64_t begin, int64_t end, int64_t t) {
+    if constexpr (kHasTiles && kPaired<T>) {
+      if (by_tiles() && !p_.skips && p_.out && transitions_ == 1) return multiply_beside(begin, end, t);
+    }
     if (p_.skips) {
       return product(begin, end, [&](int64_t row, const S* carry) {
         UnitColumns<T> c{};
         set_units(c, row, t);
         c.carry = carry;
         if (by_tiles()) c.pre = nullptr;
-        c.x = skipped(row) + first_column_;
+        c.x = h_.skipped(row) + h_.first_column();
         epilogue(p_, c);
       });
     }
@@ -312,27 +289,59 @@ class Sweep {
       c.carry = carry;
       if (by_tiles()) c.pre = nullptr;
       c.skip = static_cast<S>(p_.skip);
-      c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
+      c.x = p_.skip != 0 ? h_.state(row) + h_.first_column() : nullptr;
       epilogue(p_, c);
     });
+  }
+
+  // The same a tile of sums at a time, whose results are made while the next one is multiplied (beside.h). Some may be
+  // missing when the step ends.
+  void multiply_beside(int64_t begin, int64_t end, int64_t t) {
+    const int64_t first = l_.first_vec(part_.block_begin), vecs = l_.first_vec(part_.block_end) - first;
+    const int64_t band =
+        vecs * l_.lanes * l_.depth * static_cast<int64_t>(sizeof(F)) <= kNearBytes ? kMaxRowsByTiles : kBandRows;
+    const int64_t bands = (end - begin + band - 1) / band, pairs = (vecs + 1) / 2;
+    for (int64_t b = 0; b < bands; ++b) {
+      for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t column = (first + 2 * (descending_ ? pairs - 1 - i : i)) * l_.lanes;
+        for_tiles(begin + b * (end - begin) / bands, begin + (b + 1) * (end - begin) / bands,
+                  [&](int64_t row, int64_t rows) { add_beside(row, rows, column, t); });
+      }
+      descending_ = !descending_;
+    }
+  }
+  void add_beside(int64_t row, int64_t rows, int64_t column, int64_t t) {
+    typename Beside<T>::Results to;
+    to.state = h_.next_state(row) + column;
+    to.factors = h_.factor_row(1, row) + column;
+    to.out = static_cast<T*>(p_.out) + (row_of(p_, t, 0) * p_.groups + part_.group) * p_.hidden + column;
+    to.order = rows_.order + row;
+    to.row = row;
+    to.rows = rows;
+    to.columns = h_.end_column() - column < 2 * l_.lanes ? h_.end_column() - column : 2 * l_.lanes;
+    to.step = t;
+    const TileFactors states{h_.factors(row), h_.factor_stride(), panels_ + column * l_.depth, l_.depth};
+    if (!near_) return beside_.add(&states, 1, {pre(row) + column, l_.padded()}, to);
+    const TileFactors both[] = {input_->factors(chunk_base_ + row, column), states};
+    beside_.add(both, 2, {input_->bias(0) + column, 0}, to);
   }
 
   // The first step of a sequence whose carry is given (the gradient of h_n) or zero (no h0): no product.
   void start_from_carry(int64_t begin, int64_t end, int64_t t) {
     if (near_ && begin < end) {
-      input_->run(chunk_base_ + begin, chunk_base_ + end, first_column_, end_column_, chunk_data_);
+      input_->run(chunk_base_ + begin, chunk_base_ + end, h_.first_column(), h_.end_column(), chunk_data_);
     }
     for (int64_t row = begin; row < end; ++row) {
-      load_start(row, sums(0));
+      h_.load_start(row, sums(0));
       if (p_.skips) {
         UnitColumns<T> c{};
         set_units(c, row, t);
-        if (p_.backward) c.pre = sums(0) + first_column_;  // added, whatever is done to products
+        if (p_.backward) c.pre = sums(0) + h_.first_column();  // added, whatever is done to products
         epilogue(p_, c);
       } else {
         Columns<T> c{};
         set(c, row, t);
-        c.carry = sums(0) + first_column_;
+        c.carry = sums(0) + h_.first_column();
         epilogue(p_, c);
       }
     }
@@ -344,164 +353,60 @@ class Sweep {
     const bool into_h0 = !ascending_ && t == 0;
     if (into_h0 && !p_.backward) return;  // a reversed recurrence ends here; h_n is no crossing
     for (int64_t row = 0; row < active; ++row) {
-      if (start < length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) zero_state(1, row);
+      if (start < h_.length(row) && p_.resets[row_of(p_, start, rows_.order[row])]) h_.zero_state(1, row);
     }
   }
-  // This part's columns of a state, 0: this step's, 1: the next's, to what there is before a sequence starts.
-  void zero_state(int number, int64_t row) const {
-    const size_t count = static_cast<size_t>(end_column_ - first_column_);
-    memset(state_[number] + row * l_.padded() + first_column_, 0, count * sizeof(S));
-    if constexpr (kPaired<T>) memset(factor_row(number, row) + first_column_, 0, count * sizeof(Row));
-    if (!carried_) return;
-    memset(skipped(row) + first_column_, 0, count * sizeof(S));
-    if (rest_ == 0) return;
-    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) put_state(number, row, i, rest_ + Vec<T>{});
-  }
-  // One vector of a state, or what is left of it in this part's columns.
-  void put_state(int number, int64_t row, int64_t column, Vec<T> value) const {
-    const int64_t count = end_column_ - column;
-    S* const to = state_[number] + row * l_.padded() + column;
-    count < l_.lanes ? store_first(to, value, count) : store(to, value);
-    if constexpr (kPaired<T>) {
-      Row* const factor = factor_row(number, row) + column;
-      count < l_.lanes ? store_first(factor, value, count) : store(factor, value);
-    }
-  }
-
   // ---- the ends of a sequence ----
-
-  // What a sequence starts from, into this part's columns of a row.
-  void load_start(int64_t row, S* to) const {
-    if (!p_.state_in) {
-      memset(to + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(S));
-    } else if (p_.scalar_states) {
-      load_start(static_cast<const S*>(p_.state_in) + state_element(row), to);
-    } else {
-      load_start(static_cast<const T*>(p_.state_in) + state_element(row), to);
-    }
-  }
-  template <class From>
-  void load_start(const From* from, S* to) const {
-    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
-      const int64_t count = end_column_ - i;
-      store(to + i, count < l_.lanes ? load_first(from + i, count) : load(from + i));
-    }
-  }
-  void load_state(int64_t row) const {
-    load_start(row, state(row));
-    for (int64_t i = first_column_; kPaired<T> && i < end_column_; i += l_.lanes) {
-      put_state(0, row, i, load(state(row) + i));
-    }
-  }
-  void store_state(int64_t row, const S* from) const {
-    if (p_.scalar_states) return store_state(from, static_cast<S*>(p_.state_out) + state_element(row));
-    store_state(from, static_cast<T*>(p_.state_out) + state_element(row));
-  }
-  template <class To>
-  void store_state(const S* from, To* to) const {
-    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
-      if (i + l_.lanes <= end_column_) {
-        store(to + i, load(from + i));
-      } else {
-        store_first(to + i, load(from + i), end_column_ - i);
-      }
-    }
-  }
-
-  // In currents the state is carried, and f of it multiplied.
-  void split_state(int64_t row) const {
-    const AnyActivation f{p_.activation};
-    for (int64_t i = first_column_; i < end_column_; i += l_.lanes) {
-      const Vec<T> value = load(state(row) + i);
-      const int64_t count = end_column_ - i;
-      count < l_.lanes ? store_first(skipped(row) + i, value, count) : store(skipped(row) + i, value);
-      put_state(0, row, i, f.of(value));
-    }
-  }
 
   // Rows that begin with a product of h0.
   bool enter(int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      load_state(row);
-      if (carried_) split_state(row);
-      if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) zero_state(0, row);
+      h_.load_state(row);
+      if (h_.carries_apart()) h_.split_state(row);
+      if (p_.resets && ascending_ && p_.resets[row_of(p_, 0, rows_.order[row])]) h_.zero_state(0, row);
     }
     return !part_.meets || meet();
   }
 
   // Rows that have run all their steps: h_n is the state, the gradient of h0 one more product.
   void leave(int64_t begin, int64_t end) {
+    beside_.finish();
     if (!p_.state_out || begin == end) return;
     take_turn(0);
     if (!p_.backward) {
-      for (int64_t row = begin; row < end; ++row) store_state(row, skipped(row));
+      for (int64_t row = begin; row < end; ++row) h_.store_state(row, h_.skipped(row));
       return;
     }
     product(begin, end, [&](int64_t row, const S* carry) {
       UnitColumns<T> c{};
       c.carry = carry;
-      c.next = next_state(row) + first_column_;
-      c.count = end_column_ - first_column_;
+      c.next = h_.next_state(row) + h_.first_column();
+      c.count = h_.end_column() - h_.first_column();
       if (p_.skips) {
-        c.x = skipped(row) + first_column_;
+        c.x = h_.skipped(row) + h_.first_column();
         c.skips = factors_of_units(p_.skips);
-        if (p_.initial) c.saved = static_cast<const T*>(p_.initial) + state_element(row) + first_column_;
+        if (p_.initial) c.saved = static_cast<const T*>(p_.initial) + h_.state_element(row) + h_.first_column();
         epilogue_of_start(p_, c);
       } else {
-        c.x = p_.skip != 0 ? state(row) + first_column_ : nullptr;
+        c.x = p_.skip != 0 ? h_.state(row) + h_.first_column() : nullptr;
         c.skip = static_cast<S>(p_.skip);
         c.apply([](Vec<T> a, Vec<T>) { return a; });
       }
-      store_state(row, next_state(row));
+      h_.store_state(row, h_.next_state(row));
     });
-  }
-
-  // Empty sequences: the state passes through.
-  void copy_unstarted(int64_t started) {
-    if (!p_.state_out) return;
-    for (int64_t row = started; row < rows_.count; ++row) {
-      load_state(row);
-      store_state(row, state(row));
-    }
-  }
-
-  void zero_padding() const {
-    const auto zero = [&](T* columns) {
-      memset(columns + first_column_, 0, static_cast<size_t>(end_column_ - first_column_) * sizeof(T));
-    };
-    for (int64_t row = 0; row < rows_.count; ++row) {
-      for (int64_t t = length(row); t < p_.steps; ++t) {
-        for (void* const out : {p_.out, p_.aside}) {
-          if (!out) continue;
-          zero(static_cast<T*>(out) + element(t, row));
-        }
-        for (int64_t k = 0; k + 1 < transitions_ && p_.inner && !p_.backward; ++k) {
-          zero(static_cast<T*>(p_.inner) + k * p_.plane * p_.hidden + element(t, row));
-        }
-        if (part_.layer && part_.layer->grad_x && first_column_ == 0) {
-          const int64_t inputs = part_.layer->inputs;
-          memset(static_cast<T*>(part_.layer->grad_x) + row_of(p_, t, rows_.order[row]) * inputs, 0,
-                 static_cast<size_t>(inputs) * sizeof(T));
-        }
-      }
-    }
   }
 
   const Problem& p_;
   const Layout& l_;
   Part part_;  // changes where the team ends
   const RowList& rows_;
+  States<T> h_;
   const bool ascending_;       // in time, this sweep
-  const S rest_;               // what is multiplied of a state of zero
   const int64_t transitions_;  // of a step
   const bool direct_;          // sequences start from a carry, not from a state to be multiplied
-  int64_t first_column_, end_column_;
-  S* state_[2];             // this step's and the next's,
-  Row* factors_[2];         // and as a product takes them (kPaired)
-  S* carried_ = nullptr;    // what the skip is of, where it is not the state
-  const F* panels_;         // of the matrix at hand,
-  int64_t transition_ = 0;  // and whose states it makes
-  int64_t active_ = 0;      // rows that have begun and not ended
+  const F* panels_;            // of the matrix at hand,
+  int64_t transition_ = 0;     // and whose states it makes
+  int64_t active_ = 0;         // rows that have begun and not ended
   const InputProduct<T>* input_ = nullptr;
   bool near_ = false;        // its product is made in the tiles of a step's sums
   Chunk chunk_;              // of a layer: the steps at hand,
@@ -511,6 +416,7 @@ class Sweep {
   int64_t chunk_base_ = 0;  // and the first row of the step at hand
   Nonzero nonzero_;
   Tiles<T> tiles_;
+  Beside<T> beside_;
   bool descending_ = false;  // the direction in which the matrix is walked, turned at every tile
 };
 

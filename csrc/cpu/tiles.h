@@ -1,9 +1,10 @@
 // Products of 16 bits by AMX: tiles of 16 rows by 64 bytes, one instruction for 16 rows x 16 outputs x 16 pairs of
 // bfloat16 or (AMX-FP16) of float16, sums in float32. Compiled once per instruction set (vec.h).
 //
-// A tile of states is read from rows of factors as they lie, a tile of the matrix from the panels that vdpbf16ps takes
-// (factor.h), and both must be whole: the depth of a product by tiles is a multiple of 16 units, filled up with zeros.
-// Eight tiles make 2 x 2 tiles of sums, so every one that is loaded is used twice: up to 32 rows by two vectors.
+// A tile of states is read from rows of factors as they lie, a tile of the matrix from panels of one vector each, where
+// it lies in one piece, and both must be whole: the depth of a product by tiles is a multiple of 16 units, filled up
+// with zeros. Eight tiles make 2 x 2 tiles of sums, so every one that is loaded is used twice: up to 32 rows by two
+// vectors.
 #pragma once
 
 #include <type_traits>
@@ -25,7 +26,7 @@ namespace FUSED_RIN_ISA {
 
 constexpr bool kHasTiles = FUSED_RIN_TILES != 0, kHasHalfTiles = kHasTiles && FUSED_RIN_HALF_TILES;
 
-// Rows times a block of a matrix: x [rows][depth], panel [depth][vectors of the block]; depth and stride in units.
+// Rows times a block of a matrix: x [rows][depth], panel [vectors of the block][depth]; depth and stride in units.
 struct TileFactors {
   const Pair* x;
   int64_t x_stride;
@@ -159,28 +160,7 @@ class Tiles {
     multiply(&factors, 1, kTile, groups == 2, vecs, c, c_stride, {c, c_stride});
   }
 
- private:
-  static void multiply(const TileFactors* factors, int64_t count, int64_t second, bool two_rows, int64_t vecs,
-                       float* acc, int64_t acc_stride, const TileStart& start) {
-    for (int64_t v = 0; v < vecs; v += 2) {
-      const Product p{factors, count, vecs, v, second, start, acc, acc_stride};
-      if (two_rows) {
-        v + 1 < vecs ? product<true, true>(p) : product<true, false>(p);
-      } else {
-        v + 1 < vecs ? product<false, true>(p) : product<false, false>(p);
-      }
-    }
-  }
-
-  struct Product {
-    const TileFactors* factors;
-    int64_t count, vecs, vec;  // vectors in a row of the panels, and the one at hand
-    int64_t second;            // rows from the first tile to the second
-    TileStart start;
-    float* to;
-    int64_t to_stride;
-  };
-
+  // The rows of a first tile and of a second one.
   void use(int64_t first, int64_t second) {
     const int64_t rows = first * 32 + second;
     if (rows == rows_) return;
@@ -194,6 +174,28 @@ class Tiles {
     use_shapes(&shapes);
   }
 
+ private:
+  static void multiply(const TileFactors* factors, int64_t count, int64_t second, bool two_rows, int64_t vecs,
+                       float* acc, int64_t acc_stride, const TileStart& start) {
+    for (int64_t v = 0; v < vecs; v += 2) {
+      const Product p{factors, count, v, second, start, acc, acc_stride};
+      if (two_rows) {
+        v + 1 < vecs ? product<true, true>(p) : product<true, false>(p);
+      } else {
+        v + 1 < vecs ? product<false, true>(p) : product<false, false>(p);
+      }
+    }
+  }
+
+  struct Product {
+    const TileFactors* factors;
+    int64_t count, vec;  // of the factors; of the panel's vectors the first one
+    int64_t second;      // rows from the first tile to the second
+    TileStart start;
+    float* to;
+    int64_t to_stride;
+  };
+
   template <bool two_rows, bool two_vecs>
   static void product(const Product& p) {
     const int64_t column = p.vec * kTile, bytes = p.to_stride * 4, start_bytes = p.start.stride * 4;
@@ -206,14 +208,14 @@ class Tiles {
     if constexpr (two_rows) tile_load<2>(start_below, start_bytes);
     if constexpr (two_rows && two_vecs) tile_load<3>(start_below + kTile, start_bytes);
     for (const TileFactors* f = p.factors; f != p.factors + p.count; ++f) {
-      const int64_t width = p.vecs * kTile;
+      const Pair* const panel = f->panel + column * f->depth;
       for (int64_t k = 0; k < f->depth; k += kTile) {
-        const Pair *const x = f->x + k, *const matrix = f->panel + column + k * width;
-        tile_load<6>(matrix, width * 4);
+        const Pair *const x = f->x + k, *const matrix = panel + k * kTile;
+        tile_load<6>(matrix, 64);
         tile_load<4>(x, f->x_stride * 4);
         tile_multiply_add<T, 0, 4, 6>();
         if constexpr (two_vecs) {
-          tile_load<7>(matrix + kTile, width * 4);
+          tile_load<7>(matrix + f->depth * kTile, 64);
           tile_multiply_add<T, 1, 4, 7>();
         }
         if constexpr (two_rows) {
@@ -250,7 +252,8 @@ bool check_tiles() {
   }
   for (int64_t k = 0; k < kDepth; ++k) {
     for (int64_t i = 0; i < kWidth; ++i) {
-      panel[k * kWidth + i].bits = numbers[b(2 * k, i)] | uint32_t{numbers[b(2 * k + 1, i)]} << 16;
+      panel[(i / kTile * kDepth + k) * kTile + i % kTile].bits =
+          numbers[b(2 * k, i)] | uint32_t{numbers[b(2 * k + 1, i)]} << 16;
     }
   }
   Tiles<T> tiles;

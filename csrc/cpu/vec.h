@@ -9,6 +9,11 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define FUSED_RIN_MASKS 1
+#endif
+
 #if !defined(FUSED_RIN_ISA)
 #error "FUSED_RIN_ISA must name the instruction set"
 #endif
@@ -164,6 +169,15 @@ inline void store(Storage* to, Vec<Storage> value) {
 }
 
 // The first `count` lanes; the others read as zero and are not written.
+template <class Storage>
+inline void store_first_bits(Storage* to, U16 bits, int64_t count) {
+  static_assert(sizeof(Storage) == 2, "of 16 bits");
+#if FUSED_RIN_MASKS
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), bit_cast<__m256i>(bits));
+#else
+  memcpy(to, &bits, static_cast<size_t>(count) * sizeof(Storage));
+#endif
+}
 template <class Storage>
 inline Vec<Storage> load_first(const Storage* from, int64_t count) {
   Storage lanes[VecOf<Scalar<Storage>>::kLanes] = {};

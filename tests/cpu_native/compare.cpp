@@ -222,7 +222,8 @@ bool check_all(const Kernels& kernels) {
               kernels.half_tiles ? ", of float16 too" : "");
   for (const Shape& s :
        {Shape{5, 1, 1, 1, 0}, Shape{4, 3, 2, 5, 1}, Shape{3, 7, 1, 16, 0}, Shape{6, 1, 1, 129, 0},
-        Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}, Shape{4, 51, 1, 70, 0}}) {
+        Shape{3, 13, 3, 37, 1}, Shape{40, 1, 1, 300, 1}, Shape{70, 5, 1, 24, 0}, Shape{4, 51, 1, 70, 0},
+        Shape{7, 9, 1, 33, 1}, Shape{5, 17, 1, 32, 0}, Shape{3, 70, 1, 49, 1}}) {
     good = check<float>(DType::kFloat32, s, kernels, 1e-5) && good;
     good = check<double>(DType::kFloat64, s, kernels, 1e-13) && good;
     if (pairs) good = check<BFloat16>(DType::kBFloat16, s, kernels, kBFloat16Error) && good;
