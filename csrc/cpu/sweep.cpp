@@ -215,6 +215,7 @@ class Sweep {
     if (p_.in && transition_ == (p_.backward ? transitions_ - 1 : 0)) c.in = static_cast<const T*>(p_.in) + at;
     if (p_.backward) c.saved = static_cast<const T*>(plane(p_.saved)) + at;
     if (void* const out = p_.backward ? p_.out : plane(p_.out)) c.out = static_cast<T*>(out) + at;
+    c.ahead = p_.offsets ? 0 : p_.batch * p_.groups * p_.hidden * (ascending_ ? 1 : -1);
     c.next = h_.next_state(row) + h_.first_column();
     if constexpr (kPaired<T>) c.factor = h_.factor_row(1, row) + h_.first_column();
     c.count = h_.end_column() - h_.first_column();
