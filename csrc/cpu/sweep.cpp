@@ -132,7 +132,6 @@ class Sweep {
       const int64_t t = time_of(p_, ascending_, i);
       const int64_t now = rows_at(p_, rows_, t);
       if (now < active_) leave(now, active_);
-      if (now != active_) beside_.finish();
       const int64_t stay = now < active_ ? now : active_;
       if (now > active_ && !direct_ && !enter(active_, now)) return false;
       for (int64_t turn = 0; turn < transitions_; ++turn) {
@@ -329,7 +328,9 @@ class Sweep {
 
   // The first step of a sequence whose carry is given (the gradient of h_n) or zero (no h0): no product.
   void start_from_carry(int64_t begin, int64_t end, int64_t t) {
-    if (near_ && begin < end) {
+    if (begin == end) return;
+    beside_.finish();
+    if (near_) {
       input_->run(chunk_base_ + begin, chunk_base_ + end, h_.first_column(), h_.end_column(), chunk_data_);
     }
     for (int64_t row = begin; row < end; ++row) {

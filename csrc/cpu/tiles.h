@@ -90,18 +90,23 @@ inline void use_shapes(const TileShapes* shapes) {
   tile_unit().shapes = *shapes;
   memset(tile_unit().data, 0, sizeof(tile_unit().data));
 }
-inline void release_tiles() { tile_unit().shapes = TileShapes{}; }  // tiles of no rows: what is loaded then is lost
+inline void release_tiles() { tile_unit().shapes = TileShapes{}; }
+// Of a tile without rows every instruction is invalid.
+inline const TileShapes& shapes_of(int tile) {
+  if (tile_unit().shapes.rows[tile] == 0) __builtin_trap();
+  return tile_unit().shapes;
+}
 template <int to>
 inline void tile_load(const void* from, int64_t stride) {
+  const TileShapes& s = shapes_of(to);
   memset(tile_unit().data[to], 0, sizeof(tile_unit().data[to]));
-  const TileShapes& s = tile_unit().shapes;
   for (int r = 0; r < s.rows[to]; ++r) {
     memcpy(tile_unit().data[to][r], static_cast<const char*>(from) + r * stride, s.row_bytes[to]);
   }
 }
 template <int from>
 inline void tile_store(void* to, int64_t stride) {
-  const TileShapes& s = tile_unit().shapes;
+  const TileShapes& s = shapes_of(from);
   for (int r = 0; r < s.rows[from]; ++r) {
     memcpy(static_cast<char*>(to) + r * stride, tile_unit().data[from][r], s.row_bytes[from]);
   }

@@ -212,6 +212,65 @@ bool check_layer(DType dtype, const Shape& s, int64_t inputs, const Kernels& ker
   return error <= allowed;
 }
 
+// A layer's sequences of several lengths, with episodes, by one thread.
+template <class T>
+bool check_sequences(DType dtype, const Shape& s, int64_t inputs, const Kernels& kernels, double allowed) {
+  const int64_t d = s.hidden, rows = s.steps * s.batch;
+  const double skip = 0.75;
+  std::mt19937 draw(static_cast<unsigned>(d + inputs + s.batch));
+  std::normal_distribution<double> normal;
+  auto make = [&](int64_t n, double scale) {
+    std::vector<T> v(n);
+    for (T& x : v) x = static_cast<T>(scale * normal(draw));
+    return v;
+  };
+  const std::vector<T> u = make(d * d, 0.3 / std::sqrt(d)), w = make(d * inputs, 1 / std::sqrt(inputs)), b = make(d, 1),
+                       x = make(rows * inputs, 1), h0 = make(s.batch * d, 1);
+  std::vector<int64_t> lengths(s.batch);
+  for (int64_t i = 0; i < s.batch; ++i) lengths[i] = (i * i + i / 3) % (s.steps + 1);
+  std::vector<uint8_t> resets(rows);
+  for (int64_t i = 0; i < rows; ++i) resets[i] = i % 5 == 2;
+  bool good = true;
+  for (const bool starts : {false, true}) {
+    for (const bool episodes : {false, true}) {
+      std::vector<T> out(rows * d, static_cast<T>(NAN)), end(s.batch * d, static_cast<T>(NAN));
+      Problem p{};
+      p.steps = s.steps, p.batch = s.batch, p.groups = 1, p.hidden = d, p.num_reversed = s.num_reversed;
+      p.dtype = dtype, p.activation = Activation::kReLU, p.skip = skip, p.weight = u.data();
+      p.lengths = lengths.data(), p.resets = episodes ? resets.data() : nullptr;
+      p.state_in = starts ? h0.data() : nullptr, p.out = out.data(), p.state_out = end.data();
+      Layer layer{};
+      layer.inputs = inputs, layer.x = x.data(), layer.w_ih = w.data(), layer.b_ih = b.data();
+      sweep_cpu(p, &layer, kernels, 1);
+      std::vector<double> want(rows * d), want_end(s.batch * d);
+      for (int64_t i = 0; i < s.batch; ++i) {
+        std::vector<double> h(d), next(d);
+        if (starts) h.assign(h0.begin() + i * d, h0.begin() + (i + 1) * d);
+        for (int64_t step = 0; step < lengths[i]; ++step) {
+          const int64_t t = s.num_reversed ? lengths[i] - 1 - step : step, row = t * s.batch + i;
+          const int64_t boundary = s.num_reversed ? row + s.batch : row;
+          const bool ends = episodes && (s.num_reversed == 0 || step > 0) && resets[boundary];
+          if (ends) h.assign(d, 0);
+          for (int64_t j = 0; j < d; ++j) {
+            double a = b[j] + skip * h[j];
+            for (int64_t k = 0; k < inputs; ++k) a += double{x[row * inputs + k]} * w[j * inputs + k];
+            for (int64_t k = 0; k < d; ++k) a += double{static_cast<T>(h[k])} * u[j * d + k];
+            next[j] = want[row * d + j] = std::fmax(a, 0);
+          }
+          h = next;
+        }
+        for (int64_t j = 0; j < d; ++j) want_end[i * d + j] = h[j];
+      }
+      const double error = std::fmax(worst(out, want), worst(end, want_end));
+      good = good && error <= allowed;
+      std::printf("%s sequences T=%d B=%d I=%d D=%d%s%s: %.2g\n", kernels.name, static_cast<int>(s.steps),
+                  static_cast<int>(s.batch), static_cast<int>(inputs), static_cast<int>(d), starts ? " h0" : "",
+                  episodes ? " episodes" : "", error);
+    }
+  }
+  return good;
+}
+
 // Of the largest number: what the last rounding leaves (2^-9), and states on the other side of a rounding.
 constexpr double kBFloat16Error = 0x1.8p-8, kFloat16Error = kBFloat16Error / 8;
 
@@ -235,6 +294,14 @@ bool check_all(const Kernels& kernels) {
       good = check_layer<double>(DType::kFloat64, s, inputs, kernels, 1e-13) && good;
       if (pairs) good = check_layer<BFloat16>(DType::kBFloat16, s, inputs, kernels, kBFloat16Error) && good;
       if (halves) good = check_layer<Float16>(DType::kFloat16, s, inputs, kernels, kFloat16Error) && good;
+    }
+  }
+  for (const Shape& s : {Shape{6, 70, 1, 33, 0}, Shape{6, 70, 1, 33, 1}, Shape{5, 9, 1, 64, 1}}) {
+    for (const int64_t inputs : {3, 40}) {
+      good = check_sequences<float>(DType::kFloat32, s, inputs, kernels, 1e-5) && good;
+      if (pairs) good = check_sequences<BFloat16>(DType::kBFloat16, s, inputs, kernels, kBFloat16Error) && good;
+      const bool halves = kernels.takes_tiles(DType::kFloat16, s.hidden);
+      if (halves) good = check_sequences<Float16>(DType::kFloat16, s, inputs, kernels, kFloat16Error) && good;
     }
   }
   // A matrix beyond the second-level cache, whose blocks serve bands of rows.
