@@ -130,6 +130,7 @@ class Beside<T, true> {
     tile_load<sum>(p.start.data + sum / 2 * p.second * p.start.stride + sum % 2 * kTile, p.start.stride * 4);
   }
 
+  // As in Tiles, with what goes on beside it: one template for both made plain products 5 to 10 percent slower.
   template <bool two_rows, bool two_vecs>
   void product(const Product& p) {
     const bool held = held_;

@@ -38,8 +38,7 @@ struct Panels {
   }
   int64_t scalars() const { return padded() * depth; }
   // Of vector v of a block of `width` numbers: where it begins in the panel, and from one unit of the depth to the
-  // next. Tiles lie each in one piece, not over 16 lines that are 256 bytes apart: a step by them was 6 percent
-  // shorter.
+  // next. Tiles lie each in one piece, not over 16 lines that are 256 bytes apart (1 to 3 percent of a step).
   int64_t begin_of(int64_t vec) const { return vec * lanes * (tiles ? depth : 1); }
   int64_t stride_in(int64_t width) const { return tiles ? lanes : width; }
   // No division: a step asks a dozen times, and at D = 128 divisions were 5 percent of it.

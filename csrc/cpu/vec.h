@@ -186,9 +186,13 @@ inline Vec<Storage> load_first(const Storage* from, int64_t count) {
 }
 template <class Storage>
 inline void store_first(Storage* to, Vec<Storage> value, int64_t count) {
-  Storage lanes[VecOf<Scalar<Storage>>::kLanes];
-  store(lanes, value);
-  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+  if constexpr (sizeof(Storage) == 2) {
+    store_first_bits(to, narrow(Storage{}, value), count);
+  } else {
+    Storage lanes[VecOf<Scalar<Storage>>::kLanes];
+    store(lanes, value);
+    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+  }
 }
 
 // ---- transposition ----
