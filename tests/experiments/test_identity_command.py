@@ -1,6 +1,7 @@
 """`fused-rin experiment identity-prior`: runs what is not there, says what was run, draws, refuses the rest."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,27 @@ def test_writes_records_results_table_and_pictures(finished):
     assert "**0.02 of the planned updates (digits 400): not the experiment**; 2 seeds a cell." in table
     assert table.count("| u-decay | penalty | 0.1 |") == 2
     pictures = {path.stem for path in finished.glob("*.png")}
-    assert pictures == {"digits-strength", "digits-training", "digits-over-time", "prior"}
+    assert pictures == {"summary", "digits-strength", "digits-training", "digits-over-time", "prior"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.glob("*.png"))
+
+
+def test_gains_are_of_a_seed_against_itself_without_decay():
+    """Seeds that differ by 10 points and gain 2 and 3: 2.5 ± 0.5, where accuracies alone would say 2.5 ± 7."""
+
+    def cell(*accuracies, lost=()):
+        whole = {seed: accuracy for seed, accuracy in enumerate(accuracies) if seed not in lost}
+        last = {"last": {"accuracy": [*whole.values()]}} if whole else {}
+        return {"seeds": [*range(len(accuracies))], "diverged": [*lost], **last}
+
+    free, decayed = cell(0.70, 0.80, 0.90), cell(0.72, 0.10, 0.93, lost=[1])
+    assert identity_report.gains(decayed, free) == pytest.approx({0: 2.0, 2: 3.0})
+    values = [*identity_report.gains(decayed, free).values()]
+    assert identity_report.standard_error(values) == pytest.approx(0.5)
+    assert math.isnan(identity_report.standard_error(values[:1]))
+    assert identity_report.gains(cell(0.5, lost=[0]), free) == {}
+    other = cell(0.60, 0.90, 1.0), cell(0.50, 0.50, 0.50)
+    assert identity_report.pooled([(decayed, free), other]) == pytest.approx([(2 + 10) / 2, (3 + 50) / 2])
+    assert identity_report.pooled([]) == []
 
 
 def test_finished_trials_are_not_run_again_and_cut_ones_are(finished, tmp_path, monkeypatch):
@@ -155,9 +175,9 @@ def test_folders_and_files_of_something_else_are_refused(finished, tmp_path, cap
     for content, message in (
         ("{", "is damaged or not a results file"),
         ("[]", "is not a file of fused-rin identity-prior results"),
-        ('{"format": "fused-rin identity-prior results", "version": 9}', "version 9, expected 1"),
-        ('{"format": "fused-rin identity-prior results", "version": 1}', "is damaged: it has no cells"),
-        ('{"format": "fused-rin identity-prior results", "version": 1, "cells": [{}]}', "is damaged: KeyError"),
+        ('{"format": "fused-rin identity-prior results", "version": 9}', "version 9, expected 2"),
+        ('{"format": "fused-rin identity-prior results", "version": 2}', "is damaged: it has no cells"),
+        ('{"format": "fused-rin identity-prior results", "version": 2, "cells": [{}]}', "is damaged: KeyError"),
     ):
         (tmp_path / "results.json").write_text(content)
         assert call(tmp_path / "drawn", "--draw", tmp_path / "results.json") == 2

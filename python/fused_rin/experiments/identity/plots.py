@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import Cell, groups, mean, select
+from .report import Cell, groups, mean, pooled, select, standard_error
 
 COLOURS = {"none": "black", "small-rate": "grey", "u-decay": "C0", "v-decay": "C3"}
 NAMES = {
@@ -18,6 +19,13 @@ NAMES = {
     "u-decay": "decay of U",
     "v-decay": "decay of V",
 }
+PULLS = {
+    "u-decay": "pull to the identity (U decays)",
+    "v-decay": "pull to zero (V decays)",
+    "constant": "pull to the identity of 0.1 at every N",
+    "prior": "the same at the smallest N, fading as 1/N",
+}
+PRIORS = {"constant": "-", "prior": "--"}
 STYLES = {"penalty": "-", "decoupled": "--"}
 SHOWN = {"penalty": 0.1}  # the strength of the pictures that show one: the middle one
 QUANTITIES = {
@@ -31,6 +39,8 @@ QUANTITIES = {
 def draw(content: dict[str, Any]) -> dict[str, Figure]:
     """Every picture by the name of its file."""
     figures = {}
+    if summary := draw_summary(content):
+        figures["summary"] = summary
     for task in dict.fromkeys(task for task, _ in groups(content)):
         figures[f"{task}-strength"] = draw_strengths(content, task)
         if any("last" in cell for cell in _largest(content, task)):
@@ -39,6 +49,52 @@ def draw(content: dict[str, Any]) -> dict[str, Figure]:
     if prior := draw_priors(content):
         figures["prior"] = prior
     return figures
+
+
+def draw_summary(content: dict[str, Any]) -> Figure | None:
+    """What decay adds to the accuracy, a column a task: against the strength, and a constant and a prior against N.
+    Means over the optimizers (above: and over N); bars are standard errors over the seeds.
+    """
+    tasks = [task for task in dict.fromkeys(task for task, _ in groups(content)) if _against_none(content, task=task)]
+    if not tasks:
+        return None
+    title = "What decay adds to the test accuracy, percentage points"
+    figure, axes = _panels(2, len(tasks), title, sharey="row")
+    for column, task in enumerate(tasks):
+        pairs = _against_none(content, task=task, form="penalty")
+        above, below = axes[0][column], axes[1][column]
+        for arm in ("u-decay", "v-decay"):
+            constants = [pair for pair in pairs if pair[0]["arm"] == arm and not pair[0]["prior"]]
+            _errorbars(above, constants, "strength", color=COLOURS[arm], label=PULLS[arm])
+        priors = [pair for pair in pairs if pair[0]["prior"] == SHOWN["penalty"]]
+        constants = _against_none(
+            content, task=task, form="penalty", arm="u-decay", prior=0.0, strength=SHOWN["penalty"]
+        )
+        smallest = [pair for pair in constants if pair[0]["samples"] == min(c["samples"] for c, _ in constants)]
+        for chosen, name in ((constants, "constant"), (smallest + priors, "prior")):
+            _errorbars(below, chosen, "samples", color=COLOURS["u-decay"], linestyle=PRIORS[name], label=PULLS[name])
+        above.set_title(task, fontsize="small")
+        for axis, x in ((above, "strength"), (below, "N")):
+            axis.axhline(0, color="black", linewidth=1)
+            axis.set_xscale("log")
+            axis.set_xlabel(x, fontsize="small")
+    _finish(figure, axes, None, None)
+    return figure
+
+
+def _against_none(content: dict[str, Any], **wanted: Any) -> list[tuple[Cell, Cell]]:
+    """The cells with decay that are wanted, each with the one without decay that differs from it in that alone."""
+    free = {(cell["task"], cell["optimizer"], cell["samples"]): cell for cell in select(content, arm="none")}
+    cells = [cell for cell in select(content, **wanted) if cell["form"]]
+    return [(cell, base) for cell in cells if (base := free.get((cell["task"], cell["optimizer"], cell["samples"])))]
+
+
+def _errorbars(axis: Axes, pairs: list[tuple[Cell, Cell]], x: str, **style: Any) -> None:
+    """The mean of `pooled` against what the cells have at x."""
+    values = {key: pooled([p for p in pairs if p[0][x] == key]) for key in sorted({cell[x] for cell, _ in pairs})}
+    known = {key: gains for key, gains in values.items() if gains}
+    middle, errors = [fmean(gains) for gains in known.values()], [standard_error(gains) for gains in known.values()]
+    axis.errorbar([*known], middle, yerr=errors, marker=".", capsize=2, linewidth=1.5, **style)
 
 
 def draw_strengths(content: dict[str, Any], task: str) -> Figure:
@@ -164,24 +220,31 @@ def _optimizers(cells: list[Cell]) -> list[str]:
     return list(dict.fromkeys(cell["optimizer"] for cell in cells))
 
 
-def _panels(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+def _panels(rows: int, columns: int, title: str, **shared: Any) -> tuple[Figure, list[list[Axes]]]:
     figure = Figure(figsize=(0.8 + 2.5 * columns, 1.0 + 1.7 * rows), dpi=88, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex="row" if rows == 1 else False)
-    figure.suptitle(title)
+    axes = figure.subplots(rows, columns, squeeze=False, **{"sharex": "row" if rows == 1 else False, **shared})
+    figure.suptitle(title, fontsize="medium")
     return figure, axes.tolist()
 
 
-def _finish(figure: Figure, axes: list[list[Axes]], x: str, y: str | None) -> None:
+def _finish(figure: Figure, axes: list[list[Axes]], x: str | None, y: str | None) -> None:
     entries: dict[str, Artist] = {}
     for axis in (axis for row in axes for axis in row):
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize="x-small")
         lines, labels = axis.get_legend_handles_labels()
         entries |= dict(zip(labels, lines, strict=True))
-    for axis in axes[-1]:
-        axis.set_xlabel(x, fontsize="small")
+    if x:
+        for axis in axes[-1]:
+            axis.set_xlabel(x, fontsize="small")
     if y:
         figure.supylabel(y, fontsize="small")
     if entries:
         handles, labels = [*entries.values()], [*entries]
-        figure.legend(handles=handles, labels=labels, loc="outside lower center", ncols=4, fontsize="x-small")
+        figure.legend(
+            handles=handles,
+            labels=labels,
+            loc="outside lower center",
+            ncols=4 if len(axes[0]) > 2 else 2,
+            fontsize="x-small",
+        )

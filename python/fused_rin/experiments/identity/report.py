@@ -2,7 +2,7 @@
 
 A results file holds one cell for every (task, optimizer, samples, arm, form, strength, prior):
 
-    seeds, diverged   which ran, and how many of them diverged
+    seeds, diverged   which ran, and which of them diverged
     curves            "step", and means over the seeds at these steps; null before the first update
     last              of every seed that did not diverge, at the end; "pull" and "gradient" are the norms of what
                       the decay and the clipped gradient of the data give the recurrent matrix
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..trial_folder import note
 from .trials import OPTIMIZERS, PLANS, STRENGTHS
 
 FORMAT = "fused-rin identity-prior results"
-VERSION = 1
+VERSION = 2
 KEY = ("task", "optimizer", "samples", "arm", "form", "strength", "prior")
 CURVES = ("accuracy", "train_loss", "distance", "radius", "gradient_norm")
 LAST = ("accuracy", "train_accuracy", "distance", "radius", "gradient", "pull")
@@ -55,7 +55,7 @@ def _place(records: list[dict[str, Any]]) -> tuple[Any, ...]:
 def _cell(key: tuple[Any, ...], runs: list[list[dict[str, Any]]]) -> Cell:
     whole = [records for records in runs if "diverged" not in records[-1]]
     cell = {**dict(zip(KEY, key, strict=True)), "seeds": [records[0]["seed"] for records in runs]}
-    cell["diverged"] = len(runs) - len(whole)
+    cell["diverged"] = [records[0]["seed"] for records in runs if "diverged" in records[-1]]
     if whole:
         steps = range(len(whole[0]))
         cell["curves"] = {"step": [record["step"] for record in whole[0]]}
@@ -107,10 +107,14 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _glance(content: dict[str, Any]) -> list[str]:
-    """Accuracy without decay, and what every arm adds to it; decay as penalty, constant strengths."""
+    """Accuracy without decay, and what every arm adds to it, see `gains`; decay as penalty, constant strengths."""
     arms = [("small-rate", 0.0), *((arm, s) for arm in ("u-decay", "v-decay") for s in STRENGTHS["penalty"])]
     heads = [f"{arm} {strength:g}" if strength else arm for arm, strength in arms]
-    lines = ["Test accuracy % without decay (range over the seeds), and percentage points from there (penalty)", ""]
+    lines = [
+        "Test accuracy % without decay (range over the seeds), and percentage points from there, mean ± standard error "
+        "over the seeds (penalty)",
+        "",
+    ]
     lines.append("| task | optimizer | N | none | " + " | ".join(heads) + " |")
     lines.append("|---" * (4 + len(heads)) + "|")
     for free in select(content, arm="none"):
@@ -118,8 +122,7 @@ def _glance(content: dict[str, Any]) -> list[str]:
         texts = [_accuracy(free)]
         for arm, strength in arms:
             found = [c for c in here if (c["arm"], c["strength"]) == (arm, strength) and c["form"] != "decoupled"]
-            gain = 100 * (mean(found[0], "accuracy") - mean(free, "accuracy")) if found else math.nan
-            texts.append("" if math.isnan(gain) else f"{gain:+.1f}")
+            texts.append(_signed([*gains(found[0], free).values()]) if found else "")
         lines.append(f"| {free['task']} | {free['optimizer']} | {free['samples']:,} | " + " | ".join(texts) + " |")
     return lines
 
@@ -138,6 +141,38 @@ def mean(cell: Cell, name: str) -> float:
     return statistics.fmean(cell["last"][name]) if "last" in cell else math.nan
 
 
+def gains(cell: Cell, free: Cell) -> dict[int, float]:
+    """Percentage points of accuracy by which a cell is ahead of `free`, by seed where both ran to the end: the first
+    weights and the batches of a seed are the same in both, and what they do to the accuracy falls out.
+    """
+    ends, bases = (
+        dict(zip((s for s in c["seeds"] if s not in c["diverged"]), c.get("last", {}).get("accuracy", ()), strict=True))
+        for c in (cell, free)
+    )
+    return {seed: 100 * (ends[seed] - bases[seed]) for seed in ends if seed in bases}
+
+
+def pooled(pairs: Sequence[tuple[Cell, Cell]]) -> list[float]:
+    """The mean of `gains` over these pairs, for each seed that none of them lost."""
+    by_seed: dict[int, list[float]] = {}
+    for cell, free in pairs:
+        for seed, gain in gains(cell, free).items():
+            by_seed.setdefault(seed, []).append(gain)
+    return [statistics.fmean(values) for values in by_seed.values() if len(values) == len(pairs)]
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of these values; NaN of fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _signed(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    error = standard_error(values)
+    return f"{statistics.fmean(values):+.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
+
+
 def _grid(cells: list[Cell], show: Callable[[Cell], str]) -> list[str]:
     """A row for every decay, a column for every N; a prior is one row, though its strength differs by N."""
     sizes = sorted({cell["samples"] for cell in cells})
@@ -154,7 +189,7 @@ def _grid(cells: list[Cell], show: Callable[[Cell], str]) -> list[str]:
 
 
 def _accuracy(cell: Cell) -> str:
-    lost = f"diverged ({cell['diverged']} of {len(cell['seeds'])})" if cell["diverged"] else ""
+    lost = f"diverged ({len(cell['diverged'])} of {len(cell['seeds'])})" if cell["diverged"] else ""
     if "last" not in cell:
         return lost
     values = [100 * value for value in cell["last"]["accuracy"]]
