@@ -246,7 +246,8 @@ def test_16_bits(make, dtype):
     module.to(dtype)
     out, _ = module(x.to(dtype))
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), want, rtol=0, atol=3e-2)
+    size = max(1.0, want.abs().max().item())  # a PLRNN's values are not between -1 and 1
+    torch.testing.assert_close(out.float(), want, rtol=0, atol=2.5 * torch.finfo(dtype).eps * size)
     out.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
