@@ -316,7 +316,7 @@ const Shape kShapes[] = {
     {Kind::kLayer, 20, 40, 1, 33, 0, 5, Batch::kFull, true, Form::kInside, Activation::kReLU, true},
     {Kind::kLayer, 9, 33, 1, 40, 0, 21, Batch::kLengths, true, Form::kInside, Activation::kReLU, false, 3},
     {Kind::kLayer, 12, 1, 1, 500, 0, 16, Batch::kFull, false, Form::kInside, Activation::kReLU, false, 2},
-    {Kind::kLayer, 600, 1, 1, 300, 0, 3, Batch::kFull, false, Form::kOutside, Activation::kTanh, true},
+    {Kind::kLayer, 280, 1, 1, 300, 0, 3, Batch::kFull, false, Form::kOutside, Activation::kTanh, true},
 };
 
 // Never destroyed, as threads go on with them while the process ends.
@@ -527,6 +527,11 @@ bool all_scenarios(const Kernels& kernels, double seconds) {
   // From here on this process has threads.
   good = check("a matrix is too large", a_matrix_is_too_large(kernels)) && good;
   for (const int threads : {2, 3, 4}) good = check("more threads", all_the_same(works, kernels, threads)) && good;
+  for (const uint64_t end : {1, 2, 9, 12}) {  // all have packed; at some step, with the first of two recurrences
+    end_teams_at(end);
+    good = check("teams that one of them leaves", all_the_same(works, kernels, 3)) && good;
+  }
+  end_teams_at(0);
   use_torchs_threads(false);
   good = check("threads of its own", all_the_same(works, kernels, 3)) && good;
   use_torchs_threads(true);

@@ -153,7 +153,7 @@ def run_forward(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return forward(*case.arguments, plan=slices_of_16(40, "registers", 1))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("matrix", ["registers", "streamed"])
 def test_slices_meet_under_any_schedule(matrix: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(3, 18, 40, 2, num_reversed=1, seed=seed)
@@ -181,11 +181,11 @@ def test_every_schedule_gives_the_same_bits(seed: int, monkeypatch: pytest.Monke
 
 
 def _wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of ten schedules, how many gave a wrong forward sweep."""
+    """Of five schedules, how many gave a wrong forward sweep."""
     case = make_case(6, 2, 40)
     exact = reference.forward(*case.arguments)[0]
     wrong = 0
-    for seed in range(10):
+    for seed in range(5):
         with side_by_side(monkeypatch, seed):
             out = run_forward(case)[0]
         wrong += not torch.allclose(out, exact, rtol=1e-4, atol=1e-4)
@@ -196,7 +196,7 @@ def test_without_the_barrier_the_numbers_are_wrong(monkeypatch: pytest.MonkeyPat
     """The schedules are harsh enough to notice."""
     assert _wrong_numbers(monkeypatch) == 0
     monkeypatch.setattr(sweep, "_meet", lambda p_arrived, expected: None)
-    assert _wrong_numbers(monkeypatch) >= 5
+    assert _wrong_numbers(monkeypatch) >= 3
 
 
 def test_a_barrier_that_lets_one_through_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

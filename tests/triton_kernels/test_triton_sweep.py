@@ -36,7 +36,7 @@ def test_sizes(steps: int, batch: int, groups: int, hidden: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_long_sequence(dtype: torch.dtype) -> None:
-    check(make_case(257, 2, 17, dtype=dtype))
+    check(make_case(65, 2, 17, dtype=dtype))
 
 
 def test_a_16_bit_state_of_256_units_is_one_block() -> None:
@@ -54,8 +54,7 @@ def test_activations_and_skips(activation: str, skip: float) -> None:
 @pytest.mark.parametrize("layout", ["full", "lengths", "packed"])
 @pytest.mark.parametrize("resets", [False, True])
 def test_lengths_and_resets(dtype: torch.dtype, num_reversed: int, layout: str, resets: bool) -> None:
-    for seed in range(1):
-        check(make_case(8, 5, 5, 2, dtype=dtype, layout=layout, resets=resets, num_reversed=num_reversed, seed=seed))
+    check(make_case(8, 5, 5, 2, dtype=dtype, layout=layout, resets=resets, num_reversed=num_reversed))
 
 
 def one_program(tile_k: int, matrix: str) -> Plan:
