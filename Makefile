@@ -53,7 +53,7 @@ setup: $(VENV)/.built
 demo: setup
 	$(BIN)/python -m fused_rin.experiments demo --out demo
 
-# A process per core and one more; tests of a group share what they have built (tests/conftest.py).
+# A process per core; tests of a group share what they have built (tests/conftest.py).
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 

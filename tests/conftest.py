@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -232,12 +231,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in (item.path.name, item.path.parent.name):
             if name in BUILT_ONCE:
                 item.add_marker(pytest.mark.xdist_group(name))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are processors: tests wait for processes that they start, and for what is late on purpose."""
-    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
