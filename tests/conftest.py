@@ -221,7 +221,7 @@ def check_sweeps(forward, backward, case: Case, *, seed: int = 1, threads: int =
 # Minutes each: first, so that no process is left with one of them at the end.
 LONGEST = ("test_triton_interpreted.py", "test_triton_resources.py", "test_native.py", "test_block.py")
 # What the tests of a module or folder have built for all of them, each process would build anew.
-BUILT_ONCE = ("test_triton_resources.py", "cuda_on_cpu")
+BUILT_ONCE = ("test_triton_resources.py", "test_distributed.py", "cuda_on_cpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist looks for groups in the same hook

@@ -13,6 +13,7 @@ import torch
 from fused_rin import BackendError, backends, cpu, cuda, explain, recurrence, triton_kernels, use_backend
 from fused_rin.device import Device
 
+from tests import warm
 from tests.conftest import CudaModule, make_case
 
 
@@ -164,7 +165,7 @@ def test_the_environment_chooses_and_is_checked():
     def run(value):
         code = "import fused_rin; print(fused_rin.explain((2, 1, 3)).backend)"
         environment = {**os.environ, "FUSED_RIN_BACKEND": value}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        return subprocess.run([*warm.PYTHON, "-c", code], env=environment, capture_output=True, text=True)
 
     assert run("reference").stdout.strip() == "reference"
     assert "FUSED_RIN_BACKEND must be one of" in run("abacus").stderr

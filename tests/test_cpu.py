@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from fused_rin import cpu, recurrence
 from fused_rin.problem import ALL_ROWS, Rule
 
+from tests import warm
 from tests.conftest import check_sweeps, layouts, make_case, name_of, use_threads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -195,7 +195,7 @@ def test_the_instruction_set_can_be_chosen_and_is_named():
         pass
     environment = {**os.environ, "FUSED_RIN_CPU_ISA": "baseline"}
     code = "import fused_rin; print(fused_rin.explain((4, 1, 64)).plan)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([*warm.PYTHON, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("baseline")
 
 

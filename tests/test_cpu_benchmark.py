@@ -14,6 +14,7 @@ import pytest
 from benchmarks import crowd, table
 from benchmarks.cpu import OURS, calls, layers
 from benchmarks.harness import PEER, Case, Measurement, Results, measurement
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 CASES = [
@@ -29,7 +30,7 @@ def test_cases_reach_results_and_table(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     tests = [f"benchmarks/test_cpu.py::test_case[{case}-{name}]" for case in CASES for name in (OURS, PEER)]
     subprocess.run(
-        [sys.executable, "-m", "pytest", *tests, "-q", "--benchmark-enable", "--benchmark-max-time=0.1",
+        [*warm.PYTHON, "-m", "pytest", *tests, "-q", "--benchmark-enable", "--benchmark-max-time=0.1",
          f"--benchmark-json={raw}"],
         cwd=ROOT, check=True, capture_output=True, env=environment,
     )  # fmt: skip

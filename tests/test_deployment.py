@@ -11,6 +11,7 @@ import torch
 from fused_rin import RIN, RINCell, library, operator_library, ops, unit_ops
 from torch import nn
 
+from tests import warm
 from tests.conftest import make_case
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cpp"
@@ -25,7 +26,7 @@ def _without_the_package(code: str, *arguments: object) -> str:
     start = f"import sys, torch; torch.ops.load_library({operator_library()!r})\n"
     end = "\nassert not any(name.startswith('fused_rin') for name in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", start + code + end, *map(str, arguments)], capture_output=True, text=True
+        [*warm.PYTHON, "-W", "ignore", "-c", start + code + end, *map(str, arguments)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -198,7 +199,7 @@ assert weight.grad.item() == 1.0
 """
     load = f"import torch; torch.ops.load_library({operator_library()!r})\n"
     for text in (load + code, code + load):
-        done = subprocess.run([sys.executable, "-W", "error", "-c", text], capture_output=True, text=True)
+        done = subprocess.run([*warm.PYTHON, "-W", "error", "-c", text], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 

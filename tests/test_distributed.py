@@ -105,9 +105,11 @@ def run(tmp_path_factory):
     """One pair of processes for all tests of this file: starting them is most of the time."""
     import subprocess
 
+    from tests import warm
+
     folder = tmp_path_factory.mktemp("distributed")
     workers = [
-        subprocess.Popen([sys.executable, __file__, str(folder), str(rank)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*warm.PYTHON, __file__, str(folder), str(rank)], stderr=subprocess.PIPE, text=True)
         for rank in range(WORLD)
     ]
     try:

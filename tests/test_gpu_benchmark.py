@@ -19,6 +19,7 @@ from fused_rin import settings
 from benchmarks.gpu import layers, measure, report, run, stalls, steps
 from benchmarks.gpu.cases import BATCHES, DTYPES, HIDDEN, cases, precisions
 from benchmarks.harness import MODES, PEER, Case, Measurement, Results
+from tests import warm
 
 
 def made_up() -> Results:
@@ -320,14 +321,16 @@ def test_float32_is_measured_both_ways():
 def test_the_sanitizer_is_given_tests_that_exist(tmp_path):
     """Its tests are chosen by their names: a renaming would leave it with none."""
     memcheck = next(s for s in run.stages(tmp_path, "90a", tmp_path, part=2) if s.name == "memcheck")
-    command = memcheck.commands[0][memcheck.commands[0].index(sys.executable) :]
-    listed = subprocess.run([*command, "--collect-only"], cwd=run.ROOT, capture_output=True, text=True)
+    command = memcheck.commands[0][memcheck.commands[0].index(sys.executable) + 1 :]
+    listed = subprocess.run([*warm.PYTHON, *command, "--collect-only"], cwd=run.ROOT, capture_output=True, text=True)
     assert re.search(r"^12/\d+ tests collected", listed.stdout, re.MULTILINE), listed.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_torch_does_not_see_is_no_page_of_skipped_tests(tmp_path):
     tests = next(s for s in run.stages(tmp_path, "90a", tmp_path, shards=1) if s.name == "tests")
+    assert all(command[0] == sys.executable for command in tests.commands)
+    tests.commands = [[*warm.PYTHON, *command[1:]] for command in tests.commands]
     run.run(tests, tmp_path, time.monotonic() + 300)
     assert tests.status == "exit code 3"
     assert "PyTorch sees no GPU" in tests.tail
@@ -343,7 +346,7 @@ def test_results_name_no_paths_of_the_machine(tmp_path):
 
 def test_shards_of_the_gpu_tests_are_all_of_them():
     def collected(*options: str) -> list[str]:
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", "tests/gpu/test_triton.py"]
+        command = [*warm.PYTHON, "-m", "pytest", "-o", "addopts=", "-q", "--collect-only", "tests/gpu/test_triton.py"]
         listed = subprocess.run([*command, *options], cwd=run.ROOT, capture_output=True, text=True)
         assert listed.returncode == 0, listed.stdout
         return [line for line in listed.stdout.splitlines() if "::" in line]

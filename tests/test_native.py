@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import fused_rin
 import pytest
+
+from tests import warm
 
 SUFFIX = EXTENSION_SUFFIXES[0]
 CODE = """
@@ -53,7 +54,7 @@ def run(package: Path) -> list[str]:
     """The warnings, what explain says, what a call by name says, what is said of CUDA."""
     path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "FUSED_RIN_BACKEND": ""}
-    done = subprocess.run([sys.executable, "-c", CODE], env=env, cwd="/", capture_output=True, text=True)
+    done = subprocess.run([*warm.PYTHON, "-c", CODE], env=env, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [part.strip() for part in done.stdout.split("===")]
 

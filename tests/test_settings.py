@@ -6,12 +6,13 @@ import ast
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fused_rin import cpu, library, settings
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "environment.md"
@@ -19,9 +20,7 @@ BUILD_OPTIONS = {"FUSED_RIN_NVCC"}  # what setup.py hands to CMake and nobody el
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    return subprocess.run([*warm.PYTHON, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import ast
 import doctest
 import os
 import re
+import shlex
 import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable
@@ -25,6 +25,8 @@ import fused_rin
 from sybil import Document, Example, Region
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+from tests import warm
 
 from . import shell
 
@@ -95,7 +97,7 @@ def _run(text: str) -> None:
     """For real, in the current folder, with this Python and this package."""
     with tempfile.TemporaryDirectory() as folder:
         for name, words in (("python", ""), ("fused-rin", "-m fused_rin.experiments")):
-            (Path(folder) / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+            (Path(folder) / name).write_text(f'#!/bin/sh\nexec {shlex.join(warm.PYTHON)} {words} "$@"\n')
             (Path(folder) / name).chmod(0o755)
         environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
         environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), environment.get("PYTHONPATH", "")])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 pytest.importorskip("matplotlib", reason="the extra `experiments` was not installed")
 
@@ -16,7 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 def results(name: str, folder: Path, *arguments: str) -> dict:
     run = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--out", str(folder), *arguments], capture_output=True, text=True
+        [*warm.PYTHON, str(EXAMPLES / name), "--out", str(folder), *arguments], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert (folder / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

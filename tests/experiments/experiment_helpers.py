@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from fused_rin.experiments.cli import main
+
+from tests import warm
 
 # MNIST and bAbI: where the environment says, else beside the checkout.
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -39,10 +40,10 @@ def fused_rin(*arguments, **options):
 
 def torchrun(processes, *arguments, **options):
     """Runs the command line in several processes that train together."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m", "fused_rin.experiments"]
-    return run_module(*launcher, *arguments, **options)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--no-python", *warm.PYTHON]
+    return run_module(*launcher, "-m", "fused_rin.experiments", *arguments, **options)
 
 
 def run_module(*arguments, **options):
-    command = [sys.executable, "-m", *map(str, arguments)]
+    command = [*warm.PYTHON, "-m", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)

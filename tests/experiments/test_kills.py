@@ -1,7 +1,6 @@
 """A run that was killed goes on to what it would have become, bit for bit; and two processes do not share a folder."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,15 @@ from fused_rin.experiments.files import FolderLock, write_atomically
 from fused_rin.experiments.identity.experiment import IdentityPrior
 from fused_rin.experiments.trial_folder import run_experiment
 
+from tests import warm
+
 EXPERIMENT = ["experiment", "identity-prior", "--only", "digits-sgd-N90-none*", "--budget", "0.02"]
 KILLS = Path(__file__).with_name("kills.py")
 
 
 def test_killed_at_any_moment(tmp_path):
     """Ten random ones and before every fifth operation on a file; `kills.py` itself does as many as it is asked for."""
-    command = [sys.executable, KILLS, tmp_path / "kills", "--times", "10", "--every", "5"]
+    command = [*warm.PYTHON, KILLS, tmp_path / "kills", "--times", "10", "--every", "5"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "killed 10 times" in done.stdout

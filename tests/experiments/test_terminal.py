@@ -7,7 +7,6 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 
 import pytest
@@ -16,6 +15,8 @@ from fused_rin.experiments.bars import BAR, Bar, shorten
 from fused_rin.experiments.errors import CLOSED
 from fused_rin.experiments.training import progress
 from fused_rin.experiments.training.checkpoints import read_checkpoint
+
+from tests import warm
 
 TRAIN = ["train", "--task", "adding", "--length", "10", "--hidden-size", "8", "--test-size", "20", "--threads", "1"]
 TRAIN += ["--steps", "40", "--log-every", "10", "--eval-every", "10"]
@@ -31,7 +32,7 @@ STATE = {"n": 12345, "total": 234000, "elapsed": 1234, "unit": "step", "rate": 1
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "fused_rin", *map(str, arguments)]
+    return [*warm.PYTHON, "-m", "fused_rin", *map(str, arguments)]
 
 
 def in_terminal(width, *arguments, **environment):
@@ -134,7 +135,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path):
     resume = ["train", "--steps", "40", "--resume"]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(good) // 2}, -1))"
     code = f"{limit}; from fused_rin.experiments.cli import main; main({[*resume, str(folder)]})"
-    done = subprocess.run([sys.executable, "-c", code], env=PLAIN, capture_output=True, text=True)
+    done = subprocess.run([*warm.PYTHON, "-c", code], env=PLAIN, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(
         r"fused-rin: error: .*/checkpoint.pt: cannot write the checkpoint: File too large\n", done.stderr

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 
@@ -17,6 +16,8 @@ from fused_rin.experiments.training.progress import train_with_progress
 from fused_rin.experiments.training.runs import Run
 from fused_rin.experiments.training.settings import RECIPES, Settings
 from fused_rin.experiments.training.trainer import Diverged, Trainer
+
+from tests import warm
 
 
 class Interruption(Exception):
@@ -305,7 +306,7 @@ def test_curves_are_drawn(tiny_run):
 def test_signals_leave_a_usable_checkpoint(tmp_path, number):
     """A real signal to a real process in the middle of a run that would take minutes."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fused_rin.experiments", "train", "--task", "adding", "--length", "20"]
+    command = [*warm.PYTHON, "-m", "fused_rin.experiments", "train", "--task", "adding", "--length", "20"]
     command += [
         "--hidden-size",
         "8",

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from benchmarks.harness import PEER, Case, Measurement, Results
 from benchmarks.peers import compare, report, run
 from benchmarks.peers.cases import label
 from benchmarks.peers.registry import OURS, PEERS
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(__file__).with_name("sample.json")  # rows of a real run
@@ -229,7 +229,7 @@ def test_a_run_reaches_file_and_table(tmp_path):
     arguments = ["bench", "--quick", "--threads", "1", "--only", "*-B1-T1-*-float32-state", "--out", out]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments, "--peers", f"{OURS},OpenVINO"],
+        [*warm.PYTHON, "-c", script, *arguments, "--peers", f"{OURS},OpenVINO"],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
