@@ -25,6 +25,12 @@ PULLS = {
     "constant": "pull to the identity of 0.1 at every N",
     "prior": "the same at the smallest N, fading as 1/N",
 }
+TITLES = {
+    "digits": "digits, 64 steps",
+    "mnist-rows": "MNIST rows, 28 steps",
+    "mnist-rows-epochs": "the same, epochs fixed",
+    "mnist-784": "MNIST pixels, 784 steps",
+}
 PRIORS = {"constant": "-", "prior": "--"}
 STYLES = {"penalty": "-", "decoupled": "--"}
 SHOWN = {"penalty": 0.1}  # the strength of the pictures that show one: the middle one
@@ -73,11 +79,12 @@ def draw_summary(content: dict[str, Any]) -> Figure | None:
         smallest = [pair for pair in constants if pair[0]["samples"] == min(c["samples"] for c, _ in constants)]
         for chosen, name in ((constants, "constant"), (smallest + priors, "prior")):
             _errorbars(below, chosen, "samples", color=COLOURS["u-decay"], linestyle=PRIORS[name], label=PULLS[name])
-        above.set_title(task, fontsize="small")
-        for axis, x in ((above, "strength"), (below, "N")):
+        above.set_title(TITLES[task], fontsize="small")
+        for axis, x, drawn in ((above, "strength", pairs), (below, "samples", constants)):
+            known = sorted({cell[x] for cell, _ in drawn if not cell["prior"]})
             axis.axhline(0, color="black", linewidth=1)
-            axis.set_xscale("log")
-            axis.set_xlabel(x, fontsize="small")
+            _logarithmic(axis, known)
+            axis.set_xlabel("N" if x == "samples" else x, fontsize="small")
     _finish(figure, axes, None, None)
     return figure
 
@@ -180,12 +187,16 @@ def draw_priors(content: dict[str, Any]) -> Figure | None:
         return None
     tasks, optimizers = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
     figure, axes = _panels(len(tasks), len(optimizers), "‖V - I‖ as a share of what it is without decay")
+    decays = dict.fromkeys((cell["form"], cell["prior"]) for cell in content["cells"] if cell["prior"])
+    colours = {decay: f"C{number}" for number, decay in enumerate(decays)}
+    for axis in (axis for row in axes for axis in row):
+        axis.set_visible(False)
     for task, optimizer in pairs:
         axis = axes[tasks.index(task)][optimizers.index(optimizer)]
         cells = [cell for cell in select(content, task=task, optimizer=optimizer) if "last" in cell]
         free = {cell["samples"]: mean(cell, "distance") for cell in cells if cell["arm"] == "none"}
         anchors = dict.fromkeys((cell["form"], cell["prior"]) for cell in cells if cell["prior"])
-        for colour, (form, anchor) in enumerate(anchors):
+        for form, anchor in anchors:
             line = [c for c in cells if (c["arm"], c["form"]) == ("u-decay", form)]
             constant = [c for c in line if not c["prior"] and c["strength"] == anchor]
             prior = [c for c in constant if c["samples"] == min(free)] + [c for c in line if c["prior"] == anchor]
@@ -194,10 +205,11 @@ def draw_priors(content: dict[str, Any]) -> Figure | None:
                 axis.plot(
                     [cell["samples"] for cell in chosen],
                     [mean(cell, "distance") / free[cell["samples"]] for cell in chosen],
-                    color=f"C{colour}", linestyle=style, marker=".", label=f"{form} {anchor:g}, {name}",
+                    color=colours[form, anchor], linestyle=style, marker=".", label=f"{form} {anchor:g}, {name}",
                 )  # fmt: skip
         axis.axhline(1, color="black", linewidth=1)
-        axis.set_xscale("log")
+        axis.set_visible(True)
+        _logarithmic(axis, sorted(free))
         axis.set_title(f"{task}, {optimizer}", fontsize="small")
     _finish(figure, axes, "N", "share")
     return figure
@@ -227,6 +239,13 @@ def _panels(rows: int, columns: int, title: str, **shared: Any) -> tuple[Figure,
     return figure, axes.tolist()
 
 
+def _logarithmic(axis: Axes, values: list[float]) -> None:
+    """An x axis that names these values and no others."""
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:,}" for value in values])
+    axis.minorticks_off()
+
+
 def _finish(figure: Figure, axes: list[list[Axes]], x: str | None, y: str | None) -> None:
     entries: dict[str, Artist] = {}
     for axis in (axis for row in axes for axis in row):
@@ -247,4 +266,5 @@ def _finish(figure: Figure, axes: list[list[Axes]], x: str | None, y: str | None
             loc="outside lower center",
             ncols=4 if len(axes[0]) > 2 else 2,
             fontsize="x-small",
+            handlelength=3,  # of dashes a few
         )
