@@ -11,6 +11,7 @@ from fused_rin.experiments.files import read_results
 from fused_rin.experiments.identity import plots as identity_plots
 from fused_rin.experiments.identity import report as identity_report
 from fused_rin.experiments.identity.experiment import IdentityPrior
+from fused_rin.experiments.identity.trials import PLANS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "identity-prior" / "results.json"
@@ -60,6 +61,15 @@ def test_writes_records_results_table_and_pictures(finished):
     pictures = {path.stem for path in finished.glob("*.png")}
     assert pictures == {"summary", "digits-strength", "digits-training", "digits-over-time", "prior"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.glob("*.png"))
+
+
+def test_a_part_of_the_experiment_without_its_base_is_drawn_as_far_as_it_goes(finished):
+    """What `--only '*-u-decay-*'` leaves: nothing to be a share of, or ahead of."""
+    content = read(finished / "results.json")
+    content["cells"] = [cell for cell in content["cells"] if cell["arm"] == "u-decay"]
+    assert any(cell["prior"] for cell in content["cells"])
+    assert set(identity_plots.draw(content)) == {"digits-strength", "digits-training", "digits-over-time"}
+    assert "| u-decay | penalty | 0.1 |" in identity_report.table(content)
 
 
 def test_gains_are_of_a_seed_against_itself_without_decay():
@@ -205,6 +215,5 @@ def test_the_committed_page_is_what_the_committed_results_give():
     for name in identity_plots.draw(content):
         assert 10_000 < (folder / f"{name}.png").stat().st_size < 150_000
         assert f"(identity-prior/{name}.png)" in page
-    quoted = [line for line in page.splitlines() if line.startswith(("| digits |", "| mnist-rows |"))]
-    assert len(quoted) == 18
-    assert set(quoted) <= set(table.splitlines())
+    quoted = [line for line in page.splitlines() if line.startswith(tuple(f"| {plan} |" for plan in PLANS))]
+    assert quoted == identity_report._glance(content)[-28:]  # of every plan, optimizer and N

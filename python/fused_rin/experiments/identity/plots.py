@@ -180,9 +180,11 @@ def draw_over_time(content: dict[str, Any], task: str) -> Figure:
 
 def draw_priors(content: dict[str, Any]) -> Figure | None:
     """‖V - I‖ as a share of what it is without decay, against N: constant strengths and priors."""
-    pairs = [
-        pair for pair in groups(content) if any(c["prior"] for c in select(content, task=pair[0], optimizer=pair[1]))
-    ]
+    pairs = []
+    for task, optimizer in groups(content):
+        cells = select(content, task=task, optimizer=optimizer)
+        if any(c["prior"] for c in cells) and any(c["arm"] == "none" and "last" in c for c in cells):
+            pairs.append((task, optimizer))
     if not pairs:
         return None
     tasks, optimizers = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 1))
