@@ -32,7 +32,7 @@ import warnings
 
 PRELOADED = ("torch", "torch._dynamo", "lightning_fabric", "matplotlib.figure")
 LOOKS = 1.0  # seconds after which a server that nobody asks looks whether the tests have ended
-LONGEST = 1 << 17  # bytes of a request; Linux takes some 200,000 in one message
+LONGEST = 1 << 20  # bytes of a request: more than Linux takes in one message, which it refuses to the sender
 HANDED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -73,10 +73,12 @@ def stand_in(folder: str, owner: str, *arguments: str) -> None:
     """Has a fork of the server run, and ends with its exit status or by its signal."""
     connection = connect(folder, owner)
     request = {"arguments": [*arguments], "environment": dict(os.environ), "folder": os.getcwd()}
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until there is somebody to hand them to
     socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
     child = int(connection.recv(64))
     for number in HANDED_ON:
         signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     status = os.waitstatus_to_exitcode(int(connection.recv(64)))
     if status < 0:
         with contextlib.suppress(OSError):  # of a signal that cannot be caught

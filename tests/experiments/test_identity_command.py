@@ -215,5 +215,7 @@ def test_the_committed_page_is_what_the_committed_results_give():
     for name in identity_plots.draw(content):
         assert 10_000 < (folder / f"{name}.png").stat().st_size < 150_000
         assert f"(identity-prior/{name}.png)" in page
-    quoted = [line for line in page.splitlines() if line.startswith(tuple(f"| {plan} |" for plan in PLANS))]
-    assert quoted == identity_report._glance(content)[-28:]  # of every plan, optimizer and N
+    starts = tuple(f"| {plan} |" for plan in PLANS)
+    quoted, made = ([line for line in text.splitlines() if line.startswith(starts)] for text in (page, table))
+    assert len(made) == 28  # of every plan, optimizer and N
+    assert quoted == made
